@@ -1,0 +1,124 @@
+"""Motion in continuous time: motion noise, motion codes (spec §2), motion vectors (spec §4)."""
+
+import math
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from mostgan.layers import Linear
+
+CODE_ANCHORS = 21  # code u_j depends on noise rows j … j+20
+FRAME_ANCHORS = CODE_ANCHORS + 1  # a frame lies between codes u_l and u_{l+1}
+_CONTENT_STREAM, _MOTION_STREAM = 0, 1
+
+
+def _normal(seed, stream, first, count):
+    """Normal numbers first … first+count−1 of a stream: float32 [count].
+
+    Counter-based (Philox 4x64, four numbers a counter step; Box-Muller), so that any stretch is drawn alone; numpy
+    promises these raw bits for ever, as it does not for its own normal().
+    """
+    start, skip = divmod(first, 4)
+    bits = np.random.Philox(key=[seed, stream], counter=start).random_raw(-(-(count + skip) // 4) * 4)
+    uniform = ((bits >> np.uint64(11)) + 0.5) * 2.0**-53  # strictly inside (0, 1)
+    radius, angle = np.sqrt(-2 * np.log(uniform[0::2])), 2 * np.pi * uniform[1::2]
+    normal = np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=1).reshape(-1)
+    return torch.from_numpy(normal[skip : skip + count].astype(np.float32))
+
+
+def content_latent(seeds, dim):
+    """The content latents z of seeds: float32 [B, dim]."""
+    return torch.stack([_normal(seed, _CONTENT_STREAM, 0, dim) for seed in seeds])
+
+
+def motion_noise(seeds, t, config):
+    """Exactly the motion noise that frames at times t [B, T] need, clip b from seeds[b].
+
+    Row z_j is a function of (seed, j) alone: any window of an endless video has its noise in memory for that window
+    only. Returns noise float32 [G, J, motion_noise_dim] and the anchor index of each first row, int64 [G], for G = B;
+    or G = N = B·T where the frames of a clip lie so far apart that noise per frame is less.
+    """
+    anchor = torch.floor(t.double().cpu() / config.motion_distance).long()
+    rows = int((anchor.amax(1) - anchor.amin(1)).max()) + FRAME_ANCHORS
+    if rows > FRAME_ANCHORS * t.shape[1]:
+        seeds = [seed for seed in seeds for _ in range(t.shape[1])]
+        anchor, rows = anchor.reshape(-1, 1), FRAME_ANCHORS
+    first, dim = anchor.amin(1), config.motion_noise_dim
+    noise = [_normal(s, _MOTION_STREAM, int(j) * dim, rows * dim).view(rows, dim) for s, j in zip(seeds, first)]
+    return torch.stack(noise).to(t.device), first.to(t.device)
+
+
+class MotionCodes(nn.Module):
+    """Noise of anchors → motion code v(t) of every frame, by acyclic positional encoding (spec §2)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.motion_distance, self.max_period = config.motion_distance, config.max_period
+        dim, self.num_frequencies = config.motion_noise_dim, config.num_frequencies
+        self.conv0 = nn.Parameter(torch.randn(dim, dim + config.num_labels, 11) / 0.01)
+        self.conv0_bias = nn.Parameter(torch.zeros(dim))
+        self.conv1 = nn.Parameter(torch.randn(dim, dim, 11) / 0.01)
+        self.conv1_bias = nn.Parameter(torch.zeros(dim))
+        self.period = Linear(dim, self.num_frequencies, bias=False)
+        self.phase = Linear(dim, self.num_frequencies, bias=False)
+        self.aligner = Linear(dim, config.motion_code_dim, bias=False)
+
+    def frequencies(self, device):
+        """ω in radians per frame, longest period first: float64 [F]. From the config alone, so in full precision."""
+        shortest, longest = math.log2(self.motion_distance), math.log2(self.max_period)
+        log_period = torch.linspace(longest, shortest, self.num_frequencies, dtype=torch.float64, device=device)
+        return 2 * math.pi / torch.exp2(log_period)
+
+    def anchor_codes(self, noise):
+        """Noise rows [G, J, C] → codes u [G, J − 20, C]: unpadded convolutions, leaky ReLU without gain."""
+        u = noise.transpose(1, 2)
+        for weight, bias in ((self.conv0, self.conv0_bias), (self.conv1, self.conv1_bias)):
+            weight_gain = 0.01 / math.sqrt(weight[0].numel())
+            u = F.leaky_relu(F.conv1d(u, weight * weight_gain, bias * 0.01), 0.2)
+        return u.transpose(1, 2)
+
+    def forward(self, t, noise, first_anchor, label=None):
+        """t: float64 [G, S] times of S frames per row of noise; noise: [G, J, C], row 0 being anchor first_anchor [G];
+        label: [G, num_labels] → motion codes [G·S, motion_code_dim]. Rows needed: anchors floor(t/D) … + 21.
+        """
+        if label is not None:
+            noise = torch.cat([noise, label.unsqueeze(1).expand(-1, noise.shape[1], -1)], dim=2)
+        u = self.anchor_codes(noise)
+        D = self.motion_distance
+        left = torch.floor(t / D)
+        alpha = ((t - left * D) / D).reshape(-1, 1)
+        clip = torch.arange(len(u), device=u.device).unsqueeze(1)
+        index = left.long() - first_anchor.unsqueeze(1)
+        u_left, u_right = u[clip, index].flatten(0, 1), u[clip, index + 1].flatten(0, 1)
+
+        # Radians reach 10⁸ in far frames: float64 up to the sine, whatever the model's own precision.
+        omega = self.frequencies(t.device)
+        omega_p = omega * (torch.tanh(self.period(u_left)).double() + 1)
+        phase = self.phase(u_left).double() * (omega * (self.max_period / (2 * math.pi)))
+        waves = []
+        for tau in (t, left * D, (left + 1) * D):
+            raw = omega_p * tau.reshape(-1, 1) + phase
+            waves.append(torch.cat([raw.sin(), raw.cos()], dim=1))
+        e, e_left, e_right = waves
+        a_left, a_right = self.aligner(u_left), self.aligner(u_right)
+        v = (e - torch.lerp(e_left, e_right, alpha)).to(a_left.dtype)
+        return v + torch.lerp(a_left, a_right, alpha.to(a_left.dtype))
+
+
+class MotionNetwork(nn.Module):
+    """[w, v(t)] → K motion vectors a frame, shared by all layers (spec §4)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.motion_styles = config.motion_styles
+        hidden = config.motion_styles * config.w_dim
+        self.fc0 = Linear(config.w_dim + config.motion_code_dim, hidden, activation="lrelu")
+        self.fc1 = Linear(hidden, config.motion_styles * config.motion_vector_dim)
+
+    def forward(self, w, motion_code):
+        """w: [B, w_dim], motion_code: [N, motion_code_dim] → motion vectors [N, K, motion_vector_dim]."""
+        w = w.repeat_interleave(len(motion_code) // len(w), dim=0)
+        vectors = self.fc1(self.fc0(torch.cat([w, motion_code], dim=1)))
+        return vectors.unflatten(1, (self.motion_styles, -1))

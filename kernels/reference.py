@@ -23,7 +23,7 @@ def bias_act(x, bias=None, activation="linear", gain=1.0, scale=None):
     """Epilogue of a layer: act(x · scale + bias) · gain, where lrelu has its own √2 (spec §1).
 
     x: [N, C, H, W] or [N, C]; bias: [C]; scale: [N, C], the demodulation factor per frame and channel.
-    lrelu is positively homogeneous, so its gains go into scale and bias: one multiply-add and one leaky ReLU pass over x.
+    lrelu is positively homogeneous, so its gains go into scale and bias: one multiply-add and one leaky ReLU over x.
     """
     if activation == "lrelu":
         gain = gain * LRELU_GAIN
@@ -75,7 +75,8 @@ def upsample2d(x):
     """H×W → 2H×2W (spec §1): zeros between the pixels, pad (2, 1), filter with gain 4.
 
     A stride-2 transposed depthwise convolution never touches the inserted zeros. Its padding of 1 crops the same
-    borders as pad (2, 1) leaves: full correlation pads 3, and 3 − 1 = 2 before; after, 3 − 1 minus the absent last zero = 1.
+    borders as pad (2, 1) leaves: full correlation pads 3, and 3 − 1 = 2 before; after, 3 − 1, less one for the last
+    inserted zero, = 1.
     """
     channels = x.shape[1]
     f = fir_filter(4.0, x.device, x.dtype).expand(channels, 1, 4, 4)
@@ -109,9 +110,8 @@ def mostatt(content_weight, motion_style, clip_style=None):
     A = score.softmax(dim=3)
     P = A @ M  # [B, T, O, I·k·k]
     # leaky_relu(P / max) = leaky_relu(P) / max: one pass less over the weights. Where P is all zero so is
-    # leaky_relu(P), and any divisor gives the 0 wanted; amax shares its gradient among ties, of which there are
-    # none but at P = 0.
-    peak = P.abs().amax(dim=(2, 3), keepdim=True)
+    # leaky_relu(P), and any divisor gives the 0 wanted.
+    peak = torch.linalg.vector_norm(P, ord=math.inf, dim=(2, 3), keepdim=True)
     peak = torch.where(peak > 0, peak, 1)
     weight = W * (1 + F.leaky_relu(P, LEAKY_SLOPE) / peak)
     return weight.reshape(frames, *content_weight.shape[1:]), score.flatten(0, 1)
@@ -119,7 +119,7 @@ def mostatt(content_weight, motion_style, clip_style=None):
 
 def demodulation(weight):
     """rsqrt(Σ W'² + 1e-8) per output channel. weight: [..., O, I, k, k] → [..., O] (spec §6)."""
-    return (weight.square().sum(dim=(-3, -2, -1)) + 1e-8).rsqrt()
+    return (torch.linalg.vector_norm(weight.flatten(-3), dim=-1).square() + 1e-8).rsqrt()
 
 
 def conv2d_shared(x, weight, up=1):
@@ -137,4 +137,6 @@ def conv2d_per_frame(x, weight, up=1):
 
     One call per frame: on a CPU two to four times faster than one grouped convolution.
     """
+    if len(x) == 1:
+        return conv2d_shared(x, weight[0], up)
     return torch.cat([conv2d_shared(frame, w, up) for frame, w in zip(x.split(1), weight.unbind(0))])

@@ -1,9 +1,6 @@
 """Configurations: the model, a training run, dataset presets and size presets (spec §6–8)."""
 
-import dataclasses
-import json
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 
 
 class UserError(Exception):

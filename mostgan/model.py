@@ -5,12 +5,13 @@ computed per clip; what the layers share (motion vectors) once per frame.
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
 import kernels
-from mostgan.config import ModelConfig
+from mostgan.config import ModelConfig, UserError
 from mostgan.layers import Linear, Mapping
 from mostgan.motion import MotionCodes, MotionNetwork, content_latent, motion_noise
 
@@ -35,6 +36,15 @@ class ContentMapping(nn.Module):
         return self.layers(x)
 
 
+class LayerContent(NamedTuple):
+    """What the frames of a clip share in a synthesis layer: computed once per clip, however long the clip."""
+
+    raw_weight: torch.Tensor  # [O, I, 3, 3]
+    style: torch.Tensor  # content style s, [B, I]
+    weight: torch.Tensor | None  # raw_weight · s, [B, O, I, 3, 3], where it is used
+    demod: torch.Tensor | None  # [B, O], in layers without motion styles
+
+
 class SynthesisLayer(nn.Module):
     """3×3 modulated convolution, optionally up=2, with content style and motion styles (spec §6)."""
 
@@ -53,48 +63,51 @@ class SynthesisLayer(nn.Module):
             factors = config.rank * (in_channels + 3 + 3)
             self.hypernetwork = Linear(config.motion_vector_dim, factors, bias=False, activation="lrelu")
 
-    def forward(self, x, w, motion_vectors=None):
-        """x: [N, I, H, W], w: [B, w_dim], motion_vectors: [N, K, motion_vector_dim].
+    def content(self, w):
+        """What all frames of a clip share in this layer. w: [B, w_dim]."""
+        weight, style = self.weight, self.affine(w)
+        if self.prenorm:
+            weight = weight / (weight.abs().amax(dim=(1, 2, 3), keepdim=True) * math.sqrt(weight[0].numel()))
+            style = style / style.abs().amax(dim=1, keepdim=True)
+        content_weight = demod = None
+        if len(w) == 1 or (self.hypernetwork is not None and self.content_first):
+            content_weight = weight * style[:, None, :, None, None]
+        if self.hypernetwork is None:  # Σ (weight · s)² over inputs and taps is a matrix product
+            demod = (style.square() @ weight.square().sum(dim=(2, 3)).t() + 1e-8).rsqrt()
+        return LayerContent(weight, style, content_weight, demod)
+
+    def forward(self, x, content, motion_vectors=None):
+        """x: [N, I, H, W], content: of `content(w)`, motion_vectors: [N, K, motion_vector_dim].
 
         Returns features [N, O, up·H, up·W] and MoStAtt's score [N, O, K], None without motion styles.
         """
-        weight, content_style = self.weight, self.affine(w)
-        if self.prenorm:
-            weight = weight / (weight.abs().amax(dim=(1, 2, 3), keepdim=True) * math.sqrt(weight[0].numel()))
-            content_style = content_style / content_style.abs().amax(dim=1, keepdim=True)
+        frames_per_clip = len(x) // len(content.style)
+        demod, score = content.demod, None
         if self.hypernetwork is None:
-            x, demod, score = self.content_convolution(x, weight, content_style), None, None
+            demod = demod.repeat_interleave(frames_per_clip, dim=0)
         else:
-            frame_weight, score = self.motion_modulate(weight, content_style, motion_vectors)
+            frame_weight, score = self.motion_modulate(content, motion_vectors, frames_per_clip)
             demod = kernels.demodulation(frame_weight)
-            if self.demod_only:
-                x = self.content_convolution(x, weight, content_style)
-            else:
-                x = kernels.conv2d_per_frame(x, frame_weight, self.up)
-        if demod is None:  # Σ (weight · s)² over inputs and taps is a matrix product: no weight per clip is made
-            demod = (content_style.square() @ weight.square().sum(dim=(2, 3)).t() + 1e-8).rsqrt()
-            demod = demod.repeat_interleave(len(x) // len(demod), dim=0)
+        if self.hypernetwork is not None and not self.demod_only:
+            x = kernels.conv2d_per_frame(x, frame_weight, self.up)
+        elif len(content.style) == 1:  # one clip: s goes into the weight, and no pass over the features is needed
+            x = kernels.conv2d_shared(x, content.weight[0], self.up)
+        else:
+            style = content.style.repeat_interleave(frames_per_clip, dim=0)[:, :, None, None]
+            x = kernels.conv2d_shared(x * style.to(x.dtype), content.raw_weight, self.up)
         if self.up == 2:
             x = kernels.fir(x, (1, 1), gain=4.0)
         return kernels.bias_act(x, self.bias, "lrelu", scale=demod), score
 
-    def content_convolution(self, x, weight, content_style):
-        """Convolution with weight · s of each clip: s on the weight if there is one clip, else on the features."""
-        if len(content_style) == 1:
-            weight = weight * content_style.view(1, -1, 1, 1)
-        else:
-            x = x * content_style.repeat_interleave(len(x) // len(content_style), dim=0)[:, :, None, None]
-        return kernels.conv2d_shared(x, weight, self.up)
-
-    def motion_modulate(self, weight, content_style, motion_vectors):
+    def motion_modulate(self, content, motion_vectors, frames_per_clip):
         """MoStAtt in the order of paper 4.3 → weight per frame [N, O, I, 3, 3] and score [N, O, K]."""
-        frames, motion_styles, _ = motion_vectors.shape
-        motion_style = self.hypernetwork(motion_vectors.flatten(0, 1)).view(frames, motion_styles, self.rank, -1)
-        content_style = content_style[:, None, :, None, None]
+        motion_style = self.hypernetwork(motion_vectors.flatten(0, 1))
+        motion_style = motion_style.view(*motion_vectors.shape[:2], self.rank, -1)
         if self.content_first:  # strategy i
-            return kernels.mostatt(weight * content_style, motion_style)
-        frame_weight, score = kernels.mostatt(weight.unsqueeze(0), motion_style)  # strategy ii
-        return frame_weight * content_style.repeat_interleave(frames // len(content_style), dim=0), score
+            return kernels.mostatt(content.weight, motion_style)
+        frame_weight, score = kernels.mostatt(content.raw_weight.unsqueeze(0), motion_style)  # strategy ii
+        style = content.style.repeat_interleave(frames_per_clip, dim=0)
+        return frame_weight * style[:, None, :, None, None], score
 
 
 class ToRGB(nn.Module):
@@ -106,11 +119,14 @@ class ToRGB(nn.Module):
         self.bias = nn.Parameter(torch.zeros(3))
         self.affine = Linear(config.w_dim, in_channels, bias_init=1.0)
 
-    def forward(self, x, w):
-        """x: [N, I, H, W], w: [B, w_dim] → [N, 3, H, W]. One small kernel per clip."""
-        content_style = self.affine(w) / math.sqrt(x.shape[1])
-        weight = self.weight[:, :, 0, 0] * content_style.unsqueeze(1)  # [B, 3, I]
-        clips, (frames, channels, height, width) = len(w), x.shape
+    def content(self, w):
+        """w: [B, w_dim] → one small kernel per clip, [B, 3, I]."""
+        content_style = self.affine(w) / math.sqrt(self.weight.shape[1])
+        return self.weight[:, :, 0, 0] * content_style.unsqueeze(1)
+
+    def forward(self, x, weight):
+        """x: [N, I, H, W], weight: [B, 3, I] of `content(w)` → [N, 3, H, W]."""
+        clips, (frames, channels, height, width) = len(weight), x.shape
         x = x.permute(0, 2, 3, 1).reshape(clips, -1, channels)  # a view in channels-last memory
         rgb = torch.baddbmm(self.bias.to(x.dtype).expand(clips, 1, -1), x, weight.to(x.dtype).transpose(1, 2))
         return rgb.view(frames, height, width, 3).permute(0, 3, 1, 2)
@@ -140,19 +156,31 @@ class Synthesis(nn.Module):
         for resolution in self.resolutions:
             setattr(self, f"b{resolution}", Block(config, resolution))
 
-    def forward(self, w, motion_code, motion_vectors):
-        """Returns frames [N, 3, H, W] and the scores of every MoStAtt layer, each [N, O, K]."""
-        frames, const = len(motion_code), self.b4.const
-        x = torch.cat([const.expand(frames, -1, -1, -1), motion_code[:, :, None, None].expand(-1, -1, 4, 4)], dim=1)
-        x = x.contiguous(memory_format=torch.channels_last)
-        image, scores = None, []
+    def layers(self):
+        """(synthesis convolutions, toRGB) of each block, lowest resolution first."""
         for resolution in self.resolutions:
             block = getattr(self, f"b{resolution}")
-            for conv in ([block.conv0] if resolution > 4 else []) + [block.conv1]:
-                x, score = conv(x, w, motion_vectors)
+            yield ([block.conv0] if resolution > 4 else []) + [block.conv1], block.torgb
+
+    def content(self, w):
+        """Per clip, what every layer needs of w [B, w_dim]: as `layers`, but their contents."""
+        return [([conv.content(w) for conv in convs], torgb.content(w)) for convs, torgb in self.layers()]
+
+    def forward(self, content, motion_code, motion_vectors):
+        """content: of `content(w)`; motion_code: [N, motion_code_dim]; motion_vectors: [N, K, …] or None.
+
+        Returns frames [N, 3, H, W] and the scores of every MoStAtt layer, each [N, O, K].
+        """
+        const = self.b4.const.expand(len(motion_code), -1, -1, -1)
+        x = torch.cat([const, motion_code[:, :, None, None].expand(-1, -1, 4, 4)], dim=1)
+        x = x.contiguous(memory_format=torch.channels_last)
+        image, scores = None, []
+        for (convs, torgb), (conv_contents, rgb_weight) in zip(self.layers(), content):
+            for conv, conv_content in zip(convs, conv_contents):
+                x, score = conv(x, conv_content, motion_vectors)
                 if score is not None:
                     scores.append(score)
-            rgb = block.torgb(x, w).float()  # the image is summed in float32 under autocast too
+            rgb = torgb(x, rgb_weight).float()  # the image is summed in float32 under autocast too
             image = rgb if image is None else kernels.upsample2d(image) + rgb
         return image, scores
 
@@ -160,7 +188,7 @@ class Synthesis(nn.Module):
 class Generator(nn.Module):
     """MoStGAN-V's generator: a pure function of latent, times, motion noise and label.
 
-    `generator(z, t, motion_noise)` → frames; `render` streams video from a seed.
+    `generator(z, t, noise)` → frames; `render` streams video from a seed.
     """
 
     def __init__(self, config: ModelConfig):
@@ -171,28 +199,86 @@ class Generator(nn.Module):
         self.motion_network = MotionNetwork(config) if config.motion_styles else None
         self.synthesis = Synthesis(config)
 
-    def forward(self, z, t, motion_noise, first_anchor=None, label=None, psi=1.0, return_scores=False):
+    def forward(self, z, t, noise, first_anchor=None, label=None, psi=1.0, return_scores=False):
         """Frames of clips at any times.
 
         z: [B, z_dim] content latents; t: [B, T] times in frames, float64 to keep far times exact.
-        motion_noise: [B, J, motion_noise_dim], rows for anchors first_anchor [B] onwards (0 if None) up to
-        floor(t / motion_distance) + 21; or one row of noise per frame, [N, 22, …] and [N] (`motion.motion_noise`
-        draws either). label: one-hot [B, num_labels]. psi: truncation, 1 none … 0 the mean w.
+        noise: motion noise [B, J, motion_noise_dim], rows for anchors first_anchor [B] onwards (0 if None) up to
+        floor(t / motion_distance) + 21; or noise per frame, [N, 22, …] and [N] (`motion.motion_noise` draws either).
+        label: one-hot [B, num_labels]. psi: truncation, 1 none … 0 the mean w.
         Returns [N, 3, H, W], about [-1, 1], frame = clip · T + index; with return_scores also the list of [N, O, K].
         """
-        w = self.mapping(z, label)
-        if psi != 1:
-            w = torch.lerp(self.mapping.w_avg, w, psi)
-        frames, scores = self.synthesize(w, t, motion_noise, first_anchor, label)
+        w = self.content_code(z, label, psi)
+        motion_code, motion_vectors = self.motion(w, t, noise, first_anchor, label)
+        frames, scores = self.synthesis(self.synthesis.content(w), motion_code, motion_vectors)
         return (frames, scores) if return_scores else frames
 
-    def synthesize(self, w, t, motion_noise, first_anchor=None, label=None):
-        """As `forward`, from w [B, w_dim] on; returns frames and scores."""
-        rows = len(motion_noise)
+    def content_code(self, z, label=None, psi=1.0):
+        """z: [B, z_dim] → truncated w [B, w_dim]."""
+        w = self.mapping(z, label)
+        return w if psi == 1 else torch.lerp(self.mapping.w_avg, w, psi)
+
+    def motion(self, w, t, noise, first_anchor=None, label=None):
+        """Per frame, what all layers share: motion codes [N, motion_code_dim] and motion vectors [N, K, …] or None."""
+        rows = len(noise)
         if first_anchor is None:
-            first_anchor = torch.zeros(rows, dtype=torch.long, device=t.device)
+            first_anchor = torch.zeros(rows, dtype=torch.long, device=noise.device)
         if label is not None:
             label = label.repeat_interleave(rows // len(w), dim=0)
-        motion_code = self.motion_codes(t.double().reshape(rows, -1), motion_noise, first_anchor, label)
-        motion_vectors = self.motion_network(w, motion_code) if self.motion_network is not None else None
-        return self.synthesis(w, motion_code, motion_vectors)
+        motion_code = self.motion_codes(t.double().reshape(rows, -1), noise, first_anchor, label)
+        return motion_code, self.motion_network(w, motion_code) if self.motion_network is not None else None
+
+    @torch.inference_mode()
+    def render(self, seed, start=0, frames=16, clips=1, motion_seed=None, label=None, psi=1.0, window=16):
+        """Stream a video: yields uint8 [clips, n, 3, H, W] for consecutive windows of n ≤ window frames.
+
+        seed: of the first clip; clip i has seed + i. motion_seed: if given, all clips move by it. start: first frame (any real ≥ 0); frames: how many, at steps of
+        1. label: class index, for a conditional model. Memory does not depend on start or frames, and frame n is the
+        same in whatever window it is rendered. Raises UserError on a label, psi or times the model does not have.
+        """
+        config, device = self.config, self.mapping.w_avg.device
+        check_render(config, seed, start, frames, clips, label, window)
+        seeds = [seed + i for i in range(clips)]
+        motion_seeds = seeds if motion_seed is None else [motion_seed] * clips
+        one_hot = None
+        if label is not None:
+            one_hot = torch.eye(config.num_labels, device=device)[label].expand(clips, -1)
+        w = self.content_code(content_latent(seeds, config.z_dim).to(device), one_hot, psi)
+        content = self.synthesis.content(w)
+        for first in range(0, frames, window):
+            t = start + torch.arange(first, min(first + window, frames), dtype=torch.float64).expand(clips, -1)
+            noise, first_anchor = motion_noise(motion_seeds, t, config)
+            motion = self.motion(w, t.to(device), noise.to(device), first_anchor.to(device), one_hot)
+            yield to_uint8(self.render_window(content, *motion)).unflatten(0, t.shape)
+
+    def render_window(self, content, motion_code, motion_vectors):
+        """The synthesis of a window. On a CPU one frame of each clip at a time: its kernels and features then stay in
+        the caches, which is worth more than the larger batch (measured in bench/ms_per_frame.py).
+        """
+        if motion_code.is_cuda:
+            return self.synthesis(content, motion_code, motion_vectors)[0]
+        clips = len(content[0][1])
+        pick = [torch.arange(i, len(motion_code), len(motion_code) // clips) for i in range(len(motion_code) // clips)]
+        frames = [
+            self.synthesis(content, motion_code[i], None if motion_vectors is None else motion_vectors[i])[0]
+            for i in pick
+        ]
+        return torch.stack(frames, dim=1).flatten(0, 1)
+
+
+def to_uint8(frames):
+    """Float frames in [-1, 1] → uint8, as spec §0 evaluates them."""
+    return (frames * 127.5 + 128).clamp(0, 255).to(torch.uint8)
+
+
+def check_render(config, seed, start, frames, clips, label, window):
+    """Raise UserError on arguments that `render` cannot serve."""
+    if not 0 <= seed < 2**63 or clips < 1 or frames < 1 or window < 1:
+        raise UserError(f"seed {seed}, clips {clips}, frames {frames}, window {window}: "
+                        "seed must be 0 or more, the others at least 1")
+    if not 0 <= start <= 1e8:
+        raise UserError(f"start is {start}, but must be from 0 to 10⁸ frames")
+    if config.num_labels and (label is None or not 0 <= label < config.num_labels):
+        raise UserError(f"the model is conditional: give a label from 0 to {config.num_labels - 1}, not {label}")
+    if not config.num_labels and label is not None:
+        raise UserError(f"label is {label}, but the model was trained without labels: leave it out")

@@ -1,13 +1,16 @@
 """The ops of MoStGAN-V's hot path, as plain functions of tensors. `reference.py` explains each."""
 
 from kernels.reference import (
-    bias_act,
+    LRELU_GAIN,
+    conv2d,
     conv2d_per_frame,
     conv2d_shared,
+    demod_bias_lrelu,
     demodulation,
     downsample2d,
     filter2d,
     fir,
+    lrelu,
     mostatt,
     motion_modulation,
     normalize,
@@ -15,6 +18,6 @@ from kernels.reference import (
 )
 
 __all__ = [
-    "bias_act", "conv2d_per_frame", "conv2d_shared", "demodulation", "downsample2d", "filter2d", "fir", "mostatt",
-    "motion_modulation", "normalize", "upsample2d",
+    "LRELU_GAIN", "conv2d", "conv2d_per_frame", "conv2d_shared", "demod_bias_lrelu", "demodulation", "downsample2d",
+    "filter2d", "fir", "lrelu", "mostatt", "motion_modulation", "normalize", "upsample2d",
 ]

@@ -15,9 +15,9 @@ class ResidualBlock(nn.Module):
 
     def __init__(self, in_channels, hidden_channels, out_channels, from_rgb=False):
         super().__init__()
-        self.fromrgb = Conv2d(3, in_channels, 1, activation="lrelu") if from_rgb else None
-        self.conv0 = Conv2d(in_channels, hidden_channels, 3, activation="lrelu")
-        self.conv1 = Conv2d(hidden_channels, out_channels, 3, activation="lrelu", down=2, gain=math.sqrt(0.5))
+        self.fromrgb = Conv2d(3, in_channels, 1, lrelu=True) if from_rgb else None
+        self.conv0 = Conv2d(in_channels, hidden_channels, 3, lrelu=True)
+        self.conv1 = Conv2d(hidden_channels, out_channels, 3, lrelu=True, down=2, gain=math.sqrt(0.5))
         self.skip = Conv2d(in_channels, out_channels, 1, bias=False, down=2, gain=math.sqrt(0.5))
 
     def forward(self, x):
@@ -68,8 +68,8 @@ class Epilogue(nn.Module):
         super().__init__()
         channels, hidden = config.channels(4), config.discriminator_hidden_dim
         self.mbstd_group = config.mbstd_group
-        self.conv = Conv2d(channels + 1, channels, 3, activation="lrelu")
-        self.fc = Linear(channels * 4 * 4, hidden, activation="lrelu")
+        self.conv = Conv2d(channels + 1, channels, 3, lrelu=True)
+        self.fc = Linear(channels * 4 * 4, hidden, lrelu=True)
         self.out = Linear(hidden, out_dim)
 
     def forward(self, x):

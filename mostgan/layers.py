@@ -12,31 +12,30 @@ import kernels
 class Linear(nn.Module):
     """Equalized fully connected layer: weight stored as N(0,1)/m, used as w · m / √fan_in; bias used as b · m."""
 
-    def __init__(self, in_dim, out_dim, bias=True, bias_init=0.0, lr_mult=1.0, activation="linear"):
+    def __init__(self, in_dim, out_dim, bias=True, bias_init=0.0, lr_mult=1.0, lrelu=False):
         super().__init__()
         self.weight = nn.Parameter(torch.randn(out_dim, in_dim) / lr_mult)
         self.bias = nn.Parameter(torch.full([out_dim], bias_init / lr_mult)) if bias else None
-        self.weight_gain = lr_mult / math.sqrt(in_dim)
-        self.bias_gain = lr_mult
-        self.activation = activation
+        self.lrelu = lrelu
+        gain = kernels.LRELU_GAIN if lrelu else 1.0
+        self.weight_gain, self.bias_gain = gain * lr_mult / math.sqrt(in_dim), gain * lr_mult
 
     def forward(self, x):
         """x: [N, in_dim] → [N, out_dim]."""
-        bias = None if self.bias is None else self.bias * self.bias_gain
-        if self.activation == "linear":
-            return F.linear(x, self.weight * self.weight_gain, bias)
-        return kernels.bias_act(F.linear(x, self.weight * self.weight_gain), bias, self.activation)
+        x = F.linear(x, self.weight * self.weight_gain, None if self.bias is None else self.bias * self.bias_gain)
+        return kernels.lrelu(x) if self.lrelu else x
 
 
 class Conv2d(nn.Module):
     """Equalized convolution with the discriminator's down=2 (spec §1): FIR first, then stride 2."""
 
-    def __init__(self, in_channels, out_channels, kernel_size, bias=True, activation="linear", down=1, gain=1.0):
+    def __init__(self, in_channels, out_channels, kernel_size, bias=True, lrelu=False, down=1, gain=1.0):
         super().__init__()
         self.weight = nn.Parameter(torch.randn(out_channels, in_channels, kernel_size, kernel_size))
         self.bias = nn.Parameter(torch.zeros(out_channels)) if bias else None
-        self.weight_gain = 1 / math.sqrt(in_channels * kernel_size**2)
-        self.activation, self.down, self.gain = activation, down, gain
+        self.lrelu, self.down = lrelu, down
+        self.bias_gain = gain * (kernels.LRELU_GAIN if lrelu else 1.0)
+        self.weight_gain = self.bias_gain / math.sqrt(in_channels * kernel_size**2)
 
     def forward(self, x):
         """x: [N, I, H, W] → [N, O, H / down, W / down]."""
@@ -45,9 +44,10 @@ class Conv2d(nn.Module):
         if self.down == 2 and kernel_size == 1:
             x = kernels.downsample2d(x)
         elif self.down == 2:
-            x, padding, stride = kernels.fir(x, (2, 2)), 0, 2
-        x = F.conv2d(x, self.weight * self.weight_gain, stride=stride, padding=padding)
-        return kernels.bias_act(x, self.bias, self.activation, self.gain)
+            x, padding, stride = kernels.fir(x, 2), 0, 2
+        bias = None if self.bias is None else self.bias * self.bias_gain
+        x = kernels.conv2d(x, self.weight * self.weight_gain, bias, stride, padding)
+        return kernels.lrelu(x) if self.lrelu else x
 
 
 class Mapping(nn.Module):
@@ -57,7 +57,7 @@ class Mapping(nn.Module):
         super().__init__()
         self.num_layers = num_layers
         for i in range(num_layers):
-            layer = Linear(in_dim if i == 0 else out_dim, out_dim, lr_mult=0.01, activation="lrelu")
+            layer = Linear(in_dim if i == 0 else out_dim, out_dim, lr_mult=0.01, lrelu=True)
             setattr(self, f"fc{i}", layer)
 
     def forward(self, x):

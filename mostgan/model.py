@@ -61,7 +61,7 @@ class SynthesisLayer(nn.Module):
         self.hypernetwork = None
         if config.motion_styles and resolution in config.motion_resolutions:
             factors = config.rank * (in_channels + 3 + 3)
-            self.hypernetwork = Linear(config.motion_vector_dim, factors, bias=False, activation="lrelu")
+            self.hypernetwork = Linear(config.motion_vector_dim, factors, bias=False, lrelu=True)
 
     def content(self, w):
         """What all frames of a clip share in this layer. w: [B, w_dim]."""
@@ -96,8 +96,8 @@ class SynthesisLayer(nn.Module):
             style = content.style.repeat_interleave(frames_per_clip, dim=0)[:, :, None, None]
             x = kernels.conv2d_shared(x * style.to(x.dtype), content.raw_weight, self.up)
         if self.up == 2:
-            x = kernels.fir(x, (1, 1), gain=4.0)
-        return kernels.bias_act(x, self.bias, "lrelu", scale=demod), score
+            x = kernels.fir(x, 1, gain=4.0)
+        return kernels.demod_bias_lrelu(x, demod, self.bias), score
 
     def motion_modulate(self, content, motion_vectors, frames_per_clip):
         """MoStAtt in the order of paper 4.3 → weight per frame [N, O, I, 3, 3] and score [N, O, K]."""

@@ -114,7 +114,7 @@ class MotionNetwork(nn.Module):
         super().__init__()
         self.motion_styles = config.motion_styles
         hidden = config.motion_styles * config.w_dim
-        self.fc0 = Linear(config.w_dim + config.motion_code_dim, hidden, activation="lrelu")
+        self.fc0 = Linear(config.w_dim + config.motion_code_dim, hidden, lrelu=True)
         self.fc1 = Linear(hidden, config.motion_styles * config.motion_vector_dim)
 
     def forward(self, w, motion_code):

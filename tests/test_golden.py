@@ -140,6 +140,7 @@ def test_modulated_convolution(case):
         check(diversity([score], 1).view(1), tensors["diversity"], FLOAT32, "diversity")
     y = kernels.conv2d_per_frame(tensors["x"], weight, up)
     if up == 2:
-        y = kernels.fir(y, (1, 1), gain=4.0)
-    y = kernels.bias_act(y, scale=None if case == "torgb" else kernels.demodulation(weight))
+        y = kernels.fir(y, 1, gain=4.0)
+    if case != "torgb":
+        y = y * kernels.demodulation(weight)[:, :, None, None]
     check(y, tensors["y"], FLOAT32, case)

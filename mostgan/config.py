@@ -117,3 +117,103 @@ DATASETS = {
     "ucf101": DatasetPreset(16, "easy", 25, "UCF-101"),
     "horse": DatasetPreset(16, "bgc_noro", 30, "Horseback"),
 }
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """A training run: everything that decides what is learned. Clips and frames are counted as spec §8 counts them."""
+
+    model: ModelConfig = ModelConfig()
+    preset: str = "paper256"
+    """size preset: paper256 or tiny"""
+    dataset: str = "sky"
+    """dataset preset: sky, ffs, jelly, celebv, ucf101 or horse; sets motion_distance, augment and fps"""
+    data: str | None = None
+    """videos or frames: a folder, a zip, or a packed folder; default data/<dataset>"""
+    cache: str | None = None
+    """where to pack the data; default beside it"""
+    conditional: bool = False
+    """train on the data's labels"""
+    mirror: bool = True
+    """show clips mirrored left-right half of the time"""
+    seed: int = 0
+    total_kframes: float = 25_000
+    """length of the training, in thousands of real frames"""
+    batch_clips: int = 64
+    batch_split: int = 4
+    """pieces a batch is computed in, to fit memory (gradient accumulation)"""
+    generator_lr: float = 0.0025
+    discriminator_lr: float = 0.0025
+    r1_gamma: float = 10.0
+    r1_interval: int = 16
+    """steps between two R1 penalties, each taken r1_interval times as strong"""
+    diversity_weight: float = 0.1
+    """λ of the motion diversity loss (paper 3.4)"""
+    ema_half_life_kclips: float = 20.0
+    """half-life of the averaged generator's weights, in thousands of clips"""
+    augment: str = "bgc"
+    """ADA pipeline: bgc, bgc_noro, easy or none"""
+    ada_target: float = 0.6
+    ada_interval: int = 4
+    """steps between two adjustments of ADA's p"""
+    ada_kclips: float = 100.0
+    """clips, in thousands, over which p can go from 0 to 1"""
+    log_kframes: float = 2.0
+    """frames, in thousands, between two lines of stats.jsonl"""
+    snapshot_kframes: float = 200.0
+    """frames, in thousands, between two sample grids and checkpoints"""
+    precision: str = "bf16"
+    """bf16 (autocast with float32 master weights; needs a GPU) or float32"""
+    workers: int = 4
+    """processes that decode clips; 0 decodes in a thread"""
+
+    def __post_init__(self):
+        if self.dataset not in DATASETS:
+            raise UserError(f"dataset {self.dataset!r} is not known: choose from {', '.join(DATASETS)}; "
+                            "your own clips go with any of them by --data")
+        if self.model.frames_per_clip < 2:
+            raise UserError("frames_per_clip is 1, but the discriminator needs at least 2 frames of a clip")
+        for name in ("total_kframes", "batch_clips", "batch_split", "generator_lr", "discriminator_lr", "r1_interval",
+                     "ema_half_life_kclips", "ada_interval", "ada_kclips", "log_kframes", "snapshot_kframes"):
+            if not getattr(self, name) > 0:
+                raise UserError(f"{name} is {getattr(self, name)}, but must be more than 0")
+        if self.batch_clips % self.batch_split:
+            raise UserError(f"batch_clips is {self.batch_clips}, but must be a multiple of batch_split {self.batch_split}")
+        piece, group = self.batch_clips // self.batch_split, self.model.mbstd_group
+        if piece % min(group, piece):
+            raise UserError(f"a piece of the batch has {piece} clips (batch_clips / batch_split), but must have a "
+                            f"multiple of mbstd_group {group}")
+        if self.precision not in ("bf16", "float32"):
+            raise UserError(f"precision is {self.precision!r}: bf16 or float32")
+
+    @property
+    def frames_per_step(self) -> int:
+        return self.batch_clips * self.model.frames_per_clip
+
+
+def train_preset(preset: str, dataset: str) -> TrainConfig:
+    """The configuration of a size preset on a dataset preset. Raises UserError on an unknown name."""
+    if dataset not in DATASETS:
+        raise UserError(f"dataset {dataset!r} is not known: choose from {', '.join(DATASETS)}; "
+                        "your own clips go with any of them by --data")
+    chosen = DATASETS[dataset]
+    if preset == "paper256":
+        model = ModelConfig(motion_distance=chosen.motion_distance)
+        return TrainConfig(model, preset, dataset, augment=chosen.augment)
+    if preset == "tiny":
+        model = ModelConfig(
+            resolution=64, channel_base=1024, channel_max=64, z_dim=128, w_dim=128, motion_noise_dim=128,
+            motion_code_dim=128, num_frequencies=64, motion_vector_dim=128, motion_resolutions=(16, 32),
+            motion_distance=chosen.motion_distance,
+        )
+        return TrainConfig(
+            model, preset, dataset, augment=chosen.augment, batch_clips=8, batch_split=1, r1_gamma=1.0,
+            ema_half_life_kclips=2.0, total_kframes=48, log_kframes=0.48, snapshot_kframes=12, precision="float32",
+            workers=0,
+        )
+    raise UserError(f"preset {preset!r} is not known: paper256 or tiny")
+
+
+def config_from_json(values: dict) -> TrainConfig:
+    """The inverse of dataclasses.asdict, for a run's config.json."""
+    return TrainConfig(**{**values, "model": ModelConfig(**values["model"])})

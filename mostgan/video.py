@@ -1,0 +1,365 @@
+"""Reading and writing video: frames in, square crops, single-frame coding, mp4/gif/PNG out, grids of clips.
+
+Everything goes through PyAV. Images are uint8 RGB: [H,W,3] while they are single frames on their way in, [3,H,W]
+once packed.
+"""
+
+import os
+import shutil
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import torch
+import torch.nn.functional as F
+from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc, Interpolation, VideoReformatter
+
+from mostgan.config import UserError
+
+# swscale's defaults trade chroma resolution and rounding for speed; these flags do not.
+EXACT = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT | Interpolation.FULL_CHR_H_INP
+UNSPECIFIED = 2  # AVCOL_SPC_UNSPECIFIED: the file does not say which YUV matrix it was made with
+
+
+# ------------------------------------------------------------------------------------------------------------- reading
+
+
+def open_video(file):
+    """An av container on `file` (path or seekable binary file). Raises av.FFmpegError, OSError or ValueError."""
+    container = av.open(file if hasattr(file, "read") else os.fspath(file))
+    if not container.streams.video:
+        container.close()
+        raise ValueError("it has no video stream")
+    stream = container.streams.video[0]
+    # One thread: FFmpeg's pool threads can hang a worker that exits early, and packing is parallel over clips already.
+    stream.thread_type, stream.codec_context.thread_count = "NONE", 1
+    return container
+
+
+def frame_rate(file):
+    """Frames per second that the container states, or 25.0 where it states none."""
+    with open_video(file) as container:
+        stream = container.streams.video[0]
+        return float(stream.average_rate or stream.guessed_rate or 25)
+
+
+def read_frames(file):
+    """Yields every frame of a video or image file (path or seekable binary file) as uint8 [H,W,3], turned upright.
+
+    Raises what open_video raises, also midway. The file is closed when the iterator ends or is dropped.
+    """
+    with open_video(file) as container:
+        for frame in container.decode(video=0):
+            yield to_rgb(frame)
+
+
+def to_rgb(frame):
+    """A decoded av.VideoFrame as uint8 [H,W,3]: the right YUV matrix and range, transparency over black, upright."""
+    if frame.colorspace == UNSPECIFIED and not frame.format.is_rgb:
+        # What players assume of untagged files: high definition is BT.709, the rest BT.601.
+        frame.colorspace = Colorspace.ITU709 if frame.height >= 720 else Colorspace.ITU601
+    if any(component.is_alpha for component in frame.format.components) or frame.format.name == "pal8":
+        rgba = frame.reformat(format="rgba", interpolation=EXACT).to_ndarray().astype(np.uint16)
+        rgb = ((rgba[..., :3] * rgba[..., 3:] + 127) // 255).astype(np.uint8)
+    else:
+        rgb = frame.reformat(format="rgb24", interpolation=EXACT).to_ndarray()
+    quarter_turns = round(frame.rotation / 90) % 4  # metadata of phone videos; counterclockwise
+    return np.rot90(rgb, quarter_turns) if quarter_turns else rgb
+
+
+def center_crop_resize(frame, resolution):
+    """uint8 [H,W,3] → [R,R,3], R = resolution: the largest centered square, antialiased bicubic; exact if it fits."""
+    height, width = frame.shape[:2]
+    side = min(height, width)
+    top, left = (height - side) // 2, (width - side) // 2
+    square = frame[top : top + side, left : left + side]
+    if side == resolution:
+        return np.ascontiguousarray(square)
+    x = torch.from_numpy(np.ascontiguousarray(square)).permute(2, 0, 1)[None]  # a channels-last view
+    x = F.interpolate(x, size=(resolution, resolution), mode="bicubic", antialias=True, align_corners=False)
+    return np.ascontiguousarray(x[0].permute(1, 2, 0).numpy())
+
+
+# ------------------------------------------------------------------------------------------------------- single frames
+
+
+def _encoder(codec, pix_fmt, resolution, options):
+    context = av.CodecContext.create(codec, "w")
+    context.width = context.height = resolution
+    context.pix_fmt, context.time_base, context.thread_count = pix_fmt, Fraction(1, 25), 1
+    context.options = {"flags": "+bitexact", **options}
+    return context
+
+
+class FrameEncoder:
+    """Codes square frames one by one for packing: `encode(uint8 [R,R,3]) -> bytes`.
+
+    JPEG 4:4:4 at FFmpeg's finest quantizer (about quality 96), which keeps most frames of 256 pixels at 45 to 50 dB.
+    Frames that it would keep worse (fine detail: most frames of 64 pixels), and all of them when `lossless`, are stored
+    exactly, as QOI: about the size of a PNG, and it decodes several times faster.
+    """
+
+    MIN_PSNR = 45.0
+
+    def __init__(self, resolution, lossless=False):
+        finest = {"flags": "+bitexact+qscale", "qmin": "1", "qmax": "1", "color_range": "jpeg"}
+        self.jpeg = None if lossless else _encoder("mjpeg", "yuvj444p", resolution, finest)
+        self.qoi = _encoder("qoi", "rgb24", resolution, {})
+        self.to_yuv, self.decoder = VideoReformatter(), FrameDecoder(resolution)
+
+    def encode(self, image):
+        frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
+        if self.jpeg is not None:
+            yuv = self.to_yuv.reformat(
+                frame, format="yuvj444p", dst_colorspace=Colorspace.ITU601, dst_color_range=ColorRange.JPEG,
+                interpolation=EXACT, threads=1,
+            )  # fmt: skip
+            data = _only_packet(self.jpeg, yuv)
+            error = self.decoder.decode(data).transpose(1, 2, 0).astype(np.float32) - image
+            if np.mean(error**2) <= 255**2 / 10 ** (self.MIN_PSNR / 10):
+                return data
+        return _only_packet(self.qoi, frame)
+
+
+def _only_packet(context, frame):
+    (packet,) = context.encode(frame)
+    return bytes(packet)
+
+
+class FrameDecoder:
+    """Decodes what FrameEncoder wrote: `decode(bytes) -> uint8 [3,R,R]`. One codec context per format, no container.
+
+    Not to be shared between threads or processes. Raises av.FFmpegError or ValueError on damaged data.
+    """
+
+    def __init__(self, resolution):
+        self.resolution = resolution
+        self.contexts, self.to_planes = {}, VideoReformatter()
+
+    def decode(self, data, out=None):
+        codec = "qoi" if data[:4] == b"qoif" else "mjpeg"
+        if codec not in self.contexts:
+            self.contexts[codec] = av.CodecContext.create(codec, "r")
+            self.contexts[codec].thread_count = 1
+        frames = self.contexts[codec].decode(av.Packet(data))
+        if len(frames) != 1 or (frames[0].width, frames[0].height) != (self.resolution, self.resolution):
+            raise ValueError(f"not a coded frame of {self.resolution} pixels")
+        # Planar output: each plane is copied straight into its channel, with no transposition.
+        frame = self.to_planes.reformat(frames[0], format="gbrp", interpolation=EXACT, threads=1)
+        out = np.empty((3, self.resolution, self.resolution), np.uint8) if out is None else out
+        for channel, plane in zip((1, 2, 0), frame.planes):
+            out[channel] = np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)[
+                : self.resolution, : self.resolution
+            ]
+        return out
+
+
+# ------------------------------------------------------------------------------------------------------------- writing
+
+
+class VideoWriter:
+    """Writes frames to `path` as they come, in constant memory; the suffix decides: .mp4, .gif, none: a folder of PNGs.
+
+        with VideoWriter("sky.mp4", fps=25) as video:
+            video.write(frames)                         # uint8 [n,H,W,3] or [n,3,H,W], numpy or torch
+
+    The result appears under its name only when the block ends well; an exception leaves an older file as it was.
+    crf: H.264 quality, 0 (lossless) to 51. An odd side is made even by repeating its last row or column (mp4 only).
+    """
+
+    def __init__(self, path, fps, crf=17):
+        self.path, self.fps, self.crf = Path(path), Fraction(fps).limit_denominator(100_000), crf
+        if self.path.suffix not in ("", ".mp4", ".gif"):
+            raise UserError(
+                f"{path}: cannot write '{self.path.suffix}'; use .mp4, .gif or no suffix (a folder of PNGs)"
+            )
+        if self.fps <= 0:
+            raise UserError(f"{path}: frames per second must be positive, not {fps}")
+        in_the_way = self.path.is_dir() and not (self.path.suffix == "" and _holds_only_frames(self.path))
+        if in_the_way or (self.path.suffix == "" and self.path.is_file()):
+            raise UserError(f"{path} is there already and holds other things; choose another name")
+        self.temporary = self.path.with_name(f".{self.path.name}.partial-{os.getpid()}")
+        self.sink, self.shape, self.count = None, None, 0
+
+    def __enter__(self):
+        return self
+
+    def write(self, frames):
+        """Appends uint8 [n,H,W,3] or [n,3,H,W]; every frame has the size of the first."""
+        frames = frames.detach().cpu().numpy() if torch.is_tensor(frames) else np.asarray(frames)
+        if frames.dtype != np.uint8 or frames.ndim != 4 or 3 not in (frames.shape[1], frames.shape[3]):
+            raise ValueError(f"expected uint8 [n,H,W,3] or [n,3,H,W], got {frames.dtype} {list(frames.shape)}")
+        if frames.shape[3] != 3:
+            frames = frames.transpose(0, 2, 3, 1)
+        for image in frames:
+            if self.sink is None:
+                self._open(image.shape)
+            if image.shape != self.shape:
+                raise ValueError(f"frame {self.count} is {image.shape}, the ones before are {self.shape}")
+            self.sink.write(np.ascontiguousarray(image))
+            self.count += 1
+
+    def _open(self, shape):
+        sink = {".mp4": _Mp4, ".gif": _Gif, "": _PngFolder}[self.path.suffix]
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.shape, self.sink = shape, sink(self.temporary, shape[:2], self.fps, self.crf)
+        except OSError as error:
+            raise UserError(f"cannot write {self.path}: {error.strerror or error}") from error
+
+    def __exit__(self, kind, error, trace):
+        try:
+            if self.sink is not None:
+                self.sink.close()
+                if kind is None:
+                    _replace(self.temporary, self.path)
+            elif kind is None:
+                raise UserError(f"{self.path}: there were no frames to write")
+        finally:
+            _remove(self.temporary)
+
+
+class _Mp4:
+    def __init__(self, path, size, fps, crf):
+        height, width = size
+        self.pad = ((0, height % 2), (0, width % 2), (0, 0))
+        self.container = av.open(str(path), "w", format="mp4", options={"movflags": "+faststart"})
+        self.stream = self.container.add_stream("libx264", rate=fps, options={"crf": str(crf)})
+        self.stream.width, self.stream.height, self.stream.pix_fmt = width + width % 2, height + height % 2, "yuv420p"
+        # Convert with the matrix that we tag: players otherwise guess, and colours shift.
+        context = self.stream.codec_context
+        context.colorspace, context.color_range = Colorspace.ITU709, ColorRange.MPEG
+        context.color_primaries, context.color_trc = ColorPrimaries.BT709, ColorTrc.BT709
+        self.reformatter, self.count = VideoReformatter(), 0
+
+    def write(self, image):
+        if any(self.pad[0] + self.pad[1]):
+            image = np.pad(image, self.pad, mode="edge")
+        frame = self.reformatter.reformat(
+            av.VideoFrame.from_ndarray(image, format="rgb24"), format="yuv420p", interpolation=EXACT,
+            dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG,
+            dst_color_primaries=ColorPrimaries.BT709, dst_color_trc=ColorTrc.BT709,
+        )  # fmt: skip
+        frame.pts, frame.time_base = self.count, 1 / self.stream.codec_context.framerate
+        self.count += 1
+        self.container.mux(self.stream.encode(frame))
+
+    def close(self):
+        with self.container:
+            self.container.mux(self.stream.encode(None))
+
+
+class _Gif:
+    """Each frame gets a palette of its own: a shared one would need every frame before the first could be written."""
+
+    def __init__(self, path, size, fps, crf):
+        height, width = size
+        self.container = av.open(str(path), "w", format="gif", options={"loop": "0"})
+        # No flags: FFmpeg's savings on unchanged areas compare palette indices, which mean other colours in each frame.
+        self.stream = self.container.add_stream("gif", rate=fps, options={"gifflags": "0"})
+        self.stream.width, self.stream.height, self.stream.pix_fmt = width, height, "pal8"
+        self.graph, self.time_base, self.count = av.filter.Graph(), 1 / fps, 0
+        source = self.graph.add_buffer(width=width, height=height, format=av.VideoFormat("rgb24"), time_base=1 / fps)
+        split, palette = (
+            self.graph.add("split"),
+            self.graph.add("palettegen", "stats_mode=single:reserve_transparent=0"),
+        )
+        use, sink = self.graph.add("paletteuse", "new=1:dither=sierra2_4a"), self.graph.add("buffersink")
+        source.link_to(split)
+        split.link_to(use, 0, 0)
+        split.link_to(palette, 1, 0)
+        palette.link_to(use, 0, 1)
+        use.link_to(sink)
+        self.graph.configure()
+
+    def write(self, image):
+        frame = av.VideoFrame.from_ndarray(image, format="rgb24")
+        frame.pts, frame.time_base = self.count, self.time_base
+        self.count += 1
+        self.graph.push(frame)
+        self._drain()
+
+    def _drain(self):
+        while True:
+            try:
+                frame = self.graph.pull()
+            except (av.BlockingIOError, av.EOFError):
+                return
+            self.container.mux(self.stream.encode(frame))
+
+    def close(self):
+        with self.container:
+            self.graph.push(None)
+            self._drain()
+            self.container.mux(self.stream.encode(None))
+
+
+class _PngFolder:
+    def __init__(self, path, size, fps, crf):
+        self.path, self.count = path, 0
+        path.mkdir()
+
+    def write(self, image):
+        (self.path / f"{self.count:06d}.png").write_bytes(png(image))
+        self.count += 1
+
+    def close(self):
+        pass
+
+
+def png(image):
+    """uint8 [H,W,3] → the bytes of a PNG file."""
+    context = av.CodecContext.create("png", "w")
+    context.height, context.width = image.shape[:2]
+    context.pix_fmt, context.time_base, context.thread_count, context.options = (
+        "rgb24",
+        Fraction(1, 25),
+        1,
+        {"pred": "mixed"},
+    )
+    return _only_packet(context, av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24"))
+
+
+def write_png(path, image):
+    """Writes uint8 [3,H,W] or [H,W,3] (numpy or torch) to `path`, whole or not at all."""
+    image = image.detach().cpu().numpy() if torch.is_tensor(image) else np.asarray(image)
+    path, image = Path(path), image if image.shape[-1] == 3 else image.transpose(1, 2, 0)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    try:
+        temporary.write_bytes(png(image))
+        os.replace(temporary, path)
+    finally:
+        _remove(temporary)
+
+
+def grid(clips, rows, cols):
+    """Tiles clips, row by row: uint8 [n,T,3,H,W] → [T,3,rows·H,cols·W], numpy or torch; missing clips are black."""
+    n, t, c, h, w = clips.shape
+    if n > rows * cols:
+        raise ValueError(f"{n} clips do not fit into {rows} x {cols}")
+    zeros = torch.zeros if torch.is_tensor(clips) else np.zeros
+    out = zeros((t, c, rows * h, cols * w), dtype=clips.dtype)
+    for i in range(n):
+        y, x = i // cols * h, i % cols * w
+        out[:, :, y : y + h, x : x + w] = clips[i]
+    return out
+
+
+def _holds_only_frames(folder):
+    return all(f.suffix == ".png" and f.stem.isdigit() for f in folder.iterdir())
+
+
+def _replace(temporary, path):
+    """Renames a file or folder into place, over an older one."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    os.replace(temporary, path)
+
+
+def _remove(path):
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    elif path.exists():
+        path.unlink()

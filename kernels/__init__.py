@@ -2,7 +2,6 @@
 
 from kernels.reference import (
     LRELU_GAIN,
-    conv2d,
     conv2d_per_frame,
     conv2d_shared,
     demod_bias_lrelu,
@@ -18,6 +17,6 @@ from kernels.reference import (
 )
 
 __all__ = [
-    "LRELU_GAIN", "conv2d", "conv2d_per_frame", "conv2d_shared", "demod_bias_lrelu", "demodulation", "downsample2d",
+    "LRELU_GAIN", "conv2d_per_frame", "conv2d_shared", "demod_bias_lrelu", "demodulation", "downsample2d",
     "filter2d", "fir", "lrelu", "mostatt", "motion_modulation", "normalize", "upsample2d",
 ]

@@ -35,65 +35,6 @@ def demod_bias_lrelu(x, demod, bias):
     return lrelu(torch.addcmul(bias[:, None, None], x, demod[:, :, None, None]))
 
 
-class _Conv2d(torch.autograd.Function):
-    """conv2d whose gradient's gradient, which R1 needs, is as fast as its gradient.
-
-    Autograd's own double backward treats images as filters: on a CPU that takes several times the rest of R1.
-    """
-
-    @staticmethod
-    def forward(x, weight, bias, stride, padding):
-        return F.conv2d(x, weight, bias, stride, padding)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        x, weight, bias, *ctx.settings = inputs
-        ctx.save_for_backward(x, weight)
-        ctx.has_bias = bias is not None
-
-    @staticmethod
-    def backward(ctx, grad):
-        needs = ctx.needs_input_grad
-        grad_x, grad_weight = _Conv2dGradient.apply(grad, *ctx.saved_tensors, *ctx.settings, *needs[:2])
-        return grad_x, grad_weight, grad.sum(dim=(0, 2, 3)) if ctx.has_bias and needs[2] else None, None, None
-
-
-class _Conv2dGradient(torch.autograd.Function):
-    """(cotangent, x, weight) → (gradient of x, gradient of weight). Linear in each of the three."""
-
-    @staticmethod
-    def forward(grad, x, weight, stride, padding, needs_x, needs_weight):
-        grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
-            grad, x, weight, None, [stride] * 2, [padding] * 2, [1, 1], False, [0, 0], 1,
-            [needs_x, needs_weight, False],
-        )
-        return grad_x, grad_weight
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(*inputs[:3])
-        ctx.settings = inputs[3:5]
-
-    @staticmethod
-    def backward(ctx, grad_grad_x, grad_grad_weight):
-        grad, x, weight = ctx.saved_tensors
-        stride, padding = ctx.settings
-        grad_grad = grad_x = grad_weight = None
-        if grad_grad_x is not None:
-            grad_grad = _Conv2d.apply(grad_grad_x, weight, None, stride, padding)
-            grad_weight = _Conv2dGradient.apply(grad, grad_grad_x, weight, stride, padding, False, True)[1]
-        if grad_grad_weight is not None:
-            extra = _Conv2d.apply(x, grad_grad_weight, None, stride, padding)
-            grad_grad = extra if grad_grad is None else grad_grad + extra
-            grad_x = _Conv2dGradient.apply(grad, x, grad_grad_weight, stride, padding, True, False)[0]
-        return grad_grad, grad_x, grad_weight, None, None, None, None
-
-
-def conv2d(x, weight, bias=None, stride=1, padding=0):
-    """Ordinary convolution, twice differentiable at full speed. x: [N, I, H, W], weight: [O, I, k, k], bias: [O]."""
-    return _Conv2d.apply(x, weight, bias, stride, padding)
-
-
 class _Fir(torch.autograd.Function):
     """Depthwise low-pass filter, or its transpose. Each is the other's gradient, to any order.
 

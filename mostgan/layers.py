@@ -46,7 +46,7 @@ class Conv2d(nn.Module):
         elif self.down == 2:
             x, padding, stride = kernels.fir(x, 2), 0, 2
         bias = None if self.bias is None else self.bias * self.bias_gain
-        x = kernels.conv2d(x, self.weight * self.weight_gain, bias, stride, padding)
+        x = F.conv2d(x, self.weight * self.weight_gain, bias, stride, padding)
         return kernels.lrelu(x) if self.lrelu else x
 
 

@@ -232,8 +232,8 @@ class Generator(nn.Module):
     def render(self, seed, start=0, frames=16, clips=1, motion_seed=None, label=None, psi=1.0, window=16):
         """Stream a video: yields uint8 [clips, n, 3, H, W] for consecutive windows of n ≤ window frames.
 
-        seed: of the first clip; clip i has seed + i. motion_seed: if given, all clips move by it. start: first frame (any real ≥ 0); frames: how many, at steps of
-        1. label: class index, for a conditional model. Memory does not depend on start or frames, and frame n is the
+        seed: of the first clip; clip i has seed + i. motion_seed: if given, all clips move by it. start: first frame
+        (any real ≥ 0); frames: how many, at steps of 1. label: class index, for a conditional model. Memory does not depend on start or frames, and frame n is the
         same in whatever window it is rendered. Raises UserError on a label, psi or times the model does not have.
         """
         config, device = self.config, self.mapping.w_avg.device

@@ -60,7 +60,7 @@ def _checkpoints(run):
 
 
 def find(path=None, runs="runs"):
-    """The checkpoint folder that path means: itself, or the newest in a run folder; None: in the newest run that has one.
+    """The checkpoint folder that path means: itself, or the newest in a run folder; None: the newest of all runs.
 
     Raises UserError if there is none.
     """

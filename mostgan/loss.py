@@ -18,13 +18,11 @@ def r1_penalty(logits_of, frames):
     """Σ (∂logit/∂frame)² per frame, averaged over the frames of a clip and over clips; times γ/2 it is R1.
 
     logits_of: function of frames [N, 3, H, W] → logits [B]; differentiable with respect to its own parameters.
-    Returns the penalty, a scalar, and the detached logits.
     """
     if not frames.requires_grad:
         frames = frames.detach().requires_grad_()
-    logits = logits_of(frames)
-    (gradient,) = torch.autograd.grad(logits.sum(), frames, create_graph=True)
-    return gradient.square().sum(dim=(1, 2, 3)).mean(), logits.detach()
+    (gradient,) = torch.autograd.grad(logits_of(frames).sum(), frames, create_graph=True)
+    return gradient.square().sum(dim=(1, 2, 3)).mean()
 
 
 def diversity(scores, num_ws):

@@ -233,8 +233,9 @@ class Generator(nn.Module):
         """Stream a video: yields uint8 [clips, n, 3, H, W] for consecutive windows of n ≤ window frames.
 
         seed: of the first clip; clip i has seed + i. motion_seed: if given, all clips move by it. start: first frame
-        (any real ≥ 0); frames: how many, at steps of 1. label: class index, for a conditional model. Memory does not depend on start or frames, and frame n is the
-        same in whatever window it is rendered. Raises UserError on a label, psi or times the model does not have.
+        (any real ≥ 0); frames: how many, at steps of 1. label: class index, or one per clip, for a conditional model.
+        Memory does not depend on start or frames, and frame n is the same in whatever window it is rendered. Raises
+        UserError on arguments that the model cannot serve.
         """
         config, device = self.config, self.mapping.w_avg.device
         check_render(config, seed, start, frames, clips, label, window)
@@ -242,7 +243,7 @@ class Generator(nn.Module):
         motion_seeds = seeds if motion_seed is None else [motion_seed] * clips
         one_hot = None
         if label is not None:
-            one_hot = torch.eye(config.num_labels, device=device)[label].expand(clips, -1)
+            one_hot = torch.eye(config.num_labels, device=device)[torch.as_tensor(label)].expand(clips, -1)
         w = self.content_code(content_latent(seeds, config.z_dim).to(device), one_hot, psi)
         content = self.synthesis.content(w)
         for first in range(0, frames, window):
@@ -278,7 +279,8 @@ def check_render(config, seed, start, frames, clips, label, window):
                         "seed must be 0 or more, the others at least 1")
     if not 0 <= start <= 1e8:
         raise UserError(f"start is {start}, but must be from 0 to 10⁸ frames")
-    if config.num_labels and (label is None or not 0 <= label < config.num_labels):
+    labels = [label] if label is None or isinstance(label, int) else label
+    if config.num_labels and not all(n is not None and 0 <= n < config.num_labels for n in labels):
         raise UserError(f"the model is conditional: give a label from 0 to {config.num_labels - 1}, not {label}")
     if not config.num_labels and label is not None:
         raise UserError(f"label is {label}, but the model was trained without labels: leave it out")

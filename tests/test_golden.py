@@ -81,7 +81,7 @@ def test_discriminator(name):
     (frame_grads,) = torch.autograd.grad(logits.sum(), frames)
     check(frame_grads, tensors["out.frame_grads"], FLOAT32, "gradients of the frames")
 
-    penalty, _ = r1_penalty(lambda x: model(x, t, label), frames)
+    penalty = r1_penalty(lambda x: model(x, t, label), frames)
     check(10 / 2 * penalty.view(1), tensors["out.r1_penalty_gamma10"], FLOAT32, "R1")
     (10 / 2 * penalty).backward()
     references = state_of(tensors, "r1_grad.")

@@ -7,6 +7,7 @@
 
 import argparse
 import dataclasses
+import gc
 import sys
 import time
 from dataclasses import dataclass
@@ -70,6 +71,8 @@ def train(config: TrainConfig, out: Path | None = None, resume: Path | None = No
     logged, saved, total = state.frames, state.frames, round(config.total_kframes * 1000)
     started = time.perf_counter() - state.seconds
     bar = tqdm(total=total, initial=state.frames, unit="frame", unit_scale=True, smoothing=0.02, disable=None)
+    gc.collect()
+    gc.freeze()  # what exists now lives to the end: Python's garbage collector need not look at it every step
     while state.frames < total and not stop.requested:
         real = next(data)
         draw = Draws(config, clips, device, state)
@@ -78,7 +81,7 @@ def train(config: TrainConfig, out: Path | None = None, resume: Path | None = No
         discriminator_step(state, real, fake_logits, draw, config, stats)
         if config.r1_gamma and state.step % config.r1_interval == 0:
             r1_step(state, real, draw, config, stats)
-        update_ema(state.ema, state.G, config)
+        update_ema(state, config)
         state.step += 1
         state.frames += config.frames_per_step
         adjust_ada(state, config)
@@ -98,6 +101,7 @@ def train(config: TrainConfig, out: Path | None = None, resume: Path | None = No
             save_grids(run, state.ema, state.frames, DATASETS[config.dataset].fps)
     bar.close()
     data.close()
+    gc.unfreeze()
     if stop.requested:
         print(f"stopped and saved at {state.frames / 1000:.1f} k frames; go on with: python train.py --resume {run}")
     else:
@@ -221,11 +225,14 @@ def optimize(adam, stats):
 
 
 @torch.no_grad()
-def update_ema(ema, G, config):
+def update_ema(state, config):
     """ema ← G + (ema − G) · ½^(clips of a step / half-life); buffers (w_avg) are copied."""
-    beta = 0.5 ** (config.batch_clips / (config.ema_half_life_kclips * 1000))
-    torch._foreach_lerp_(list(ema.parameters()), list(G.parameters()), 1 - beta)
-    for average, buffer in zip(ema.buffers(), G.buffers()):
+    half_life = config.ema_half_life_kclips * 1000
+    if config.ema_rampup:
+        half_life = min(half_life, config.ema_rampup * config.batch_clips * (state.step + 1))
+    beta = 0.5 ** (config.batch_clips / half_life)
+    torch._foreach_lerp_(list(state.ema.parameters()), list(state.G.parameters()), 1 - beta)
+    for average, buffer in zip(state.ema.buffers(), state.G.buffers()):
         average.copy_(buffer)
 
 

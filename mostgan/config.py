@@ -153,6 +153,8 @@ class TrainConfig:
     """λ of the motion diversity loss (paper 3.4)"""
     ema_half_life_kclips: float = 20.0
     """half-life of the averaged generator's weights, in thousands of clips"""
+    ema_rampup: float = 0.0
+    """if not 0, the half-life is at most this fraction of the clips so far: early averages forget the random start"""
     augment: str = "bgc"
     """ADA pipeline: bgc, bgc_noro, easy or none"""
     ada_target: float = 0.6
@@ -210,7 +212,7 @@ def train_preset(preset: str, dataset: str) -> TrainConfig:
         )
         return TrainConfig(
             model, preset, dataset, augment=chosen.augment, batch_clips=8, batch_split=1, shared_fakes=True,
-            r1_gamma=1.0, ema_half_life_kclips=2.0, total_kframes=48, log_kframes=0.48, snapshot_kframes=12,
+            r1_gamma=1.0, ema_half_life_kclips=2.0, ema_rampup=0.1, total_kframes=36, log_kframes=0.48, snapshot_kframes=6,
             precision="float32", workers=0,
         )
     raise UserError(f"preset {preset!r} is not known: paper256 or tiny")

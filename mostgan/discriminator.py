@@ -7,7 +7,7 @@ from torch import nn
 
 import kernels
 from mostgan.config import ModelConfig
-from mostgan.layers import Conv2d, Linear, Mapping
+from mostgan.layers import Conv2d, Linear, Mapping, full_precision
 
 
 class ResidualBlock(nn.Module):
@@ -38,11 +38,12 @@ class TimeCondition(nn.Module):
         self.embed = Linear((256 + waves) * (config.frames_per_clip - 1) + config.num_labels, out_dim)
         self.layers = Mapping(out_dim, out_dim, config.mapping_layers)
 
+    @full_precision
     def forward(self, t, label=None):
         """t: [B, T] in frames, label: [B, num_labels] → cmap [B, out_dim]."""
         delta = t.diff(dim=1)
         octaves = torch.arange(int(math.log2(self.max_num_frames)), device=t.device)
-        raw = delta.float().unsqueeze(2) * (math.pi / self.max_num_frames * torch.exp2(octaves))
+        raw = delta.to(self.table.weight.dtype).unsqueeze(2) * (math.pi / self.max_num_frames * torch.exp2(octaves))
         condition = torch.cat([self.table(delta.round().long()), raw.sin(), raw.cos()], dim=2).flatten(1)
         if label is not None:
             condition = torch.cat([label, condition], dim=1)
@@ -72,6 +73,7 @@ class Epilogue(nn.Module):
         self.fc = Linear(channels * 4 * 4, hidden, lrelu=True)
         self.out = Linear(hidden, out_dim)
 
+    @full_precision
     def forward(self, x):
         """x: [B, C, 4, 4] → [B, out_dim]."""
         x = self.conv(minibatch_std(x, self.mbstd_group))
@@ -113,4 +115,4 @@ class Discriminator(nn.Module):
                 x = x.reshape(clips, -1, r, r).contiguous(memory_format=torch.channels_last)
             x = getattr(self, f"b{r}")(x)
         cmap = self.time_condition(t, label)
-        return (self.b4(x.float()) * cmap).sum(dim=1) / math.sqrt(cmap.shape[1])
+        return (self.b4(x.to(cmap.dtype)) * cmap).sum(dim=1) / math.sqrt(cmap.shape[1])

@@ -1,5 +1,6 @@
 """Equalized-rate layers that generator and discriminator share (spec §1, §3)."""
 
+import functools
 import math
 
 import torch
@@ -7,6 +8,17 @@ import torch.nn.functional as F
 from torch import nn
 
 import kernels
+
+
+def full_precision(forward):
+    """Decorator: run a module's method outside autocast. For what is small and sets the rest: mapping, styles, time."""
+
+    @functools.wraps(forward)
+    def wrapped(self, x, *args):
+        with torch.autocast(x.device.type, enabled=False):
+            return forward(self, x, *args)
+
+    return wrapped
 
 
 class Linear(nn.Module):
@@ -24,6 +36,10 @@ class Linear(nn.Module):
         """x: [N, in_dim] → [N, out_dim]."""
         x = F.linear(x, self.weight * self.weight_gain, None if self.bias is None else self.bias * self.bias_gain)
         return kernels.lrelu(x) if self.lrelu else x
+
+    def double_forward(self, x):
+        """The same without bias and activation, in float64 whatever the weight's dtype."""
+        return F.linear(x, self.weight.double() * self.weight_gain)
 
 
 class Conv2d(nn.Module):

@@ -12,7 +12,7 @@ from torch import nn
 
 import kernels
 from mostgan.config import ModelConfig, UserError
-from mostgan.layers import Linear, Mapping
+from mostgan.layers import Linear, Mapping, full_precision
 from mostgan.motion import MotionCodes, MotionNetwork, content_latent, motion_noise
 
 
@@ -28,6 +28,7 @@ class ContentMapping(nn.Module):
         self.layers = Mapping(in_dim, config.w_dim, config.mapping_layers)
         self.register_buffer("w_avg", torch.zeros(config.w_dim))
 
+    @full_precision
     def forward(self, z, label=None):
         """z: [B, z_dim], label: one-hot [B, num_labels] → w [B, w_dim]."""
         x = kernels.normalize(z)
@@ -63,6 +64,7 @@ class SynthesisLayer(nn.Module):
             factors = config.rank * (in_channels + 3 + 3)
             self.hypernetwork = Linear(config.motion_vector_dim, factors, bias=False, lrelu=True)
 
+    @full_precision
     def content(self, w):
         """What all frames of a clip share in this layer. w: [B, w_dim]."""
         weight, style = self.weight, self.affine(w)
@@ -119,6 +121,7 @@ class ToRGB(nn.Module):
         self.bias = nn.Parameter(torch.zeros(3))
         self.affine = Linear(config.w_dim, in_channels, bias_init=1.0)
 
+    @full_precision
     def content(self, w):
         """w: [B, w_dim] → one small kernel per clip, [B, 3, I]."""
         content_style = self.affine(w) / math.sqrt(self.weight.shape[1])
@@ -180,7 +183,7 @@ class Synthesis(nn.Module):
                 x, score = conv(x, conv_content, motion_vectors)
                 if score is not None:
                     scores.append(score)
-            rgb = torgb(x, rgb_weight).float()  # the image is summed in float32 under autocast too
+            rgb = torgb(x, rgb_weight).to(motion_code.dtype)  # the image is summed in float32 under autocast too
             image = rgb if image is None else kernels.upsample2d(image) + rgb
         return image, scores
 

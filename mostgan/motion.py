@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from mostgan.layers import Linear
+from mostgan.layers import Linear, full_precision
 
 CODE_ANCHORS = 21  # code u_j depends on noise rows j … j+20
 FRAME_ANCHORS = CODE_ANCHORS + 1  # a frame lies between codes u_l and u_{l+1}
@@ -72,16 +72,20 @@ class MotionCodes(nn.Module):
         return 2 * math.pi / torch.exp2(log_period)
 
     def anchor_codes(self, noise):
-        """Noise rows [G, J, C] → codes u [G, J − 20, C]: unpadded convolutions, leaky ReLU without gain."""
-        u = noise.transpose(1, 2)
+        """Noise rows [G, J, C] → codes u, float64 [G, J − 20, C]: unpadded convolutions, leaky ReLU without gain."""
+        u = noise.double().transpose(1, 2)
         for weight, bias in ((self.conv0, self.conv0_bias), (self.conv1, self.conv1_bias)):
             weight_gain = 0.01 / math.sqrt(weight[0].numel())
-            u = F.leaky_relu(F.conv1d(u, weight * weight_gain, bias * 0.01), 0.2)
+            u = F.leaky_relu(F.conv1d(u, weight.double() * weight_gain, bias.double() * 0.01), 0.2)
         return u.transpose(1, 2)
 
+    @full_precision
     def forward(self, t, noise, first_anchor, label=None):
         """t: float64 [G, S] times of S frames per row of noise; noise: [G, J, C], row 0 being anchor first_anchor [G];
         label: [G, num_labels] → motion codes [G·S, motion_code_dim]. Rows needed: anchors floor(t/D) … + 21.
+
+        In float64 from the noise to the sine: radians reach 10⁸ in far frames, so a period that is off in its eighth
+        digit would be another phase. It is a small part of the work, and done once per anchor.
         """
         if label is not None:
             noise = torch.cat([noise, label.unsqueeze(1).expand(-1, noise.shape[1], -1)], dim=2)
@@ -93,18 +97,17 @@ class MotionCodes(nn.Module):
         index = left.long() - first_anchor.unsqueeze(1)
         u_left, u_right = u[clip, index].flatten(0, 1), u[clip, index + 1].flatten(0, 1)
 
-        # Radians reach 10⁸ in far frames: float64 up to the sine, whatever the model's own precision.
         omega = self.frequencies(t.device)
-        omega_p = omega * (torch.tanh(self.period(u_left)).double() + 1)
-        phase = self.phase(u_left).double() * (omega * (self.max_period / (2 * math.pi)))
+        omega_p = omega * (torch.tanh(self.period.double_forward(u_left)) + 1)
+        phase = self.phase.double_forward(u_left) * (omega * (self.max_period / (2 * math.pi)))
         waves = []
         for tau in (t, left * D, (left + 1) * D):
             raw = omega_p * tau.reshape(-1, 1) + phase
             waves.append(torch.cat([raw.sin(), raw.cos()], dim=1))
         e, e_left, e_right = waves
-        a_left, a_right = self.aligner(u_left), self.aligner(u_right)
-        v = (e - torch.lerp(e_left, e_right, alpha)).to(a_left.dtype)
-        return v + torch.lerp(a_left, a_right, alpha.to(a_left.dtype))
+        a_left, a_right = self.aligner.double_forward(u_left), self.aligner.double_forward(u_right)
+        v = e - torch.lerp(e_left, e_right, alpha) + torch.lerp(a_left, a_right, alpha)
+        return v.to(self.conv0.dtype)
 
 
 class MotionNetwork(nn.Module):
@@ -117,6 +120,7 @@ class MotionNetwork(nn.Module):
         self.fc0 = Linear(config.w_dim + config.motion_code_dim, hidden, lrelu=True)
         self.fc1 = Linear(hidden, config.motion_styles * config.motion_vector_dim)
 
+    @full_precision
     def forward(self, w, motion_code):
         """w: [B, w_dim], motion_code: [N, motion_code_dim] → motion vectors [N, K, motion_vector_dim]."""
         w = w.repeat_interleave(len(motion_code) // len(w), dim=0)

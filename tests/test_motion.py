@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from mostgan.config import ModelConfig
-from mostgan.motion import FRAME_ANCHORS, content_latent, motion_noise
 from mostgan.model import Generator
+from mostgan.motion import FRAME_ANCHORS, content_latent, motion_noise
 
 CONFIG = ModelConfig(
     resolution=32, channel_base=512, channel_max=24, z_dim=32, w_dim=32, motion_noise_dim=30, motion_code_dim=32,

@@ -96,27 +96,29 @@ def motion_modulation(motion_style, in_channels, kernel_size):
     return (a.transpose(2, 3) @ bc).flatten(2) / math.sqrt(rank)
 
 
-def mostatt(content_weight, motion_style, clip_style=None):
+def mostatt(content_weight, motion_style):
     """Motion style attention (MoStAtt, spec §5, Eq. 2): one modulated weight per frame.
 
     content_weight: [B, O, I, k, k], W of Eq. 2; frame n uses row n // (N / B), so frames of a clip share theirs.
     motion_style: [N, K, R, I + k + k].
     Returns weight W' [N, O, I, k, k] and the pre-softmax score [N, O, K].
     """
-    clips, out_channels, in_channels, kernel_size, _ = content_weight.shape
-    frames = motion_style.shape[0]
-    M = motion_modulation(motion_style, in_channels, kernel_size)
-    W = content_weight.reshape(clips, 1, out_channels, -1)
-    M = M.unflatten(0, (clips, frames // clips))  # [B, T, K, I·k·k]
-    score = W @ M.transpose(2, 3) / math.sqrt(W.shape[-1])  # [B, T, O, K]
-    A = score.softmax(dim=3)
-    P = A @ M  # [B, T, O, I·k·k]
+    clips, _, in_channels, kernel_size, _ = content_weight.shape
+    W = content_weight.flatten(2)  # [B, O, I·k·k]
+    M = motion_modulation(motion_style, in_channels, kernel_size)  # [N, K, I·k·k]
+    of_clip = M.reshape(clips, -1, M.shape[2])  # the styles of all frames of a clip meet its weight in one product
+    score = W @ of_clip.transpose(1, 2) / math.sqrt(M.shape[2])  # [B, O, T·K]
+    score = score.unflatten(2, (-1, M.shape[1])).transpose(1, 2).flatten(0, 1)  # [N, O, K]
+    A = score.softmax(dim=2)
+    P = A @ M  # [N, O, I·k·k]
     # leaky_relu(P / max) = leaky_relu(P) / max: one pass less over the weights. Where P is all zero so is
     # leaky_relu(P), and any divisor gives the 0 wanted.
-    peak = torch.maximum(P.amax(dim=(2, 3), keepdim=True), -P.amin(dim=(2, 3), keepdim=True))
+    peak = torch.maximum(P.amax(dim=(1, 2), keepdim=True), -P.amin(dim=(1, 2), keepdim=True))
     peak = torch.where(peak > 0, peak, 1)
-    weight = W * (1 + F.leaky_relu(P, LEAKY_SLOPE) / peak)
-    return weight.reshape(frames, *content_weight.shape[1:]), score.flatten(0, 1)
+    P_hat = (F.leaky_relu(P, LEAKY_SLOPE) / peak).unflatten(0, (clips, -1))
+    W = W.unsqueeze(1)
+    weight = torch.addcmul(W, W, P_hat)  # W · (1 + P_hat)
+    return weight.reshape(-1, *content_weight.shape[1:]), score
 
 
 def demodulation(weight):
@@ -173,3 +175,12 @@ def mostatt_demod(content_weight, motion_style, clip_style=None, dtype=None, wan
         weight = weight * clip_style[:, None, :, None, None]
     demod = demodulation(weight)
     return weight.to(dtype or weight.dtype) if want_weight else weight.new_empty(0), score, demod
+
+
+def epilogue(x, demod, bias, up=1, clamp=None):
+    """What follows a synthesis convolution: with up=2 the transposed convolution's FIR, then `demod_bias_lrelu`.
+
+    clamp: bound of the result's magnitude (spec §1), or None. Shapes as in `fir` and `demod_bias_lrelu`.
+    """
+    x = demod_bias_lrelu(fir(x, 1, gain=4.0) if up == 2 else x, demod, bias)
+    return x if clamp is None else x.clamp(-clamp, clamp)

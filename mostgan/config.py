@@ -187,6 +187,8 @@ class TrainConfig:
         if piece % min(group, piece):
             raise UserError(f"a piece of the batch has {piece} clips (batch_clips / batch_split), but must have a "
                             f"multiple of mbstd_group {group}")
+        if self.augment not in ("bgc", "bgc_noro", "easy", "none"):
+            raise UserError(f"augment is {self.augment!r}: bgc, bgc_noro, easy or none")
         if self.precision not in ("bf16", "float32"):
             raise UserError(f"precision is {self.precision!r}: bf16 or float32")
 

@@ -41,12 +41,18 @@ def check(out, ref, tolerance, what):
 
 
 def names(prefix):
-    found = [name for name in FILES if name.startswith(prefix)]
-    return found or [pytest.param(None, marks=pytest.mark.xfail(reason=f"no {prefix} file in {FOLDER}", run=False))]
+    return [name for name in FILES if name.startswith(prefix)]
 
 
-def test_there_are_golden_files():
+def cases(prefix):
+    """(file, case) of files that hold several cases, each with a prefix of its own on the keys."""
+    return [(name, case) for name in names(prefix) for case in sorted({key.split(".")[0] for key in read(name)[0]})]
+
+
+def test_every_file_is_checked():
     assert FILES, f"no golden files in {FOLDER}"
+    known = ("generator", "discriminator", "mostatt", "modconv", "augment")
+    assert [name for name in FILES if not name.startswith(known)] == []
 
 
 @pytest.mark.parametrize("name", names("generator"))
@@ -56,18 +62,20 @@ def test_generator(name):
     model = Generator(config)
     model.load_state_dict(from_released_names(state_of(tensors)), strict=True)
     z, t, noise, label = (tensors.get(f"in.{key}") for key in ("z", "t", "motion_noise", "label"))
+    first_anchor = torch.zeros(len(z), dtype=torch.long)
     frames, scores = model(z, t.double(), noise, label=label, return_scores=True)
-    w = model.mapping(z, label)
-    if "out.w" in tensors:
-        check(w, tensors["out.w"], FLOAT32, "w")
-    if "out.motion_code" in tensors:
-        first_anchor = torch.zeros(len(z), dtype=torch.long)
-        check(model.motion_codes(t.double(), noise, first_anchor, label), tensors["out.motion_code"], FLOAT32, "v")
-    check(frames, tensors["out.frames"], FLOAT32, "frames")
-    truncated = model(z, t.double(), noise, label=label, psi=0.7)
-    check(truncated, tensors["out.frames_psi0.7"], FLOAT32, "frames at psi 0.7")
-    if "out.diversity" in tensors:
-        check(diversity(scores, config.num_ws).view(1), tensors["out.diversity"], FLOAT32, "diversity")
+    ours = {
+        "w": model.mapping(z, label),
+        "motion_code": model.motion_codes(t.double(), noise, first_anchor, label),
+        "frames": frames,
+        "frames_psi0.7": model(z, t.double(), noise, label=label, psi=0.7),
+    }
+    if scores:
+        ours["diversity"] = diversity(scores, config.num_ws).view(1)
+    references = state_of(tensors, "out.")
+    assert "frames" in references
+    for key, reference in references.items():
+        check(ours[key], reference, FLOAT32, key)
 
 
 @pytest.mark.parametrize("name", names("discriminator"))
@@ -77,17 +85,15 @@ def test_discriminator(name):
     model.load_state_dict(from_released_names(state_of(tensors), discriminator=True), strict=True)
     frames, t, label = tensors["in.frames"].requires_grad_(), tensors["in.t"], tensors.get("in.label")
     logits = model(frames, t, label)
-    check(logits, tensors["out.logits"], FLOAT32, "logits")
     (frame_grads,) = torch.autograd.grad(logits.sum(), frames)
-    check(frame_grads, tensors["out.frame_grads"], FLOAT32, "gradients of the frames")
+    penalty = 10 / 2 * r1_penalty(lambda x: model(x, t, label), frames)
+    ours = {"logits": logits, "frame_grads": frame_grads, "r1_penalty_gamma10": penalty.view(1)}
+    for key, reference in state_of(tensors, "out.").items():
+        check(ours[key], reference, FLOAT32, key)
 
-    penalty = r1_penalty(lambda x: model(x, t, label), frames)
-    check(10 / 2 * penalty.view(1), tensors["out.r1_penalty_gamma10"], FLOAT32, "R1")
-    (10 / 2 * penalty).backward()
-    references = state_of(tensors, "r1_grad.")
-    references = from_released_names(references, discriminator=True)
+    penalty.backward()
     parameters = dict(model.named_parameters())
-    for key, reference in references.items():
+    for key, reference in from_released_names(state_of(tensors, "r1_grad."), discriminator=True).items():
         gradient = parameters[key].grad
         gradient = torch.zeros_like(reference) if gradient is None else gradient
         if reference.norm() > 1e-6:
@@ -96,43 +102,29 @@ def test_discriminator(name):
             assert gradient.norm() <= 1e-5, f"R1 gradient of {key} should vanish"
 
 
-def mostatt_cases():
-    return sorted({key.split(".")[0] for key in read("mostatt")[0]}) if "mostatt" in FILES else []
-
-
-@pytest.mark.parametrize("case", mostatt_cases())
-def test_mostatt(case):
-    tensors = state_of(read("mostatt")[0], f"{case}.")
-    content_weight = tensors["content_weight"].requires_grad_()
-    motion_style = tensors["motion_style"].requires_grad_()
-    weight, score = kernels.mostatt(content_weight, motion_style)
+@pytest.mark.parametrize("name, case", cases("mostatt"))
+def test_mostatt(name, case):
+    tensors = state_of(read(name)[0], f"{case}.")
+    inputs = tensors["content_weight"].requires_grad_(), tensors["motion_style"].requires_grad_()
+    weight, score = kernels.mostatt(*inputs)
     check(weight, tensors["weight"], FLOAT64, "weight")
-    inputs = (content_weight, motion_style)
+    check(diversity([score], 1).view(1), tensors["diversity"], FLOAT64, "diversity")
     for value, prefix in (((weight * tensors["grad_weight"]).sum(), ""), (diversity([score], 1), "diversity_")):
         gradients = torch.autograd.grad(value, inputs, retain_graph=True)
         check(gradients[0], tensors[f"{prefix}grad_content_weight"], FLOAT64, f"{prefix}gradient of W")
         check(gradients[1], tensors[f"{prefix}grad_motion_style"], FLOAT64, f"{prefix}gradient of the motion style")
-    check(diversity([score], 1).view(1), tensors["diversity"], FLOAT64, "diversity")
 
 
-@pytest.mark.parametrize("op, ours", [
-    ("upsample", kernels.upsample2d), ("downsample", kernels.downsample2d), ("filter", kernels.filter2d),
-])
-def test_fir(op, ours):
-    if "modconv" in FILES:
-        tensors = read("modconv")[0]
-        check(ours(tensors["fir.x"]), tensors[f"fir.{op}"], FLOAT32, op)
-
-
-def modconv_cases():
-    keys = read("modconv")[0] if "modconv" in FILES else ()
-    return sorted({key.split(".")[0] for key in keys} - {"fir", "filter"})
-
-
-@pytest.mark.parametrize("case", modconv_cases())
-def test_modulated_convolution(case):
-    """The ops in the order of a synthesis layer, without its bias and activation."""
-    tensors = state_of(read("modconv")[0], f"{case}.")
+@pytest.mark.parametrize("name, case", cases("modconv"))
+def test_modulated_convolution(name, case):
+    """The FIR operations; and the ops in the order of a synthesis layer, without its bias and activation."""
+    tensors = state_of(read(name)[0], f"{case}.")
+    if case == "filter":
+        return
+    if case == "fir":
+        for op in ("upsample2d", "downsample2d", "filter2d"):
+            check(getattr(kernels, op)(tensors["x"]), tensors[op.removesuffix("2d")], FLOAT32, op)
+        return
     weight = tensors["weight"] * tensors["content_style"][:, None, :, None, None]
     up = 2 if "up" in case else 1
     if "motion_style" in tensors:

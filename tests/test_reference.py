@@ -1,0 +1,63 @@
+"""The plain ops where no golden file looks: gradients of gradients, sizes, memory layouts."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import kernels
+from kernels import reference
+
+
+@pytest.mark.parametrize("op", [
+    reference.filter2d, reference.downsample2d, reference.upsample2d, lambda x: reference.fir(x, 2),
+    lambda x: reference.fir(x, 1, gain=4.0),
+], ids=["filter", "downsample", "upsample", "fir pad 2", "fir pad 1"])
+def test_fir_differentiates_twice(op):
+    x = torch.randn(2, 3, 6, 8, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(op, (x,)) and torch.autograd.gradgradcheck(op, (x,))
+
+
+def test_fir_keeps_a_constant():
+    """The filter sums to 1 (4 in upsampling, for the zeros between): away from the border, one color stays."""
+    x = torch.ones(1, 2, 16, 16)
+    for op, inner in ((reference.filter2d, 12), (reference.downsample2d, 4), (reference.upsample2d, 26)):
+        y = op(x)
+        border = (y.shape[2] - inner) // 2
+        assert torch.allclose(y[..., border:-border, border:-border], torch.ones(()))
+
+
+@pytest.mark.parametrize("up", [1, 2])
+@pytest.mark.parametrize("frames, channels, size", [(1, 5, 8), (3, 5, 8), (20, 7, 9), (2, 512, 8), (2, 24, 32)])
+def test_one_kernel_per_frame(frames, channels, size, up):
+    """Every way the per-frame convolution is computed in gives what each frame gives alone."""
+    x, weight = torch.randn(frames, channels, size, size).double(), torch.randn(frames, 3, channels, 3, 3).double()
+    y = reference.conv2d_per_frame(x, weight, up)
+    for n in range(frames):
+        if up == 2:
+            alone = F.conv_transpose2d(x[n : n + 1], weight[n].transpose(0, 1), stride=2)
+        else:
+            alone = F.conv2d(x[n : n + 1], weight[n], padding=1)
+        assert torch.allclose(y[n : n + 1], alone)
+
+
+def test_epilogue():
+    x, demod, bias = torch.randn(4, 3, 5, 5).double(), torch.rand(4, 3).double(), torch.randn(3).double()
+    expected = F.leaky_relu(x * demod[:, :, None, None] + bias[:, None, None], 0.2) * 2**0.5
+    assert torch.allclose(reference.demod_bias_lrelu(x.clone(), demod, bias), expected)
+
+
+def test_diversity_of_orthogonal_and_of_equal_styles():
+    """Orthogonal rows: the Gram matrix is the identity, mean square 1 / rows. Equal rows: all ones, mean square 1."""
+    from mostgan.loss import diversity
+
+    orthogonal = torch.eye(8).double()[None] * 3  # one frame, 8 styles, 8 output channels
+    assert torch.allclose(diversity([orthogonal], 1), torch.tensor(1 / 8).double(), atol=1e-6)
+    equal = torch.ones(2, 5, 4).double()
+    assert torch.allclose(diversity([equal, equal], 4), torch.tensor(2 / 4).double(), atol=1e-6)
+
+
+@pytest.mark.parametrize("k, rank, styles", [(1, 1, 1), (3, 2, 5)])
+def test_public_mostatt_on_a_cpu_is_the_plain_one(k, rank, styles):
+    W, style = torch.randn(2, 7, 5, k, k), torch.randn(6, styles, rank, 5 + 2 * k)
+    for ours, plain in zip(kernels.mostatt(W, style), reference.mostatt(W, style)):
+        assert torch.equal(ours, plain)

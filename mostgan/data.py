@@ -1,11 +1,11 @@
 """Packed clips → batches of frames and times: opening, frame sampling (spec §8), an endless reproducible loader.
 
 Sample number i of a run is a pure function of (seed, i), so a run resumed at batch k goes on exactly as if it had never
-stopped.
+stopped. Of `world` processes, the one of this rank takes the samples rank, rank + world, …: together they make the run
+that one process would make with batches `world` times as large.
 """
 
 import itertools
-import json
 import os
 import threading
 from collections import deque
@@ -21,6 +21,8 @@ import torch
 
 from mostgan import prepare, sky, sources
 from mostgan.config import UserError
+from mostgan.packing import read_index
+from mostgan.sources import JOURNAL
 from mostgan.video import FrameDecoder
 
 SPANS = (2, 4, 8, 16, 32)  # frames between the first and the last frame of a sample
@@ -39,28 +41,36 @@ class Clips:
 
     def __init__(self, path):
         self.path = Path(path)
-        self.info = _read_index(self.path)
-        clips = self.info["clips"]
-        self.resolution, self.fps = self.info["resolution"], self.info["fps"]
-        self.builtin = self.info.get("builtin", False)
+        self.info = read_index(self.path)
+        try:
+            self._read(self.info)
+        except (KeyError, TypeError, ValueError):
+            raise UserError(f"{self.path / 'index.json'} is damaged; prepare {self.path} again") from None
+        # Opened now, not when needed: another process may make the folder anew while this one goes on with the old one.
+        self._maps = []
+        for shard in self.info["shards"]:
+            file = self.path / shard["file"]
+            if not file.is_file() or file.stat().st_size != shard["bytes"]:
+                raise UserError(f"{file} is missing or cut short; prepare {self.path} again")
+            self._maps.append(np.memmap(file, np.uint8, mode="r"))
+        try:
+            self._offsets = np.load(self.path / "offsets.npy", mmap_mode="r")
+        except (OSError, ValueError):
+            raise UserError(f"{self.path / 'offsets.npy'} is missing or damaged; prepare {self.path} again") from None
+        fits = self._offsets.shape == (self.lengths.sum() + 1,) and self._offsets.dtype == np.int64
+        if not fits or self._offsets[-1] != self._shard_ends[-1]:
+            raise UserError(f"{self.path / 'offsets.npy'} does not fit the index; prepare {self.path} again")
+
+    def _read(self, info):
+        clips = info["clips"]
+        self.resolution, self.fps, self.builtin = info["resolution"], info["fps"], info.get("builtin", False)
         self.names = [clip["name"] for clip in clips]
         self.lengths = np.array([clip["frames"] for clip in clips], np.int64)
         labelled = all(clip["label"] is not None for clip in clips)
         self.labels = np.array([clip["label"] for clip in clips], np.int64) if labelled else None
         self.num_labels = int(self.labels.max()) + 1 if labelled else 0
         self._first = np.cumsum(self.lengths) - self.lengths  # each clip's first frame among all frames
-        self._shard_ends = np.cumsum([shard["bytes"] for shard in self.info["shards"]])
-        self._maps = {}
-        for shard in self.info["shards"]:
-            file = self.path / shard["file"]
-            if not file.is_file() or file.stat().st_size != shard["bytes"]:
-                raise UserError(f"{file} is missing or cut short; prepare {self.path} again")
-        try:
-            self._offsets = np.load(self.path / "offsets.npy", mmap_mode="r")
-        except (OSError, ValueError):
-            raise UserError(f"{self.path / 'offsets.npy'} is missing or damaged; prepare {self.path} again") from None
-        if self._offsets.shape != (self.lengths.sum() + 1,) or self._offsets[-1] != self._shard_ends[-1]:
-            raise UserError(f"{self.path / 'offsets.npy'} does not fit the index; prepare {self.path} again")
+        self._shard_ends = np.cumsum([shard["bytes"] for shard in info["shards"]])
 
     def __len__(self):
         return len(self.lengths)
@@ -78,7 +88,7 @@ class Clips:
         for image, index in zip(out, indices):
             try:
                 decoder.decode(self._coded(self._first[clip] + index), image)
-            except (av.FFmpegError, ValueError):
+            except (av.FFmpegError, ValueError, IndexError):  # IndexError: an offset that lies in no shard
                 raise UserError(
                     f"{self.path}: frame {index} of {self.names[clip]} is damaged; prepare it again"
                 ) from None
@@ -87,26 +97,8 @@ class Clips:
     def _coded(self, frame):
         start, stop = self._offsets[frame : frame + 2]
         shard = int(np.searchsorted(self._shard_ends, start, side="right"))
-        if shard not in self._maps:
-            self._maps[shard] = np.memmap(self.path / self.info["shards"][shard]["file"], np.uint8, mode="r")
-        base = self._shard_ends[shard] - self.info["shards"][shard]["bytes"]
+        base = self._shard_ends[shard] - len(self._maps[shard])
         return self._maps[shard][start - base : stop - base].tobytes()
-
-
-def _read_index(path):
-    if not (path / "index.json").is_file():
-        raise UserError(f"{path} is not a folder of packed clips (it has no index.json)")
-    try:
-        info = json.loads((path / "index.json").read_text(encoding="utf-8"))
-    except ValueError:
-        info = None
-    if not isinstance(info, dict) or info.get("format") != prepare.FORMAT:
-        raise UserError(f"{path / 'index.json'} is not an index of packed clips; prepare {path} again")
-    if info.get("version") != prepare.VERSION:
-        raise UserError(
-            f"{path} has format version {info.get('version')}, this program reads {prepare.VERSION}; prepare it again"
-        )
-    return info
 
 
 _local = threading.local()
@@ -138,19 +130,30 @@ def sample_span(length, num_frames, rng):
     return np.concatenate(([0], between, [span])).astype(np.int64)
 
 
-def sample_real(length, num_frames, rng, max_num_frames=1024):
+def sample_uniform(length, num_frames, rng):
+    """As sample_span, without its spans: once the offset is drawn too, any T frames of the clip are equally likely."""
+    if length < num_frames:
+        raise ValueError(f"a clip of {length} frames cannot give {num_frames}")
+    frames = np.sort(rng.choice(length, num_frames, replace=False))
+    return frames - frames[0]
+
+
+SAMPLINGS = {"spans": sample_span, "uniform": sample_uniform}
+
+
+def sample_real(length, num_frames, rng, max_num_frames=1024, sampling="spans"):
     """Which frames of a clip to show the discriminator: (frame indices int64 [T], times float64 [T]).
 
     A clip longer than max_num_frames is cut to a random window first, from whose start the times count.
     """
     window = int(rng.integers(0, length - max_num_frames + 1)) if length > max_num_frames else 0
     length = min(length, max_num_frames)
-    relative = sample_span(length, num_frames, rng)
+    relative = SAMPLINGS[sampling](length, num_frames, rng)
     times = rng.integers(0, length - relative[-1]) + relative  # the offset is in [0, length − span − 1]
     return window + times, times.astype(np.float64)
 
 
-def sample_fake(lengths, batch, num_frames, rng, max_num_frames=1024):
+def sample_fake(lengths, batch, num_frames, rng, max_num_frames=1024, sampling="spans"):
     """Times for the generator: float64 [batch,T]. As sample_real, with a length drawn from the data's."""
     lengths = np.minimum(lengths, max_num_frames)
     lengths = lengths[lengths >= num_frames]
@@ -158,7 +161,7 @@ def sample_fake(lengths, batch, num_frames, rng, max_num_frames=1024):
         raise ValueError(f"no clip has {num_frames} frames")
     t = np.empty((batch, num_frames))
     for row, length in zip(t, rng.choice(lengths, batch)):
-        relative = sample_span(length, num_frames, rng)
+        relative = SAMPLINGS[sampling](length, num_frames, rng)
         row[:] = rng.uniform(0, length - relative[-1] - 1) + relative
     return t
 
@@ -175,9 +178,10 @@ class Batch(NamedTuple):
 class _Batches:
     """Batch number k by index: the pure function that threads or worker processes evaluate ahead."""
 
-    def __init__(self, clips, batch_size, num_frames, seed, mirror, max_num_frames):
+    def __init__(self, clips, batch_size, num_frames, seed, mirror, max_num_frames, sampling, rank, world):
         self.clips, self.batch_size, self.num_frames = clips, batch_size, num_frames
-        self.seed, self.mirror, self.max_num_frames = seed, mirror, max_num_frames
+        self.seed, self.mirror, self.max_num_frames, self.sampling = seed, mirror, max_num_frames, sampling
+        self.rank, self.world = rank, world
         self.usable = np.flatnonzero(clips.lengths >= num_frames)
         if not len(self.usable):
             longest = clips.lengths.max()
@@ -185,7 +189,8 @@ class _Batches:
 
     def __getitem__(self, k):
         clips, samples, orders = self.clips, [], {}
-        for i in range(k * self.batch_size, (k + 1) * self.batch_size):
+        first = k * self.batch_size * self.world
+        for i in range(first + self.rank, first + self.batch_size * self.world, self.world):
             epoch, place = divmod(i, len(self.usable))
             if epoch not in orders:
                 orders[epoch] = np.random.default_rng([self.seed, 0, epoch]).permutation(self.usable)
@@ -194,32 +199,52 @@ class _Batches:
         t = np.empty((self.batch_size, self.num_frames), np.float32)
         label = np.zeros(self.batch_size, np.int64)
         for b, (clip, rng) in enumerate(samples):
-            indices, t[b] = sample_real(clips.lengths[clip], self.num_frames, rng, self.max_num_frames)
+            indices, t[b] = sample_real(clips.lengths[clip], self.num_frames, rng, self.max_num_frames, self.sampling)
             images = clips.frames(clip, indices)
             frames[b] = images[..., ::-1] if self.mirror and rng.random() < 0.5 else images
             label[b] = 0 if clips.labels is None else clips.labels[clip]
         return Batch(torch.from_numpy(frames), torch.from_numpy(t), torch.from_numpy(label))
 
 
-def batches(clips, batch_size, num_frames, seed, start=0, mirror=True, workers=0, max_num_frames=1024, device="cpu"):
+def batches(
+    clips, batch_size, num_frames, seed, start=0, mirror=True, workers=0, max_num_frames=1024, device="cpu",
+    sampling="spans", rank=0, world=1,
+):  # fmt: skip
     """Yields Batch number start, start + 1, … on `device`, forever; close() it, or drop it, to stop.
 
     Each pass over the data takes every clip once, in an order that depends on (seed, pass). mirror: half of the clips
-    are flipped left to right, all frames alike. workers: processes that decode ahead; 0 uses one thread, enough for
-    small models. Several processes of a run share the data by taking different seeds.
+    are flipped left to right, all frames alike. sampling: "spans" (spec §8) or "uniform" (any frames of the clip).
+    workers: processes that decode ahead; 0 uses one thread, enough for small models. rank, world: this process and how
+    many there are; they share each pass. Raises UserError where no clip has num_frames frames.
     """
-    source = _Batches(
-        clips, batch_size, num_frames, seed, mirror, max_num_frames
-    )  # complains now, not at the first batch
+    if sampling not in SAMPLINGS or not 0 <= rank < world:
+        raise ValueError(f"sampling {sampling!r} of {list(SAMPLINGS)}, rank {rank} of {world}")
+    # This complains now, not at the first batch.
+    source = _Batches(clips, batch_size, num_frames, seed, mirror, max_num_frames, sampling, rank, world)
     pin = torch.device(device).type == "cuda"
     ahead = _by_processes(source, start, workers, pin) if workers else _by_thread(source, start, pin)
-    return _deliver(ahead, device)
+    return _upload(ahead, device) if pin else _deliver(ahead, device)
 
 
 def _deliver(ahead, device):
     with closing(ahead):
         for batch in ahead:
-            yield Batch(*(tensor.to(device, non_blocking=True) for tensor in batch))
+            yield Batch(*(tensor.to(device) for tensor in batch))
+
+
+def _upload(ahead, device):
+    """Copies pinned batches to the GPU on a stream of their own, so that they need not wait for the step before them,
+    whose kernels are still queued when the host asks for the next batch."""
+    stream = torch.cuda.Stream(device)
+    with closing(ahead):
+        for batch in ahead:
+            with torch.cuda.stream(stream):
+                batch = Batch(*(tensor.to(device, non_blocking=True) for tensor in batch))
+            current = torch.cuda.current_stream(device)
+            current.wait_stream(stream)
+            for tensor in batch:
+                tensor.record_stream(current)  # else its memory could be given to the next copy too soon
+            yield batch
 
 
 def _by_thread(source, start, pin):
@@ -286,7 +311,7 @@ def open_data(path, dataset, resolution, cache=None):
     path = Path(path)
     if not path.exists():
         raise UserError(f"{path} does not exist")
-    if (path / "index.json").is_file() and (path / "offsets.npy").is_file():
+    if {"index.json", "offsets.npy"} <= (files := set(os.listdir(path) if path.is_dir() else ())) or JOURNAL in files:
         clips = Clips(path)
         if clips.resolution != resolution:
             raise UserError(

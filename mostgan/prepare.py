@@ -1,196 +1,107 @@
 """`python -m mostgan.prepare SRC DST --resolution 256`: videos, frame folders and zips of either → packed clips.
 
-A packed folder holds
-    index.json       version, resolution, settings, clips (name, frames, fps, label), shards, what was skipped
-    offsets.npy      int64 [F+1]: frame f of all frames is bytes offsets[f] … offsets[f+1] of the shards laid end to end
-    shard-00000.bin  coded frames (video.FrameEncoder), clip after clip; a clip never crosses a shard
-so that any frame is one slice of a memory map and one decode. The same input and settings give the same bytes.
+What a packed folder holds, and how packing survives being killed: packing.py. How clips are found and read: sources.py.
 """
 
-import fcntl
 import hashlib
-import json
-import os
-import shutil
 import sys
-import threading
-from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import torch
 import tyro
-from tqdm import tqdm
 
 from mostgan.config import UserError
-from mostgan.sources import UNREADABLE, find_sources
-from mostgan.video import FrameEncoder
+from mostgan.packing import FORMAT, VERSION, counts, crc_of, digest_of, pack, read_index
+from mostgan.sources import Framing, find_sources
 
-FORMAT, VERSION = "mostgan-clips", 1
-MIN_FRAMES = 3  # what one training sample takes from a clip
-SHARD_BYTES = 1 << 30
+__all__ = ["FORMAT", "VERSION", "check", "pack", "prepare", "summary", "table"]
+
+NAMED = 10  # skipped clips that the table names; the index names all
 
 
-def pack(sources, dst, resolution, lossless=False, extra=None, replace=False, jobs=None):
-    """Packs clips into the folder `dst`, which appears when all is done, and returns its index (a dict).
+def prepare(
+    src: tyro.conf.Positional[Path | None] = None,
+    dst: tyro.conf.Positional[Path | None] = None,
+    /,
+    resolution: int | None = None,
+    crop: str = "center",
+    masks: Path | None = None,
+    fps: float | None = None,
+    clip_length: int | None = None,
+    labels: str | None = None,
+    split: Literal["train", "test"] | None = None,
+    test_share: float = 0.1,
+    lossless: bool = False,
+    strict: bool = False,
+    check: Path | None = None,
+):
+    """Packs videos, folders of frames, or zips of either into a form that training reads frame by frame.
 
-    sources: objects with name, label, fps and frames(resolution), such as sources.Source or sky.SkyClip. extra: more
-    entries for the index. replace: an existing dst is replaced, at the end. Unreadable and short clips are named on
-    stderr and skipped. Raises UserError when no clip is left, when dst exists or cannot be written.
+    Interrupted, it leaves nothing that looks finished; the same command goes on where it stopped.
+
+    Args:
+        src: folder (nested and mixed as you like), zip, or single video.
+        dst: the folder to make.
+        resolution: side of the square frames, in pixels.
+        crop: `center`: the largest centered square; `none`: the whole frame, squeezed into the square; or a box
+            X,Y,W,H in pixels of the source.
+        masks: folder or zip of masks (white on black, named as the clips, or CLIP_ANYTHING as FaceForensics does):
+            crops the square around everything white in a clip, the same for all its frames.
+        fps: frames per second to resample to, by timestamps. Default: as the source, where its frames are evenly
+            spaced in time, else its usual rate. Folders of frames have no timestamps; they are taken to have this rate.
+        clip_length: cut longer videos into clips of this many frames.
+        labels: `folders` makes each top-level folder a class; a file gives them (like dataset.json, or lines of
+            clip,number); otherwise a dataset.json is used if there is one.
+        split: pack only this part. Which clips are `test` depends on nothing but their names.
+        test_share: how much of the data is `test`.
+        lossless: keep every frame exactly (about twice the size).
+        strict: stop at the first clip that cannot be used, instead of skipping it.
+        check: verify this packed folder, every byte, and do nothing else.
     """
-    dst = Path(dst)
-    if resolution < 4:
-        raise UserError(f"a resolution of {resolution} pixels is too small")
-    if dst.exists() and not replace:
-        raise UserError(f"{dst} exists already; remove it or choose another place")
+    if check is not None:
+        _check_and_print(check)
+        return
+    if src is None or dst is None or resolution is None:
+        raise UserError("give SRC, DST and --resolution, or --check DST; --help explains")
+    framing = Framing(_parse_crop(crop), fps)
+    if fps is not None and not 0 < fps <= 1000:
+        raise UserError(f"--fps {fps:g} is not possible: above 0, up to 1000")
+    if not 0 < test_share < 1:
+        raise UserError(f"--test-share {test_share:g} is not possible: between 0 and 1")
+    if masks is not None and crop != "center":
+        raise UserError("--masks and --crop exclude each other: the masks say what to crop")
+    sources = find_sources(src, labels, framing, masks)
+    if split:
+        sources = [source for source in sources if (place(source.name) < test_share) == (split == "test")]
+        if not sources:
+            raise UserError(f"{src}: no clip falls into the {split} part")
+    settings = {"crop": "masks" if masks else framing.crop, "fps": fps}
+    settings |= {"split": split, "test_share": test_share if split else None}
+    extra = {"source": src.resolve().name, "settings": settings}
+    index = pack(sources, dst, resolution, lossless, extra, clip_length=clip_length, strict=strict)
+    print(table(index))
+    print(f"preview   {dst / 'preview.png'}")
+
+
+def _parse_crop(text):
+    if text in ("center", "none"):
+        return text
     try:
-        with _building(dst) as partial, closing(_code_all(sources, partial, resolution, lossless, jobs)) as coded:
-            index = {"format": FORMAT, "version": VERSION, "resolution": resolution}
-            index["settings"] = {"crop": "center", "lossless": lossless, "min_psnr": FrameEncoder.MIN_PSNR}
-            index |= (extra or {}) | _join(coded, partial)
-            (partial / "index.json").write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"cannot write {dst}: {error.strerror or error}") from error
-    return index
+        x, y, width, height = (int(part) for part in text.split(","))
+    except ValueError:
+        raise UserError(f"--crop {text}: use none, center or X,Y,W,H") from None
+    if x < 0 or y < 0 or width < 1 or height < 1:
+        raise UserError(f"--crop {text}: the box must begin at 0 or more and be at least a pixel large")
+    return x, y, width, height
 
 
-@contextmanager
-def _building(dst):
-    """A fresh folder that becomes `dst` when the block ends well, and vanishes when it does not."""
-    partial = dst.with_name(f".{dst.name}.partial")
-    partial.mkdir(parents=True, exist_ok=True)
-    with open(partial / "lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"another process is preparing {dst}; wait until it has finished") from None
-        except OSError:
-            pass  # a file system without locks
-        try:
-            for left in partial.iterdir():  # by a killed run
-                if left.name != "lock":
-                    left.unlink()
-            yield partial
-            (partial / "lock").unlink()
-            for file in partial.iterdir():
-                with open(file, "rb") as written:
-                    os.fsync(written.fileno())
-            old = dst.with_name(f".{dst.name}.old")
-            shutil.rmtree(old, ignore_errors=True)
-            if dst.exists():
-                os.rename(dst, old)
-            os.rename(partial, dst)
-            shutil.rmtree(old, ignore_errors=True)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
+def place(name):
+    """A number in [0,1) that depends on nothing but the name: no other clip, no order, no machine."""
+    return int.from_bytes(hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()[:6], "big") / 2**48
 
 
-def _code_all(sources, folder, resolution, lossless, jobs):
-    """Codes every clip into a file of its own, in parallel, with a progress bar; yields (source, file, sizes, problem)
-    in the order of the sources.
-
-    Threads suffice: decoding, scaling and coding all run outside Python's lock.
-    """
-    stop, torch_threads = threading.Event(), torch.get_num_threads()
-    pool = ThreadPoolExecutor(jobs or os.cpu_count(), initializer=torch.set_num_threads, initargs=(1,))
-    try:
-        futures = [
-            pool.submit(_code_one, source, folder / f"clip-{number:07d}", resolution, lossless, stop)
-            for number, source in enumerate(sources)
-        ]
-        pairs = zip(sources, futures)
-        for source, future in tqdm(pairs, desc="preparing", total=len(futures), unit="clip", mininterval=0.5):
-            yield source, *future.result()
-    finally:
-        stop.set()
-        pool.shutdown(cancel_futures=True)
-        torch.set_num_threads(torch_threads)
-
-
-def _code_one(source, file, resolution, lossless, stop):
-    """Writes one clip's coded frames to `file`; returns (file, the frames' sizes, problem or None)."""
-    encoder, sizes = FrameEncoder(resolution, lossless), []
-    with open(file, "wb") as out:
-        try:
-            for image in _readable(source.frames(resolution)):
-                sizes.append(out.write(encoder.encode(image)))
-                if stop.is_set():
-                    break
-        except _Unreadable as error:
-            return file, sizes, f"unreadable ({error})"
-    return file, sizes, None if len(sizes) >= MIN_FRAMES else f"shorter than {MIN_FRAMES} frames"
-
-
-class _Unreadable(Exception):
-    pass
-
-
-def _readable(frames):
-    """The frames; failures to read become _Unreadable, to tell them from failures to write."""
-    try:
-        yield from frames
-    except UNREADABLE as error:
-        raise _Unreadable(getattr(error, "strerror", None) or str(error) or type(error).__name__) from error
-
-
-def _join(coded, folder):
-    """Moves the coded clips, in order, into shards; writes offsets.npy; returns index entries on clips and shards."""
-    clips, skipped, sizes, shards = [], [], [], _Shards(folder)
-    for source, file, clip_sizes, problem in coded:
-        if problem:
-            skipped.append({"name": source.name, "problem": problem})
-            tqdm.write(f"skipped {source.name}: {problem}", file=sys.stderr)
-        else:
-            shards.append(file, sum(clip_sizes))
-            sizes += clip_sizes
-            entry = {"name": source.name, "frames": len(clip_sizes), "fps": source.fps, "label": source.label}
-            clips.append(entry)
-        file.unlink()
-    shards.close()
-    if not clips:
-        raise UserError(_nothing_usable(skipped))
-    np.save(folder / "offsets.npy", np.cumsum([0] + sizes, dtype=np.int64))
-    fps = float(np.median([clip["fps"] for clip in clips]))
-    return {"fps": fps, "clips": clips, "shards": shards.entries, "skipped": skipped}
-
-
-class _Shards:
-    """Files of at most SHARD_BYTES (or one clip), appended to clip by clip; entries describe them for the index."""
-
-    def __init__(self, folder):
-        self.folder, self.entries, self.file, self.digest = folder, [], None, None
-
-    def append(self, part, size):
-        if self.file is None or self.entries[-1]["bytes"] + size > SHARD_BYTES:
-            self.close()
-            self.entries.append({"file": f"shard-{len(self.entries):05d}.bin", "bytes": 0})
-            self.file, self.digest = open(self.folder / self.entries[-1]["file"], "wb"), hashlib.sha256()
-        with open(part, "rb") as coded:
-            while block := coded.read(1 << 20):
-                self.file.write(block)
-                self.digest.update(block)
-        self.entries[-1]["bytes"] += size
-
-    def close(self):
-        if self.file:
-            self.file.close()
-            self.entries[-1]["sha256"] = self.digest.hexdigest()
-
-
-def _nothing_usable(skipped):
-    first = skipped[0]
-    return (
-        f"none of the {len(skipped)} clips can be used: {_counts(skipped)}; first, {first['name']}: {first['problem']}"
-    )
-
-
-def _counts(skipped):
-    counts = Counter(entry["problem"].split(" (")[0] for entry in skipped)
-    return ", ".join(f"{count} {problem}" for problem, count in sorted(counts.items()))
+# ------------------------------------------------------------------------------------------------------------- telling
 
 
 def summary(index):
@@ -198,28 +109,90 @@ def summary(index):
     clips, skipped = index["clips"], index["skipped"]
     frames, size = sum(clip["frames"] for clip in clips), sum(shard["bytes"] for shard in index["shards"])
     text = f"{len(clips)} clips, {frames} frames of {index['resolution']} pixels, {size / 1e6:.1f} MB"
-    return text + (f"; skipped {len(skipped)}: {_counts(skipped)}" if skipped else "")
+    return text + (f"; skipped {len(skipped)}: {counts(skipped)}" if skipped else "")
 
 
-def prepare(
-    src: tyro.conf.Positional[Path],
-    dst: tyro.conf.Positional[Path],
-    /,
-    resolution: int,
-    labels: Literal["folders"] | None = None,
-    lossless: bool = False,
-):
-    """Packs videos, folders of frames, or a zip of either into a form that training reads frame by frame.
+def table(index):
+    """What was packed, in a few lines."""
+    clips, skipped = index["clips"], index["skipped"]
+    lengths = [clip["frames"] for clip in clips]
+    seconds = sum(clip["frames"] / clip["fps"] for clip in clips)
+    rates = sorted({round(clip["fps"], 3) for clip in clips})
+    labels = [clip["label"] for clip in clips if clip["label"] is not None]
+    lines = [f"packed    {summary(index)}"]
+    lines.append(f"lengths   {min(lengths)} to {max(lengths)} frames, median {np.median(lengths):g}; {_clock(seconds)}")
+    lines.append(f"rates     {', '.join(f'{rate:g}' for rate in rates[:5])}{' ...' if len(rates) > 5 else ''} frames/s")
+    lines.append(f"labels    {len(set(labels))} classes, 0 to {max(labels)}" if labels else "labels    none")
+    lines += [f"skipped   {entry['name']}: {entry['problem']}" for entry in skipped[:NAMED]]
+    if len(skipped) > NAMED:
+        lines.append(f"skipped   and {len(skipped) - NAMED} more, listed in index.json")
+    return "\n".join(lines)
 
-    Args:
-        src: folder (nested and mixed as you like), zip, or single video.
-        dst: the folder to make.
-        resolution: side of the square frames, in pixels; frames are center-cropped and resized.
-        labels: `folders` makes each top-level folder a class; otherwise a dataset.json is used if there is one.
-        lossless: keep every frame exactly (about twice the size).
+
+def _clock(seconds):
+    seconds = round(seconds)
+    return f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d} in all"
+
+
+# ------------------------------------------------------------------------------------------------------------ checking
+
+
+def check(path):
+    """What is wrong with a packed folder: lines that name the file and, for shards, the clips; empty: nothing.
+
+    Reads every byte. Raises UserError where there is no index to read.
     """
-    index = pack(find_sources(src, labels), dst, resolution, lossless)
-    print(f"{dst}: {summary(index)}")
+    path = Path(path)
+    index, wrong = read_index(path), []
+    sums = _read_checksums(path / "SHA256SUMS")
+    if sums is None:
+        return [f"{path / 'SHA256SUMS'} is missing or damaged"]
+    good = {name for name, digest in sums.items() if (path / name).is_file() and digest_of(path / name) == digest}
+    for name in sorted(set(sums) - good):
+        if not (path / name).is_file():
+            wrong.append(f"{path / name} is missing")
+        elif name.startswith("shard-") and {"index.json", "offsets.npy"} <= good:
+            wrong.append(f"{path / name} is damaged{_extent(path, index, name)}")
+        else:
+            wrong.append(f"{path / name} is damaged")
+    return wrong
+
+
+def _read_checksums(file):
+    """{name: digest}, or None where the file is not what packing wrote."""
+    try:
+        lines, _, last = file.read_text(encoding="ascii").rpartition("# ")
+        if last != f"{hashlib.sha256(lines.encode()).hexdigest()}  the lines above\n":
+            return None
+        return {line.split("  ", 1)[1]: line.split("  ", 1)[0] for line in lines.splitlines()}
+    except (OSError, ValueError):
+        return None
+
+
+def _extent(path, index, name):
+    """How much of a damaged shard is damaged: its size, and the clips whose bytes changed."""
+    sizes = {shard["file"]: shard["bytes"] for shard in index["shards"]}
+    found, begin = (path / name).stat().st_size, sum(size for file, size in sizes.items() if file < name)
+    starts = np.load(path / "offsets.npy")[np.cumsum([0] + [clip["frames"] for clip in index["clips"]])] - begin
+    bad = []
+    with open(path / name, "rb") as file:
+        for clip, start, stop in zip(index["clips"], starts, starts[1:]):
+            if 0 <= start < stop <= sizes[name]:
+                file.seek(start)
+                if crc_of(file, int(stop - start)) != (clip["crc32"], stop - start):
+                    bad.append(clip["name"])
+    text = f" ({found} bytes instead of {sizes[name]})" if found != sizes[name] else ""
+    return text + f": {', '.join(bad[:NAMED])}" + (f" and {len(bad) - NAMED} more clips" if len(bad) > NAMED else "")
+
+
+def _check_and_print(path):
+    wrong = check(path)
+    for line in wrong:
+        print(f"error: {line}", file=sys.stderr)
+    if wrong:
+        raise UserError(f"{path}: {len(wrong)} of its files cannot be used; prepare it again")
+    print(table(read_index(path)))
+    print(f"checked   {path}: every byte is as it was written")
 
 
 def main():
@@ -229,7 +202,8 @@ def main():
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        sys.exit("interrupted; nothing was written")
+        print("interrupted; the same command goes on where this one stopped", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":

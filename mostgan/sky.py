@@ -18,59 +18,22 @@ CLIPS, FRAMES, FPS = 64, 64, 25.0
 NOISE_SIZE = 256  # texels a side of the periodic noise; its features are about 16 texels wide
 
 # Per mood: colours of (zenith, horizon, lit cloud, shaded cloud, glow around the sun), sRGB 0…1.
-MOODS = np.array(
-    [
-        [
-            [0.10, 0.27, 0.62],
-            [0.58, 0.76, 0.91],
-            [1.00, 1.00, 0.99],
-            [0.60, 0.66, 0.75],
-            [0.35, 0.32, 0.22],
-        ],  # blue noon
-        [
-            [0.16, 0.40, 0.72],
-            [0.78, 0.87, 0.92],
-            [1.00, 0.98, 0.94],
-            [0.66, 0.71, 0.78],
-            [0.30, 0.26, 0.16],
-        ],  # hazy morning
-        [
-            [0.21, 0.27, 0.48],
-            [0.97, 0.62, 0.32],
-            [1.00, 0.74, 0.48],
-            [0.40, 0.30, 0.38],
-            [0.60, 0.34, 0.08],
-        ],  # orange sunset
-        [
-            [0.17, 0.14, 0.36],
-            [0.86, 0.44, 0.46],
-            [0.98, 0.58, 0.52],
-            [0.29, 0.21, 0.36],
-            [0.50, 0.20, 0.12],
-        ],  # pink dusk
-        [
-            [0.06, 0.08, 0.22],
-            [0.36, 0.32, 0.52],
-            [0.48, 0.43, 0.62],
-            [0.12, 0.12, 0.24],
-            [0.25, 0.16, 0.20],
-        ],  # violet twilight
-        [
-            [0.47, 0.53, 0.60],
-            [0.72, 0.75, 0.78],
-            [0.88, 0.89, 0.90],
-            [0.38, 0.42, 0.48],
-            [0.16, 0.15, 0.12],
-        ],  # overcast
-        [
-            [0.30, 0.42, 0.55],
-            [0.93, 0.82, 0.60],
-            [1.00, 0.90, 0.70],
-            [0.48, 0.46, 0.50],
-            [0.50, 0.38, 0.16],
-        ],  # golden hour
-    ]
-)
+MOODS = np.array([
+    # blue noon
+    [[0.10, 0.27, 0.62], [0.58, 0.76, 0.91], [1.00, 1.00, 0.99], [0.60, 0.66, 0.75], [0.35, 0.32, 0.22]],
+    # hazy morning
+    [[0.16, 0.40, 0.72], [0.78, 0.87, 0.92], [1.00, 0.98, 0.94], [0.66, 0.71, 0.78], [0.30, 0.26, 0.16]],
+    # orange sunset
+    [[0.21, 0.27, 0.48], [0.97, 0.62, 0.32], [1.00, 0.74, 0.48], [0.40, 0.30, 0.38], [0.60, 0.34, 0.08]],
+    # pink dusk
+    [[0.17, 0.14, 0.36], [0.86, 0.44, 0.46], [0.98, 0.58, 0.52], [0.29, 0.21, 0.36], [0.50, 0.20, 0.12]],
+    # violet twilight
+    [[0.06, 0.08, 0.22], [0.36, 0.32, 0.52], [0.48, 0.43, 0.62], [0.12, 0.12, 0.24], [0.25, 0.16, 0.20]],
+    # overcast
+    [[0.47, 0.53, 0.60], [0.72, 0.75, 0.78], [0.88, 0.89, 0.90], [0.38, 0.42, 0.48], [0.16, 0.15, 0.12]],
+    # golden hour
+    [[0.30, 0.42, 0.55], [0.93, 0.82, 0.60], [1.00, 0.90, 0.70], [0.48, 0.46, 0.50], [0.50, 0.38, 0.16]],
+])  # fmt: skip
 AFTER = [1, 0, 3, 4, 3, 0, 2]  # the mood that each one drifts towards
 
 
@@ -87,6 +50,9 @@ class SkyClip:
     @property
     def name(self):
         return f"sky{self.index:03d}"
+
+    def identity(self):
+        return f"sky {VERSION} {self.seed} {self.index} {self.length} {self.label}"
 
     def frames(self, resolution):
         """Yields uint8 [resolution,resolution,3]."""
@@ -106,9 +72,7 @@ def make_clip(index, resolution, frames=FRAMES, seed=0):
 
 def _chunks(index, resolution, frames, seed):
     scene = _draw_scene(index, seed)
-    for start in range(
-        0, frames, 8
-    ):  # few frames at a time: they stay in the cache, and memory stays small at any size
+    for start in range(0, frames, 8):  # few at a time: they stay in the cache, and memory stays small at any size
         t = torch.arange(start, min(start + 8, frames), dtype=torch.float32)
         yield _render(scene, t[:, None, None], resolution)
 

@@ -1,25 +1,53 @@
-"""Finding clips: videos, folders of frames, and zips of either, with their labels, in any nesting."""
+"""Finding clips: videos, folders of frames, and zips of either, with their labels and masks, in any nesting.
+Reading one: the frames at the right times, the right part of each.
+"""
 
+import csv
 import hashlib
 import json
+import lzma
 import os
 import re
+import struct
 import zipfile
 import zlib
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from io import BytesIO
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import av
+import numpy as np
+from av.video.reformatter import VideoReformatter
 
 from mostgan.config import UserError
-from mostgan.video import center_crop_resize, frame_rate, read_frames
+from mostgan.video import center_box, crop_resize, decode_frames, frame_rate, packet_times, read_frames, to_rgb
 
 IMAGES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff"}
 NOT_MEDIA = {".txt", ".json", ".csv", ".tsv", ".md", ".html", ".xml", ".yaml", ".yml", ".nfo", ".srt", ".vtt", ".log"}
 # What reading a damaged or strange file may raise.
-UNREADABLE = (av.FFmpegError, OSError, ValueError, RuntimeError, EOFError, MemoryError, zipfile.BadZipFile, zlib.error)
+UNREADABLE = (av.FFmpegError, OSError, ValueError, RuntimeError, EOFError, MemoryError, OverflowError, KeyError,
+              zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error)  # fmt: skip
+JOURNAL = "packing.jsonl"  # lies in a packed folder while it is being made (see packing.py)
+
+IMAGE_FPS = 25.0  # what folders of frames are taken to have, unless --fps says otherwise
+ROUNDING = 1e-3  # seconds by which containers round times (Matroska counts in milliseconds)
+LONGEST_HOLD = 60.0  # seconds that one frame may stay on screen; a longer gap is a damaged timestamp
+HIGHEST_RATE = 240.0  # frames per second; gaps that claim more are damaged timestamps
+MEMBER_BYTES = 1 << 30  # what one member of a zip may unpack to
+BOMB_BYTES, BOMB_RATIO = 1 << 25, 100  # media hardly compress: a larger member that shrinks more is no picture
+
+
+# ------------------------------------------------------------------------------------------------------------- reading
+
+
+@dataclass(frozen=True)
+class Framing:
+    """What to take of every clip. crop: "center", "none" (the whole frame, squeezed into the square) or a box
+    (x, y, width, height) in pixels of the source. fps: resample in time to this rate; None keeps the source's."""
+
+    crop: str | tuple[int, int, int, int] = "center"
+    fps: float | None = None
 
 
 @dataclass
@@ -31,37 +59,162 @@ class Source:
     files: list[str]  # relative to the root, or member names of the archive
     archive: zipfile.ZipFile | None = None
     label: int | None = None
+    framing: Framing = field(default_factory=Framing)
+    mask: "Source | None" = None  # white where the face is, frame for frame
+    problem: str | None = None  # known before reading: why it cannot be used
     fps: float | None = None  # set while reading
 
     @property
     def is_video(self):
         return PurePosixPath(self.files[0]).suffix.lower() not in IMAGES
 
-    def open(self, file):
-        return BytesIO(self.archive.read(file)) if self.archive else open(self.root / file, "rb")
+    def identity(self):
+        """A text that changes when the clip or its label does, without reading it."""
+        if self.archive:
+            infos = [self.archive.getinfo(file) for file in self.files]
+            stamps = [(info.filename, info.file_size, info.CRC) for info in infos]
+        else:
+            stamps = [(file, *_size_and_time(self.root / file)) for file in self.files]
+        digest = hashlib.sha256(repr(stamps).encode("utf-8", "surrogateescape")).hexdigest()
+        return f"{self.name} {self.label} {digest}" + (f" masked by {self.mask.identity()}" if self.mask else "")
 
     def frames(self, resolution):
-        """Yields uint8 [resolution,resolution,3]; raises one of UNREADABLE. Sets fps (25 for images)."""
+        """Yields uint8 [resolution,resolution,3]; raises one of UNREADABLE. Sets fps."""
+        if self.problem:
+            raise ValueError(self.problem)
+        box, mask_shape = widest_box(self.mask) if self.mask else (None, None)
+        for frame in self.whole_frames():
+            height, width = frame.shape[:2]
+            if box is not None and mask_shape != (height, width):
+                raise ValueError(f"its mask is of {mask_shape[1]}x{mask_shape[0]} pixels, it of {width}x{height}")
+            if box is not None:
+                here = square_around(box, height, width)
+            elif self.framing.crop == "center":
+                here = center_box(frame.shape)
+            else:
+                here = (0, 0, width, height) if self.framing.crop == "none" else self.framing.crop
+            yield crop_resize(frame, here, resolution)
+
+    def whole_frames(self):
+        """Yields uint8 [H,W,3]: what is on screen at every 1/fps of a second."""
         if self.is_video:
-            with self.open(self.files[0]) as file:
-                self.fps = frame_rate(file)
-                file.seek(0)
-                for frame in read_frames(file):
-                    yield center_crop_resize(frame, resolution)
+            yield from self._video_frames()
             return
-        self.fps = 25.0
+        self.fps = self.framing.fps or IMAGE_FPS
         for name in self.files:
-            with self.open(name) as file:  # an open file, not a path: FFmpeg would take "%03d" in a path for a pattern
-                with closing(read_frames(file)) as frames:
-                    yield center_crop_resize(next(frames), resolution)
+            with self._open(name) as file, closing(read_frames(file)) as images:
+                image = next(images, None)
+            if image is None:
+                raise ValueError(f"{PurePosixPath(name).name} holds no picture")
+            yield image
+
+    def _video_frames(self):
+        with self._open(self.files[0]) as file:
+            stated = frame_rate(file)
+            file.seek(0)
+            times, end = packet_times(file)
+            file.seek(0)
+            own_rate, even = cadence(times, stated)
+            self.fps = self.framing.fps or own_rate
+            if even and abs(self.fps - own_rate) < 1e-5 * own_rate:
+                yield from read_frames(file)
+                return
+            if len(times) > 1 and max(np.diff(times).max(), end - times[-1]) > LONGEST_HOLD:
+                raise ValueError(f"its timestamps jump by more than {LONGEST_HOLD:.0f} seconds")
+            reformatter = VideoReformatter()
+            for frame in on_screen(decode_frames(file), self.fps, own_rate, end):
+                yield to_rgb(frame, reformatter)
+
+    def _open(self, file):
+        # An open file, not a path: FFmpeg would take "%03d" in a path for a pattern.
+        return BytesIO(read_member(self.archive, file)) if self.archive else open(self.root / file, "rb")
 
 
-def find_sources(src, labels=None):
+def cadence(times, stated):
+    """(frames per second, whether they are evenly spaced) of frames shown at `times` (seconds, ascending float64 [n]).
+
+    Even: each frame is less than half a period from where a constant rate puts it; the rate is then the stated one.
+    Else the rate is that of the usual gap: 30 for a phone's 30 frames a second that left some out.
+    """
+    if len(times) < 3:
+        return stated, True
+    period = (times[-1] - times[0]) / (len(times) - 1)
+    off = np.abs(times - times[0] - period * np.arange(len(times))).max()
+    if off < period / 2:
+        return stated, True
+    return min(float(round(1 / np.median(np.diff(times)), 3)), HIGHEST_RATE), False
+
+
+def on_screen(frames, fps, own_rate, end):
+    """av.VideoFrames with times → the one on screen at 0, 1/fps, 2/fps … seconds after the first, up to `end`."""
+    shown, start, count, time = None, 0.0, 0, 0.0
+    for frame in frames:
+        time = frame.time if frame.time is not None else time + 1 / own_rate
+        if shown is None:
+            start = time
+        while shown is not None and start + count / fps < time - ROUNDING:
+            yield shown
+            count += 1
+        shown = frame
+    end = end if end > time else time + 1 / own_rate
+    while shown is not None and start + count / fps < end - ROUNDING:
+        yield shown
+        count += 1
+
+
+def widest_box(mask):
+    """The box (x, y, width, height) that holds the white of every frame of a mask, and the shape (H, W) of the mask.
+
+    One box for the clip, so that the crop neither shakes nor cuts. Raises ValueError where the mask is all black.
+    """
+    left, top, right, bottom = np.inf, np.inf, 0, 0
+    for frame in mask.whole_frames():
+        white = frame.max(2) > 127
+        columns, rows = np.flatnonzero(white.any(0)), np.flatnonzero(white.any(1))
+        if len(columns):
+            left, right = min(left, columns[0]), max(right, columns[-1] + 1)
+            top, bottom = min(top, rows[0]), max(bottom, rows[-1] + 1)
+    if not right:
+        raise ValueError(f"its mask {mask.name} is black throughout")
+    return (int(left), int(top), int(right - left), int(bottom - top)), white.shape
+
+
+def square_around(box, height, width):
+    """The smallest square (x, y, side, side) around a box's centre that holds it, moved or cut to lie in the frame."""
+    x, y, box_width, box_height = box
+    side = min(max(box_width, box_height), height, width)
+    x, y = x + (box_width - side) // 2, y + (box_height - side) // 2
+    return min(max(x, 0), width - side), min(max(y, 0), height - side), side, side
+
+
+# ------------------------------------------------------------------------------------------------------------- finding
+
+
+def find_sources(src, labels=None, framing=None, masks=None):
     """Every clip in SRC (folder, zip or single file), in the order of their names, as a list of Source.
 
-    labels: None takes the labels of a `dataset.json` at the top, if there is one; "folders" numbers the top folders.
-    Raises UserError when SRC is missing or holds nothing, or when labels do not fit.
+    labels: None takes the labels of a `dataset.json` at the top, if there is one; "folders" numbers the top folders;
+    else a path to such a table, JSON or CSV. framing: see Framing. masks: a folder or zip of masks, videos or frames,
+    named as their clips are, or <clip>_<anything> (FaceForensics names <clip>_<other clip>); a clip's crop is the
+    square around its mask. Raises UserError when SRC is missing or holds nothing, or when labels or masks do not fit.
     """
+    sources = _list(src)
+    if labels == "folders":
+        _label_by_folder(src, sources)
+    elif labels is not None:
+        _label_by_file(Path(labels), sources)
+    unlabelled = [source.name for source in sources if source.label is None and not source.problem]
+    if unlabelled and any(source.label is not None for source in sources):
+        count = f"{len(unlabelled)} of {len(sources)}"
+        raise UserError(f"{src}: {count} clips have no label in {labels or 'dataset.json'}, e.g. {unlabelled[0]}")
+    for source in sources:
+        source.framing = framing or source.framing
+    if masks is not None:
+        _find_masks(sources, masks)
+    return sources
+
+
+def _list(src):
     src = Path(src)
     if not src.exists():
         raise UserError(f"{src} does not exist")
@@ -73,17 +226,7 @@ def find_sources(src, labels=None):
         sources = _in_folder(src)
     if not sources:
         raise UserError(f"{src} holds no videos, no folders of frames and no zips of them")
-    sources.sort(key=lambda source: _natural(source.name))
-    if labels == "folders":
-        _label_by_folder(src, sources)
-    elif labels is not None:
-        raise UserError(f"labels '{labels}' is not known; use 'folders', or put a dataset.json beside the clips")
-    unlabelled = [source.name for source in sources if source.label is None]
-    if unlabelled and len(unlabelled) < len(sources):
-        raise UserError(
-            f"{src}: {len(unlabelled)} of {len(sources)} clips have no label in dataset.json, e.g. {unlabelled[0]}"
-        )
-    return sources
+    return sorted(sources, key=lambda source: _natural(source.name))
 
 
 def _in_folder(src):
@@ -104,28 +247,44 @@ def _files(src):
     files, seen = [], set()
     for folder, subfolders, names in os.walk(src, followlinks=True):
         here = os.path.realpath(folder)
-        # Links may lead in circles; and our own packed folders may lie beside the videos that they were made from.
+        # Links may lead in circles; and our own packed folders may lie among the videos that they were made from.
         subfolders[:] = [d for d in sorted(subfolders) if not d.startswith(".") and not d.endswith(".clips")]
-        if here in seen:
+        if here in seen or JOURNAL in names or {"index.json", "offsets.npy"} <= set(names):
             subfolders[:] = []
             continue
         seen.add(here)
-        files += [Path(folder, name).relative_to(src).as_posix() for name in sorted(names) if not name.startswith(".")]
+        for path in (Path(folder, name) for name in sorted(names) if not name.startswith(".")):
+            if path.is_file() or not path.exists():  # no pipes, which never end; but broken links
+                files.append(path.relative_to(src).as_posix())
     return files
 
 
 def _in_zip(path):
     try:
         archive = zipfile.ZipFile(path)
-    except (zipfile.BadZipFile, OSError):
+    except UNREADABLE:
         # As if it were a video: it will be skipped, and named, as the unreadable file that it is.
         return [Source(path.name, path.parent, [path.name])]
     files = [info.filename for info in archive.infolist() if not info.is_dir()]
     sources = _group(files, path.stem, root=path, archive=archive)
     tables = sorted((f for f in files if PurePosixPath(f).name == "dataset.json"), key=lambda f: f.count("/"))
     if tables:
-        _label_by_table(f"{path}/{tables[0]}", archive.read(tables[0]), tables[0][: -len("dataset.json")], sources)
+        try:
+            text = read_member(archive, tables[0])
+        except UNREADABLE as error:
+            raise UserError(f"{path}/{tables[0]} cannot be read: {error}") from error
+        _label_by_table(f"{path}/{tables[0]}", text, tables[0][: -len("dataset.json")], sources)
     return sources
+
+
+def read_member(archive, name):
+    """The bytes of one member of an opened zip. Raises ValueError for one that unpacks to too much; UNREADABLE."""
+    info = archive.getinfo(name)
+    if info.file_size > MEMBER_BYTES:
+        raise ValueError(f"it unpacks to {info.file_size / 1e9:.1f} GB, too much to read within a zip; unpack the zip")
+    if info.file_size > BOMB_BYTES and info.file_size > BOMB_RATIO * info.compress_size:
+        raise ValueError(f"it unpacks to more than {BOMB_RATIO} times its size, as no picture does")
+    return archive.read(info)
 
 
 def _group(files, root_name, root, archive=None):
@@ -134,6 +293,9 @@ def _group(files, root_name, root, archive=None):
     for file in files:
         path = PurePosixPath(file)
         suffix = path.suffix.lower()
+        if path.is_absolute() or PureWindowsPath(file).drive or ".." in PureWindowsPath(file).parts:
+            sources.append(Source(file, root, [file], archive, problem="its name leads out of the zip"))
+            continue
         if suffix in NOT_MEDIA or any(part.startswith((".", "__MACOSX")) for part in path.parts):
             continue
         if suffix in IMAGES:
@@ -151,13 +313,35 @@ def _natural(text):
 
 
 def _label_by_table(where, text, prefix, sources):
-    """Labels from dataset.json: {"labels": {clip: label}} or {"labels": [[clip, label], …]}; a clip is named by its
-    folder, by its file (with or without suffix), or by any one of its frames."""
+    """Labels from dataset.json: {"labels": {clip: label}} or {"labels": [[clip, label], …]}."""
     try:
         table = json.loads(text).get("labels") or []
         pairs = [(str(clip), label) for clip, label in (table.items() if isinstance(table, dict) else table)]
-    except (ValueError, TypeError, AttributeError):
+    except (ValueError, TypeError, AttributeError, RecursionError):
         raise UserError(f"{where} is not of the form {{'labels': [[clip, number], ...]}}") from None
+    _label_by_pairs(where, pairs, prefix, sources)
+
+
+def _label_by_file(path, sources):
+    """Labels from a JSON file as above, or from lines `clip,label` (.csv, or .txt with a space between the two)."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, ValueError) as error:
+        raise UserError(f"labels: cannot read {path} ({getattr(error, 'strerror', None) or 'not text'}); "
+                        "give a file, or `folders`") from error  # fmt: skip
+    if path.suffix.lower() == ".json":
+        _label_by_table(path, text, "", sources)
+        return
+    rows = list(csv.reader(text.splitlines(), delimiter="," if path.suffix.lower() == ".csv" else " "))
+    try:
+        pairs = [(row[0], int(row[1])) for row in rows if row]
+    except (IndexError, ValueError):
+        raise UserError(f"{path} is not of the form clip,number on every line") from None
+    _label_by_pairs(path, pairs, "", sources)
+
+
+def _label_by_pairs(where, pairs, prefix, sources):
+    """A clip is named by its folder, by its file (with or without suffix), or by any one of its frames."""
     labels = {}
     for clip, label in pairs:
         if type(label) is not int or label < 0:
@@ -177,11 +361,38 @@ def _label_by_folder(src, sources):
         source.label = classes.index(source.name.split("/")[0])
 
 
+def _find_masks(sources, masks):
+    """Gives each source the mask of its path (any suffix), else of its name, else the first named <name>_<anything>."""
+    found = {}
+    for mask in reversed(_list(masks)):
+        stem = PurePosixPath(_stem(mask.name)).name
+        beginnings = [stem[: i + 1] + "*" for i, letter in enumerate(stem) if letter == "_"]
+        found |= dict.fromkeys([_stem(mask.name), stem, *beginnings], mask)
+    for source in sources:
+        stem = PurePosixPath(_stem(source.name)).name
+        source.mask = found.get(_stem(source.name)) or found.get(stem) or found.get(stem + "_*")
+        if source.mask is None:
+            source.problem = source.problem or "no mask"
+    if all(source.mask is None for source in sources):
+        raise UserError(f"{masks} holds no mask for any clip, e.g. none named {stem} or {stem}_...")
+
+
+def _stem(name):
+    return os.path.splitext(name)[0]
+
+
+def _size_and_time(path):
+    try:
+        stat = path.stat()
+    except OSError:
+        return -1, -1  # a link that leads nowhere; reading it will say so
+    return stat.st_size, stat.st_mtime_ns
+
+
 def fingerprint(src):
     """A hash over the names, sizes and modification times of SRC's files: changes when the data does, unread."""
     src, digest = Path(src), hashlib.sha256()
     for file in [""] if src.is_file() else _files(src):
-        path = src / file
-        stat = path.stat() if path.exists() else path.lstat()  # a link that leads nowhere has only the latter
-        digest.update(f"{file}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode("utf-8", "surrogateescape"))
+        size, time = _size_and_time(src / file)
+        digest.update(f"{file}\0{size}\0{time}\n".encode("utf-8", "surrogateescape"))
     return digest.hexdigest()

@@ -1,7 +1,6 @@
-"""Reading and writing video: frames in, square crops, single-frame coding, mp4/gif/PNG out, grids of clips.
+"""Reading and writing video, through PyAV: frames in, square crops, single-frame coding, mp4/gif/PNG out, grids.
 
-Everything goes through PyAV. Images are uint8 RGB: [H,W,3] while they are single frames on their way in, [3,H,W]
-once packed.
+Images are uint8 RGB: [H,W,3] while they are single frames on their way in, [3,H,W] once packed.
 """
 
 import os
@@ -19,21 +18,23 @@ from mostgan.config import UserError
 
 # swscale's defaults trade chroma resolution and rounding for speed; these flags do not.
 EXACT = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT | Interpolation.FULL_CHR_H_INP
+MAX_PIXELS = 1 << 26  # of one frame: twice 8K; a file that claims more is damaged, or meant to fill the memory
 UNSPECIFIED = 2  # AVCOL_SPC_UNSPECIFIED: the file does not say which YUV matrix it was made with
 
 
-# ------------------------------------------------------------------------------------------------------------- reading
+# reading
 
 
 def open_video(file):
     """An av container on `file` (path or seekable binary file). Raises av.FFmpegError, OSError or ValueError."""
     container = av.open(file if hasattr(file, "read") else os.fspath(file))
-    if not container.streams.video:
+    context = container.streams.video[0].codec_context if container.streams.video else None
+    if context is None:
         container.close()
-        raise ValueError("it has no video stream")
-    stream = container.streams.video[0]
+        raise ValueError("it has no video stream that FFmpeg can decode")
     # One thread: FFmpeg's pool threads can hang a worker that exits early, and packing is parallel over clips already.
-    stream.thread_type, stream.codec_context.thread_count = "NONE", 1
+    context.thread_type, context.thread_count = "NONE", 1
+    context.options = {"max_pixels": str(MAX_PIXELS)}
     return container
 
 
@@ -44,44 +45,97 @@ def frame_rate(file):
         return float(stream.average_rate or stream.guessed_rate or 25)
 
 
-def read_frames(file):
-    """Yields every frame of a video or image file (path or seekable binary file) as uint8 [H,W,3], turned upright.
+def packet_times(file):
+    """When each frame of a video is shown and when the last one ends: (seconds, ascending float64 [n], end).
 
-    Raises what open_video raises, also midway. The file is closed when the iterator ends or is dropped.
+    Reads packets and decodes nothing. n is 0 where the file states no times. Raises what open_video raises.
     """
     with open_video(file) as container:
-        for frame in container.decode(video=0):
-            yield to_rgb(frame)
+        packets = [p for p in container.demux(video=0) if p.pts is not None]
+        shown = {p.pts: (float(p.pts * p.time_base), float((p.duration or 0) * p.time_base)) for p in packets}
+    times, durations = np.array(sorted(shown.values())).reshape(-1, 2).T
+    if len(times) < 2:
+        return times, float(times[-1] + durations[-1]) if len(times) else 0.0
+    gaps = np.diff(times)
+    # MP4 states the gaps in the order of decoding; where those are not the gaps on screen, the last one is a guess.
+    trusted = durations[-1] > 0 and np.abs(durations[:-1] - gaps).max() < 0.002
+    return times, float(times[-1] + (durations[-1] if trusted else np.median(gaps)))
 
 
-def to_rgb(frame):
-    """A decoded av.VideoFrame as uint8 [H,W,3]: the right YUV matrix and range, transparency over black, upright."""
+def decode_frames(file):
+    """Yields every frame of a video or image file as av.VideoFrame. Raises what open_video raises, also midway.
+
+    The file is closed when the iterator ends or is dropped.
+    """
+    with open_video(file) as container:
+        yield from container.decode(video=0)
+
+
+def read_frames(file):
+    """Yields every frame of a video or image file (path or seekable binary file) as uint8 [H,W,3], turned upright."""
+    reformatter = VideoReformatter()
+    for frame in decode_frames(file):
+        yield to_rgb(frame, reformatter)
+
+
+def to_rgb(frame, reformatter=None):
+    """A decoded av.VideoFrame as uint8 [H,W,3]: the right YUV matrix and range, transparency over black, upright.
+
+    reformatter: one kept for the frames of a file saves setting up the conversion for each.
+    """
+    reformatter = reformatter or VideoReformatter()
     if frame.colorspace == UNSPECIFIED and not frame.format.is_rgb:
         # What players assume of untagged files: high definition is BT.709, the rest BT.601.
         frame.colorspace = Colorspace.ITU709 if frame.height >= 720 else Colorspace.ITU601
     if any(component.is_alpha for component in frame.format.components) or frame.format.name == "pal8":
-        rgba = frame.reformat(format="rgba", interpolation=EXACT).to_ndarray().astype(np.uint16)
+        rgba = reformatter.reformat(frame, format="rgba", interpolation=EXACT, threads=1).to_ndarray().astype(np.uint16)
         rgb = ((rgba[..., :3] * rgba[..., 3:] + 127) // 255).astype(np.uint8)
-    else:
-        rgb = frame.reformat(format="rgb24", interpolation=EXACT).to_ndarray()
+    elif frame.format.is_rgb:
+        rgb = reformatter.reformat(frame, format="rgb24", interpolation=EXACT, threads=1).to_ndarray()
+    else:  # the same values as rgb24, in a third of the time: swscale is quick where it writes planes
+        planar = reformatter.reformat(frame, format="gbrp", interpolation=EXACT, threads=1)
+        rgb = np.empty((frame.height, frame.width, 3), np.uint8)
+        _copy_planes(planar, rgb.transpose(2, 0, 1))
     quarter_turns = round(frame.rotation / 90) % 4  # metadata of phone videos; counterclockwise
     return np.rot90(rgb, quarter_turns) if quarter_turns else rgb
 
 
-def center_crop_resize(frame, resolution):
-    """uint8 [H,W,3] → [R,R,3], R = resolution: the largest centered square, antialiased bicubic; exact if it fits."""
-    height, width = frame.shape[:2]
+def _copy_planes(planar, out):
+    """Copies a gbrp frame into `out`, uint8 [3,H,W] in any memory order."""
+    height, width = out.shape[1:]
+    for channel, plane in zip((1, 2, 0), planar.planes):
+        out[channel] = np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)[:height, :width]
+
+
+def crop_resize(frame, box, resolution):
+    """uint8 [H,W,3] → [R,R,3], R = resolution: the box (x, y, width, height), antialiased bicubic; exact if it fits.
+
+    Raises ValueError where the box does not lie within the frame.
+    """
+    x, y, width, height = box
+    if x < 0 or y < 0 or width < 1 or height < 1 or x + width > frame.shape[1] or y + height > frame.shape[0]:
+        raise ValueError(f"the crop {x},{y},{width},{height} exceeds its frames of {frame.shape[1]}x{frame.shape[0]}")
+    part = np.ascontiguousarray(frame[y : y + height, x : x + width])
+    if (width, height) == (resolution, resolution):
+        return part
+    planes = torch.from_numpy(part).permute(2, 0, 1)[None]  # a channels-last view
+    planes = F.interpolate(planes, (resolution, resolution), mode="bicubic", antialias=True, align_corners=False)
+    return np.ascontiguousarray(planes[0].permute(1, 2, 0).numpy())
+
+
+def center_box(shape):
+    """The largest centered square of a frame of shape (H, W, …), as (x, y, width, height)."""
+    height, width = shape[:2]
     side = min(height, width)
-    top, left = (height - side) // 2, (width - side) // 2
-    square = frame[top : top + side, left : left + side]
-    if side == resolution:
-        return np.ascontiguousarray(square)
-    x = torch.from_numpy(np.ascontiguousarray(square)).permute(2, 0, 1)[None]  # a channels-last view
-    x = F.interpolate(x, size=(resolution, resolution), mode="bicubic", antialias=True, align_corners=False)
-    return np.ascontiguousarray(x[0].permute(1, 2, 0).numpy())
+    return (width - side) // 2, (height - side) // 2, side, side
 
 
-# ------------------------------------------------------------------------------------------------------- single frames
+def center_crop_resize(frame, resolution):
+    """uint8 [H,W,3] → [R,R,3]: the largest centered square."""
+    return crop_resize(frame, center_box(frame.shape), resolution)
+
+
+# single frames
 
 
 def _encoder(codec, pix_fmt, resolution, options):
@@ -111,13 +165,12 @@ class FrameEncoder:
     def encode(self, image):
         frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
         if self.jpeg is not None:
-            yuv = self.to_yuv.reformat(
-                frame, format="yuvj444p", dst_colorspace=Colorspace.ITU601, dst_color_range=ColorRange.JPEG,
-                interpolation=EXACT, threads=1,
-            )  # fmt: skip
+            target = {"format": "yuvj444p", "dst_colorspace": Colorspace.ITU601, "dst_color_range": ColorRange.JPEG}
+            yuv = self.to_yuv.reformat(frame, **target, interpolation=EXACT, threads=1)
             data = _only_packet(self.jpeg, yuv)
-            error = self.decoder.decode(data).transpose(1, 2, 0).astype(np.float32) - image
-            if np.mean(error**2) <= 255**2 / 10 ** (self.MIN_PSNR / 10):
+            error = np.subtract(self.decoder.decode(data), image.transpose(2, 0, 1), dtype=np.int16)
+            error = error.ravel().astype(np.float32)
+            if error @ error <= error.size * 255**2 / 10 ** (self.MIN_PSNR / 10):
                 return data
         return _only_packet(self.qoi, frame)
 
@@ -148,14 +201,11 @@ class FrameDecoder:
         # Planar output: each plane is copied straight into its channel, with no transposition.
         frame = self.to_planes.reformat(frames[0], format="gbrp", interpolation=EXACT, threads=1)
         out = np.empty((3, self.resolution, self.resolution), np.uint8) if out is None else out
-        for channel, plane in zip((1, 2, 0), frame.planes):
-            out[channel] = np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)[
-                : self.resolution, : self.resolution
-            ]
+        _copy_planes(frame, out)
         return out
 
 
-# ------------------------------------------------------------------------------------------------------------- writing
+# writing
 
 
 class VideoWriter:
@@ -171,9 +221,7 @@ class VideoWriter:
     def __init__(self, path, fps, crf=17):
         self.path, self.fps, self.crf = Path(path), Fraction(fps).limit_denominator(100_000), crf
         if self.path.suffix not in ("", ".mp4", ".gif"):
-            raise UserError(
-                f"{path}: cannot write '{self.path.suffix}'; use .mp4, .gif or no suffix (a folder of PNGs)"
-            )
+            raise UserError(f"{path}: cannot write '{self.path.suffix}'; use .mp4, .gif, or none (a folder of PNGs)")
         if self.fps <= 0:
             raise UserError(f"{path}: frames per second must be positive, not {fps}")
         in_the_way = self.path.is_dir() and not (self.path.suffix == "" and _holds_only_frames(self.path))
@@ -261,10 +309,8 @@ class _Gif:
         self.stream.width, self.stream.height, self.stream.pix_fmt = width, height, "pal8"
         self.graph, self.time_base, self.count = av.filter.Graph(), 1 / fps, 0
         source = self.graph.add_buffer(width=width, height=height, format=av.VideoFormat("rgb24"), time_base=1 / fps)
-        split, palette = (
-            self.graph.add("split"),
-            self.graph.add("palettegen", "stats_mode=single:reserve_transparent=0"),
-        )
+        split = self.graph.add("split")
+        palette = self.graph.add("palettegen", "stats_mode=single:reserve_transparent=0")
         use, sink = self.graph.add("paletteuse", "new=1:dither=sierra2_4a"), self.graph.add("buffersink")
         source.link_to(split)
         split.link_to(use, 0, 0)
@@ -312,12 +358,8 @@ def png(image):
     """uint8 [H,W,3] → the bytes of a PNG file."""
     context = av.CodecContext.create("png", "w")
     context.height, context.width = image.shape[:2]
-    context.pix_fmt, context.time_base, context.thread_count, context.options = (
-        "rgb24",
-        Fraction(1, 25),
-        1,
-        {"pred": "mixed"},
-    )
+    context.pix_fmt, context.time_base, context.thread_count = "rgb24", Fraction(1, 25), 1
+    context.options = {"pred": "mixed"}
     return _only_packet(context, av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24"))
 
 

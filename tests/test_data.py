@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from mostgan import data, prepare, sky
+from mostgan import data, packing, prepare, sky
 from mostgan.config import UserError
 from mostgan.data import SPANS, Clips, batches, open_data, sample_fake, sample_real, sample_span
 from mostgan.prepare import pack
@@ -78,6 +78,10 @@ def psnr(a, b):
     return 10 * np.log10(255**2 / max(np.mean((a.astype(float) - b) ** 2), 1e-9))
 
 
+def contents(folder):
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
 # finding and packing
 
 
@@ -124,14 +128,12 @@ def test_lossless_is_exact(tmp_path):
 def test_same_input_same_bytes_whatever_the_number_of_threads(mixed, tmp_path):
     for name, jobs in (("one", 1), ("four", 4)):
         pack(find_sources(mixed), tmp_path / name, 32, jobs=jobs)
-    files = sorted(file.name for file in (tmp_path / "one").iterdir())
-    assert files == ["index.json", "offsets.npy", "shard-00000.bin"]
-    for file in files:
-        assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "four" / file).read_bytes()
+    one, four = contents(tmp_path / "one"), contents(tmp_path / "four")
+    assert sorted(one) == ["SHA256SUMS", "index.json", "offsets.npy", "preview.png", "shard-00000.bin"] and one == four
 
 
 def test_clips_spread_over_shards(packed, tmp_path, monkeypatch):
-    monkeypatch.setattr(prepare, "SHARD_BYTES", 20_000)
+    monkeypatch.setattr(packing, "SHARD_BYTES", 20_000)
     pack(find_sources(packed[0].path.parent / "src"), tmp_path / "dst", 32)
     clips = Clips(tmp_path / "dst")
     assert len(clips.info["shards"]) > 2
@@ -160,36 +162,6 @@ def test_unusable_data_is_the_users_to_mend(tmp_path, make):
     if make == "all broken":
         assert "1 shorter than 3 frames, 1 unreadable" in text and "a.mp4" in text
     assert {path.name for path in tmp_path.iterdir()} <= {"src"}
-
-
-def test_interrupted_packing_leaves_nothing_and_keeps_the_old(packed, tmp_path, monkeypatch):
-    sources = find_sources(packed[0].path.parent / "src")
-    pack(sources, tmp_path / "dst", 32)
-    before = {file.name: file.read_bytes() for file in (tmp_path / "dst").iterdir()}
-    with pytest.raises(UserError, match="exists"):
-        pack(sources, tmp_path / "dst", 32)
-
-    def interrupt(*_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(prepare._Shards, "append", interrupt)
-    for dst in ("dst", "new"):
-        with pytest.raises(KeyboardInterrupt):
-            pack(sources, tmp_path / dst, 16, replace=True)
-    assert [path.name for path in tmp_path.iterdir()] == ["dst"]
-    assert {file.name: file.read_bytes() for file in (tmp_path / "dst").iterdir()} == before
-
-
-def test_left_overs_of_a_killed_run_are_cleared(packed, tmp_path):
-    (tmp_path / ".dst.partial").mkdir()
-    (tmp_path / ".dst.partial" / "clip-0000099").write_bytes(b"half a clip")
-    pack(find_sources(packed[0].path.parent / "src"), tmp_path / "dst", 32)
-    assert sorted(file.name for file in (tmp_path / "dst").iterdir()) == [
-        "index.json",
-        "offsets.npy",
-        "shard-00000.bin",
-    ]
-    assert [path.name for path in tmp_path.iterdir()] == ["dst"]
 
 
 # labels
@@ -274,7 +246,7 @@ def test_damaged_packed_folders_are_named(packed, tmp_path, damage):
     if damage == "gone":
         index.unlink()
     if damage == "version":
-        index.write_text(index.read_text().replace('"version": 1', '"version": 7'))
+        index.write_text(index.read_text().replace('"version": 2', '"version": 7'))
     if damage == "not json":
         index.write_text(index.read_text()[:-20])
     if damage == "short shard":
@@ -350,6 +322,27 @@ def test_times_for_the_generator():
         sample_fake(np.array([2]), 1, 3, rng)
 
 
+def test_uniform_sampling():
+    rng = np.random.default_rng(0)
+    drawn = np.array([sample_real(7, 3, rng, sampling="uniform")[0] for _ in range(7000)])
+    sets, counts = np.unique(drawn, axis=0, return_counts=True)
+    assert (np.diff(sets, axis=1) > 0).all() and len(sets) == 35 and 130 < counts.min() < counts.max() < 275
+    frames, times = sample_real(5000, 3, rng, sampling="uniform")
+    assert frames[-1] < 5000 and times[-1] < 1024 and (np.diff(frames - times) == 0).all()
+    t = sample_fake(np.array([7, 90]), 3000, 3, rng, sampling="uniform")
+    steps = np.diff(t, axis=1)
+    assert t.min() >= 0 and t.max() <= 89 and np.allclose(steps, steps.round()) and (steps > 0.5).all()
+    assert len(np.unique(steps.round())) > 40  # no spans
+    with pytest.raises(ValueError):
+        sample_real(2, 3, rng, sampling="uniform")
+
+
+def test_unknown_sampling_and_rank_are_refused(packed):
+    for wrong in ({"sampling": "any"}, {"rank": 2, "world": 2}):
+        with pytest.raises(ValueError):
+            batches(packed[0], 4, 3, seed=0, **wrong)
+
+
 # batches
 
 
@@ -371,6 +364,9 @@ def test_batches_are_deterministic_and_resume_exactly(packed, workers):
     resumed = take(batches(clips, 4, 3, seed=5, start=3, workers=workers), 5)
     assert all(same(a, b) for a, b in zip(whole, again)) and all(same(a, b) for a, b in zip(whole[3:], resumed))
     assert not same(whole[0], take(batches(clips, 4, 3, seed=6), 1)[0])
+    halves = [take(batches(clips, 2, 3, seed=5, start=1, rank=rank, world=2, workers=workers), 7) for rank in (0, 1)]
+    for batch, even, odd in zip(whole[1:], *halves):  # two processes share what one would take alone
+        assert same([x[0::2] for x in batch], even) and same([x[1::2] for x in batch], odd)
     frames, t, label = whole[0]
     assert frames.shape == (4, 3, 3, 32, 32) and frames.dtype == torch.uint8
     assert t.shape == (4, 3) and t.dtype == torch.float32 and (t.diff(dim=1) > 0).all()

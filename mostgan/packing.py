@@ -1,0 +1,386 @@
+"""Coding clips into a packed folder, in parallel, in a way that may be killed at any moment and gone on with.
+
+A packed folder holds
+    shard-00000.bin  coded frames (video.FrameEncoder), clip after clip; a clip never crosses a shard
+    offsets.npy      int64 [F+1]: frame f of all frames is bytes offsets[f] … offsets[f+1] of the shards laid end to end
+    index.json       version, resolution, settings, clips (name, source, start, frames, fps, label, crc32), shards, what
+                     was skipped. It is written last: without it, the folder is not finished.
+    preview.png      first, middle and last frame of some clips
+    SHA256SUMS       of the files above, as `sha256sum -c` reads them
+so that any frame is one slice of a memory map and one decode. The same input and settings give the same bytes.
+
+While it is made there are also clip-*.part, coded sources that wait for their turn, and packing.jsonl, the journal:
+what was asked for, then a line for each source whose frames lie in the shards. A later run takes up the sources that
+the journal lists, as long as they are the same and the shards hold what it says, and goes on with the next one.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import sys
+import threading
+import zlib
+from collections import Counter, deque
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple
+
+import av
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from mostgan.config import UserError
+from mostgan.sources import JOURNAL, UNREADABLE
+from mostgan.video import FrameDecoder, FrameEncoder, center_crop_resize, png
+
+FORMAT, VERSION = "mostgan-clips", 2
+MIN_FRAMES = 3  # what one training sample takes from a clip
+TOO_SHORT = f"shorter than {MIN_FRAMES} frames"
+SHARD_BYTES = 1 << 30
+PREVIEW_CLIPS, PREVIEW_PIXELS = 12, 128
+
+
+def pack(
+    sources, dst, resolution, lossless=False, extra=None, replace=False, jobs=None, clip_length=None, strict=False
+):
+    """Packs clips into the folder `dst` and returns its index (a dict). Goes on where an interrupted run stopped.
+
+    sources: objects with name, label, fps, identity() and frames(resolution), such as sources.Source or sky.SkyClip.
+    extra: more entries for the index. replace: a finished dst is replaced. clip_length: longer sources are cut into
+    clips of so many frames, the last one of what is left. Unreadable and short clips are named on stderr and skipped;
+    strict makes them an error. Raises UserError for that, when no clip is left, when dst exists or cannot be written.
+    """
+    dst = Path(dst)
+    if not 4 <= resolution <= 4096:
+        raise UserError(f"a resolution of {resolution} pixels is not possible: from 4 to 4096")
+    if clip_length is not None and clip_length < MIN_FRAMES:
+        raise UserError(f"clips of {clip_length} frames are too short: training takes {MIN_FRAMES} frames of a clip")
+    asked = {"format": FORMAT, "version": VERSION, "resolution": resolution, **(extra or {})}
+    settings = {"lossless": lossless, "min_psnr": FrameEncoder.MIN_PSNR, "clip_length": clip_length}
+    asked["settings"] = asked.get("settings", {}) | settings
+    try:
+        with _locked(dst, replace) as journal:
+            # Another FFmpeg may code other bytes: what it began, this one does not go on with.
+            packed = _Packed(dst, journal, {**asked, "shard_bytes": SHARD_BYTES, "ffmpeg": av.library_versions})
+            done = packed.take_up(sources, strict)
+            if done:
+                tqdm.write(f"{dst}: going on after {done} of {len(sources)} clips", file=sys.stderr)
+            coder = _Coder(dst, resolution, lossless, clip_length)
+            with closing(_in_parallel(coder, sources, done, jobs)) as coded:
+                for source, result in coded:
+                    if result.problem and strict:
+                        raise UserError(f"{source.name}: {result.problem} (without --strict it would be skipped)")
+                    packed.add(source, result)
+            index = packed.finish(asked)
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"cannot write {dst}: {reason}; the same command will go on where this one stopped") from error
+    return index
+
+
+@contextmanager
+def _locked(dst, replace):
+    """The open journal of dst, a folder that is new, or left by an interrupted run, or finished and to be replaced."""
+    if (dst / "index.json").exists() and not replace:
+        (dst / JOURNAL).unlink(missing_ok=True)  # left by a kill in the last moment
+        raise UserError(f"{dst} exists already; remove it or choose another place")
+    if dst.exists() and not ((dst / "index.json").exists() or (dst / JOURNAL).exists()):
+        if not dst.is_dir() or any(dst.iterdir()):
+            raise UserError(f"{dst} exists already and is no packed folder; choose another place")
+    dst.mkdir(parents=True, exist_ok=True)
+    with open(dst / JOURNAL, "a+b") as journal:
+        try:
+            fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another process is preparing {dst}; wait until it has finished") from None
+        except OSError:
+            pass  # a file system without locks
+        yield journal
+
+
+# -------------------------------------------------------------------------------------------------------------- coding
+
+
+class Coded(NamedTuple):
+    """One source's coded frames, cut into clips, in a file of their own; or why there are none."""
+
+    file: Path
+    sizes: list  # per clip: bytes of each frame
+    crcs: list  # per clip
+    problem: str | None
+
+
+class _Coder:
+    def __init__(self, folder, resolution, lossless, clip_length):
+        self.folder, self.resolution, self.lossless, self.clip_length = folder, resolution, lossless, clip_length
+        self.stop = threading.Event()
+
+    def __call__(self, number, source):
+        """Codes one source. Raises OSError when it cannot write."""
+        encoder, sizes, crcs, problem = FrameEncoder(self.resolution, self.lossless), [], [], None
+        file = self.folder / f"clip-{number:07d}.part"
+        with open(file, "wb") as out:
+            try:
+                for image in _readable(source.frames(self.resolution)):
+                    if not sizes or len(sizes[-1]) == self.clip_length:
+                        sizes.append([])
+                        crcs.append(0)
+                    data = encoder.encode(image)
+                    out.write(data)
+                    sizes[-1].append(len(data))
+                    crcs[-1] = zlib.crc32(data, crcs[-1])
+                    if self.stop.is_set():
+                        break
+            except _Unreadable as error:
+                problem = f"unreadable ({error})"
+        if not problem and sum(map(len, sizes)) < MIN_FRAMES:
+            problem = TOO_SHORT
+        return Coded(file, sizes, crcs, problem)
+
+
+class _Unreadable(Exception):
+    pass
+
+
+def _readable(frames):
+    """The frames; failures to read become _Unreadable, to tell them from failures to write."""
+    try:
+        yield from frames
+    except UNREADABLE as error:
+        text = str(getattr(error, "strerror", None) or error or type(error).__name__)
+        raise _Unreadable(" ".join(text.split())) from error
+
+
+def _in_parallel(coder, sources, start, jobs):
+    """Yields (source, Coded) for sources[start:] in their order, with a progress bar; some are coded ahead.
+
+    Threads suffice: decoding, scaling and coding all run outside Python's lock.
+    """
+    jobs, torch_threads = jobs or len(os.sched_getaffinity(0)), torch.get_num_threads()
+    pool = ThreadPoolExecutor(jobs, initializer=torch.set_num_threads, initargs=(1,))
+    todo, pending = iter(range(start, len(sources))), deque()
+    bar = tqdm(desc="preparing", total=len(sources), initial=start, unit="clip", mininterval=0.5)
+    try:
+        # Few enough that memory and disk stay small, enough that one long video does not keep the other cores waiting.
+        for number in islice(todo, 16 * jobs):
+            pending.append((sources[number], pool.submit(coder, number, sources[number])))
+        while pending:
+            source, future = pending.popleft()
+            yield source, future.result()
+            bar.update()
+            for number in islice(todo, 1):
+                pending.append((sources[number], pool.submit(coder, number, sources[number])))
+    finally:
+        coder.stop.set()
+        pool.shutdown(cancel_futures=True)
+        bar.close()
+        torch.set_num_threads(torch_threads)
+
+
+# -------------------------------------------------------------------------------------------- the folder, the journal
+
+
+class _Packed:
+    """The folder while it is made: shards that grow clip by clip, and the journal that says how far they are good."""
+
+    def __init__(self, folder, journal, header):
+        self.folder, self.journal, self.header = folder, journal, json.dumps(header).encode() + b"\n"
+        self.clips, self.skipped, self.sizes = [], [], []
+        self.shards = []  # index entries: file, bytes
+
+    def take_up(self, sources, strict):
+        """Reads back what an earlier run has done, clears away the rest; returns how many sources need no more work.
+
+        strict: a source that could not be used does.
+        """
+        for name in ("index.json", "index.json.part", "offsets.npy", "preview.png", "SHA256SUMS"):
+            (self.folder / name).unlink(missing_ok=True)
+        self.journal.seek(0)
+        good, done = 0, 0  # bytes of the journal, sources
+        for line in self.journal:
+            if good == 0 and line != self.header:
+                tqdm.write(f"{self.folder}: begun with other settings; starting over", file=sys.stderr)
+                break
+            if good and not (done < len(sources) and self._take_up_line(line, sources[done], strict)):
+                break
+            done, good = done + (good > 0), good + len(line)
+        self.journal.truncate(good)
+        self.journal.seek(good)
+        if not good:
+            self.journal.write(self.header)
+            self.journal.flush()
+        sizes = {shard["file"]: shard["bytes"] for shard in self.shards}
+        for file in [*self.folder.glob("clip-*.part"), *self.folder.glob("shard-*.bin")]:
+            if file.name in sizes:
+                os.truncate(file, sizes[file.name])
+            else:
+                file.unlink()
+        return done
+
+    def _take_up_line(self, line, source, strict):
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            return False  # the kill came while it was written
+        before = [dict(shard) for shard in self.shards]
+        usable = entry["clips"] or not strict
+        if usable and line.endswith(b"\n") and entry["identity"] == source.identity():
+            if all(self._holds(sum(sizes), clip["crc32"]) for clip, sizes in zip(entry["clips"], entry["sizes"])):
+                self._count(entry)
+                return True
+        self.shards = before
+        return False
+
+    def _holds(self, size, crc):
+        """Whether the shards hold, where the next clip goes, `size` bytes of this checksum; takes them in."""
+        shard = self._shard_for(size)
+        try:
+            with open(self.folder / shard["file"], "rb") as file:
+                file.seek(shard["bytes"])
+                found, read = crc_of(file, size)
+        except FileNotFoundError:
+            return False
+        shard["bytes"] += size
+        return (found, read) == (crc, size)
+
+    def _shard_for(self, size):
+        if not self.shards or self.shards[-1]["bytes"] + size > SHARD_BYTES:
+            self.shards.append({"file": f"shard-{len(self.shards):05d}.bin", "bytes": 0})
+        return self.shards[-1]
+
+    def add(self, source, coded):
+        """Moves one source's frames into the shards and notes it in the journal."""
+        entry = {"identity": source.identity(), "clips": [], "sizes": [], "skipped": []}
+        with open(coded.file, "rb") as file:
+            for k, (sizes, crc) in enumerate(zip(coded.sizes, coded.crcs)):
+                name = source.name if len(coded.sizes) == 1 else f"{source.name}#{k:04d}"
+                if coded.problem or len(sizes) < MIN_FRAMES:  # too short: the rest of a video that was cut
+                    break
+                self._append(file, sum(sizes))
+                clip = {"name": name, "source": source.name, "start": k * len(coded.sizes[0]), "frames": len(sizes)}
+                entry["clips"].append(clip | {"fps": source.fps, "label": source.label, "crc32": crc})
+                entry["sizes"].append(sizes)
+        if coded.problem:
+            entry["skipped"].append({"name": source.name, "problem": coded.problem})
+        elif len(entry["clips"]) < len(coded.sizes):
+            entry["skipped"].append({"name": name, "problem": TOO_SHORT})
+        self.journal.write(json.dumps(entry).encode() + b"\n")
+        self.journal.flush()
+        self._count(entry)
+        for skipped in entry["skipped"]:
+            tqdm.write(f"skipped {skipped['name']}: {skipped['problem']}", file=sys.stderr)
+        coded.file.unlink()
+
+    def _append(self, part, size):
+        shard = self._shard_for(size)
+        with open(self.folder / shard["file"], "ab") as file:
+            for block in _blocks(part, size):
+                file.write(block)
+        shard["bytes"] += size
+
+    def _count(self, entry):
+        self.clips += entry["clips"]
+        self.skipped += entry["skipped"]
+        self.sizes += [np.array(sizes, np.int64) for sizes in entry["sizes"]]
+
+    def finish(self, asked):
+        """Writes all that is not a shard, the index last of all, and returns the index."""
+        folder = self.folder
+        if not self.clips:
+            (folder / JOURNAL).unlink()
+            folder.rmdir()
+            raise UserError(f"none of the {len(self.skipped)} clips can be used: {counts(self.skipped)}; first, "
+                            f"{self.skipped[0]['name']}: {self.skipped[0]['problem']}")  # fmt: skip
+        offsets = np.cumsum(np.concatenate([[0], *self.sizes]), dtype=np.int64)
+        np.save(folder / "offsets.npy", offsets)
+        fps = float(np.median([clip["fps"] for clip in self.clips]))
+        index = {**asked, "fps": fps, "clips": self.clips, "shards": self.shards, "skipped": self.skipped}
+        (folder / "preview.png").write_bytes(png(contact_sheet(folder, index, offsets)))
+        (folder / "index.json.part").write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+        (folder / "SHA256SUMS").write_text(_checksums(folder, [shard["file"] for shard in self.shards]))
+        for file in folder.iterdir():
+            with open(file, "rb") as written:
+                os.fsync(written.fileno())
+        os.replace(folder / "index.json.part", folder / "index.json")
+        (folder / JOURNAL).unlink()
+        return index
+
+
+def contact_sheet(folder, index, offsets):
+    """First, middle and last frame of some clips, a row each: uint8 [H,W,3]."""
+    chosen = np.unique(np.linspace(0, len(index["clips"]) - 1, PREVIEW_CLIPS).round().astype(int))
+    lengths = np.array([clip["frames"] for clip in index["clips"]])
+    firsts, ends = np.cumsum(lengths) - lengths, np.cumsum([shard["bytes"] for shard in index["shards"]])
+    decoder, pixels, rows = FrameDecoder(index["resolution"]), min(index["resolution"], PREVIEW_PIXELS), []
+    for clip in chosen:
+        row = []
+        for frame in firsts[clip] + np.array([0, lengths[clip] // 2, lengths[clip] - 1]):
+            shard = int(np.searchsorted(ends, offsets[frame], side="right"))
+            with open(folder / index["shards"][shard]["file"], "rb") as file:
+                file.seek(offsets[frame] - ends[shard] + index["shards"][shard]["bytes"])
+                image = decoder.decode(file.read(offsets[frame + 1] - offsets[frame]))
+            row.append(center_crop_resize(image.transpose(1, 2, 0), pixels))
+        rows.append(np.concatenate(row, 1))
+    return np.concatenate(rows)
+
+
+def _checksums(folder, shards):
+    """The text of SHA256SUMS; its last line, which sha256sum passes over, is a checksum of the others."""
+    sums = {name: digest_of(folder / name) for name in [*shards, "offsets.npy", "preview.png"]}
+    sums["index.json"] = digest_of(folder / "index.json.part")
+    lines = "".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items()))
+    return lines + f"# {hashlib.sha256(lines.encode()).hexdigest()}  the lines above\n"
+
+
+def digest_of(file):
+    digest = hashlib.sha256()
+    with open(file, "rb") as opened:
+        while block := opened.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _blocks(file, size):
+    while size > 0 and (block := file.read(min(size, 1 << 20))):
+        yield block
+        size -= len(block)
+
+
+def crc_of(file, size):
+    """(CRC-32 of the next `size` bytes of an open file, how many there were)."""
+    crc, read = 0, 0
+    for block in _blocks(file, size):
+        crc, read = zlib.crc32(block, crc), read + len(block)
+    return crc, read
+
+
+def counts(skipped):
+    """For example "1 shorter than 3 frames, 2 unreadable"."""
+    kinds = Counter(entry["problem"].split(" (")[0] for entry in skipped)
+    return ", ".join(f"{count} {problem}" for problem, count in sorted(kinds.items()))
+
+
+# -------------------------------------------------------------------------------------------------------- what is there
+
+
+def read_index(path):
+    """The index of a packed folder, a dict. Raises UserError when there is none, or of another version, or damaged."""
+    if not (path / "index.json").is_file():
+        if (path / JOURNAL).is_file():
+            raise UserError(f"{path} is not finished: its preparation was interrupted; run that command again")
+        raise UserError(f"{path} is not a folder of packed clips (it has no index.json)")
+    try:
+        info = json.loads((path / "index.json").read_text(encoding="utf-8"))
+    except (ValueError, OSError, RecursionError):
+        info = None
+    if not isinstance(info, dict) or info.get("format") != FORMAT:
+        raise UserError(f"{path / 'index.json'} is not an index of packed clips; prepare {path} again")
+    if info.get("version") != VERSION:
+        raise UserError(
+            f"{path} has format version {info.get('version')}, this program reads {VERSION}; prepare it again"
+        )
+    return info

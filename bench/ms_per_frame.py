@@ -68,7 +68,7 @@ def main():
         "fraction_of_matmul_rate": round(rate / matmul_rate, 3), "peak_memory_mb": round(peak_memory_mb(device)),
     }
     print(f"MoStGAN-V 256², {args.frames} frames of one clip a window, float32, {name}, torch {torch.__version__}")
-    print(f"{result['ms_per_frame']} ms/frame, {result['gflop_per_s']} GFLOP/s, peak memory {result['peak_memory_mb']} MB")
+    print(f"{result['ms_per_frame']} ms/frame, {result['gflop_per_s']} GFLOP/s, peak {result['peak_memory_mb']} MB")
     print(f"2048³ matmul: {result['matmul_gflop_per_s']} GFLOP/s")
     if args.out:
         args.out.write_text(json.dumps(result, indent=2) + "\n")

@@ -6,6 +6,7 @@
 """
 
 import argparse
+import atexit
 import dataclasses
 import gc
 import sys
@@ -73,6 +74,7 @@ def train(config: TrainConfig, out: Path | None = None, resume: Path | None = No
     bar = tqdm(total=total, initial=state.frames, unit="frame", unit_scale=True, smoothing=0.02, disable=None)
     gc.collect()
     gc.freeze()  # what exists now lives to the end: Python's garbage collector need not look at it every step
+    atexit.register(gc.unfreeze)
     while state.frames < total and not stop.requested:
         real = next(data)
         draw = Draws(config, clips, device, state)
@@ -101,7 +103,6 @@ def train(config: TrainConfig, out: Path | None = None, resume: Path | None = No
             save_grids(run, state.ema, state.frames, DATASETS[config.dataset].fps)
     bar.close()
     data.close()
-    gc.unfreeze()
     if stop.requested:
         print(f"stopped and saved at {state.frames / 1000:.1f} k frames; go on with: python train.py --resume {run}")
     else:

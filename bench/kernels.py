@@ -1,0 +1,307 @@
+"""Each kernel at the paper's 256² shapes: Triton, compiled and eager reference, and how far from the device's limits.
+
+    python bench/kernels.py [--frames 1 16 64 192] [--dtype bfloat16] [--compile-at 64] [--only mostatt] [--out FILE]
+    python bench/kernels.py --aot [--out FILE]
+
+A row is an op of one layer on the frames of one clip. Floor: the larger of its bytes (each tensor once) at the rate of
+a large copy and its arithmetic (twice the multiply-adds) at that of a large matrix product, both measured in the same
+run. Times are medians with the second-level cache emptied. Compiling takes seconds a shape, so the compiled one is
+timed at --compile-at frames only.
+
+On a CPU there is no Triton: the reference alone runs, at two small shapes. --aot needs no GPU: it compiles what every
+launcher launches for A100 and H100 (sm_80, sm_90) and prints registers, shared memory and spills.
+"""
+
+import argparse
+import functools
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # else `kernels` is this file
+import kernels
+from kernels import reference
+
+AOT_LAYERS = [(torch.bfloat16, 16, 1, 8), (torch.bfloat16, 128, 1, 8), (torch.bfloat16, 16, 10, 10),
+              (torch.float32, 16, 1, 8)]  # fmt: skip  dtype, resolution, rank, K
+
+
+def channels(resolution):
+    """Features at a resolution of the 256² model (spec §6)."""
+    return min(16384 // resolution, 512)
+
+
+BACKWARD_BYTES = {"mostatt": 1, "conv": 2, "epilogue": 1.5}  # of the forward's; the linear ops': 1
+
+
+# -------------------------------------------------------------------------------------------------------------- cases
+
+
+def cases(frames, resolutions, dtype, device):
+    """(op, shape, inputs, triton and reference as functions of them, bytes, flop) of every op, layer by layer."""
+
+    def t(*shape, dtype=dtype, last=True):
+        x = torch.randn(shape, device=device, dtype=dtype)
+        return x.movedim(-3, -1).contiguous().movedim(-1, -3) if last and len(shape) > 3 else x
+
+    N = frames
+    for r in resolutions:
+        for up in (2, 1):
+            I, O, low = channels(r // up), channels(r), r // up
+            high = 2 * low + 1 if up == 2 else r
+            shape = f"{r}² {I}→{O}" + (" up" if up == 2 else "")
+            x, weight, conv = t(N, I, low, low), t(N, O, I, 3, 3), t(N, O, high, high)
+            demod, bias = t(N, O, dtype=torch.float32).abs() + 0.5, t(O, dtype=torch.float32)
+            flop = 2 * N * O * I * 9 * low * low
+            if 16 <= r <= 128:
+                content, style = t(1, O, I, 3, 3), t(N, 8, 1, I + 6, last=False)
+                yield ("mostatt", shape, (content, style), kernels.mostatt_demod, reference.mostatt_demod,
+                       [content, style, weight], 32 * weight.numel())  # scores and P: 2 · 8 each  # fmt: skip
+                inputs, tensors = (x, weight, up), [x, weight, conv]
+                yield "conv", shape, inputs, kernels.conv2d_per_frame, reference.conv2d_per_frame, tensors, flop
+                yield "conv", shape, inputs, None, grouped, tensors, flop
+            y = t(N, O, r, r)
+            yield ("epilogue", shape, (conv, demod, bias, up), kernels.epilogue, reference.epilogue, [conv, y],
+                   0)  # fmt: skip
+            if up == 1:
+                half = t(N, O, r // 2, r // 2)
+                yield "downsample2d", shape, (y,), kernels.downsample2d, reference.downsample2d, [y, half], 0
+                yield "upsample2d", shape, (half,), kernels.upsample2d, reference.upsample2d, [y, half], 0
+                yield "fir pad 2", shape, (y, 2), kernels.fir, reference.fir, [y, y], 0
+
+
+def grouped(x, weight, up):
+    """cuDNN's way to convolve each frame with its own kernel: one convolution with as many groups as frames."""
+    N, O, I, k, _ = weight.shape
+    x = x.reshape(1, N * I, *x.shape[2:])
+    if up == 2:
+        y = torch.nn.functional.conv_transpose2d(x, weight.transpose(1, 2).reshape(N * I, O, k, k), stride=2, groups=N)
+    else:
+        y = torch.nn.functional.conv2d(x, weight.reshape(N * O, I, k, k), padding=k // 2, groups=N)
+    return y.view(N, O, *y.shape[2:])
+
+
+def backward(op):
+    """op → its gradient alone: the graph is made at the first call of the result and kept."""
+    kept = []
+
+    def of(*args):
+        if not kept:
+            args = [a.detach().requires_grad_() if torch.is_tensor(a) else a for a in args]
+            out = op(*args)
+            out = [out] if torch.is_tensor(out) else list(out)
+            kept.append((out, [a for a in args if torch.is_tensor(a)], [torch.randn_like(o) for o in out]))
+        out, inputs, cotangents = kept[0]
+        return torch.autograd.grad(out, inputs, cotangents, retain_graph=True)
+
+    return of
+
+
+# ------------------------------------------------------------------------------------------------------------- timing
+
+
+def milliseconds(run, device):
+    """Median milliseconds of run(); None if it does not fit in memory."""
+    try:
+        if device == "cuda":
+            from triton.testing import do_bench
+
+            return do_bench(run, warmup=10, rep=50, return_mode="median")
+        times = []
+        for _ in range(4):
+            start = time.perf_counter()
+            run()
+            times.append(1000 * (time.perf_counter() - start))
+        return statistics.median(times[1:])
+    except torch.OutOfMemoryError:
+        return None
+
+
+def ceilings(dtype, device):
+    """Bytes/s of a large copy (read and written) and flop/s of a large matrix product."""
+    size, edge = (2**30, 8192) if device == "cuda" else (2**27, 2048)
+    source = torch.empty(size, device=device, dtype=torch.uint8)
+    target, a = torch.empty_like(source), torch.randn(edge, edge, device=device, dtype=dtype)
+    copy = milliseconds(lambda: target.copy_(source), device)
+    return 2 * size / copy * 1e3, 2 * edge**3 / milliseconds(lambda: a @ a, device) * 1e3
+
+
+def measure(args, dtype, device):
+    """Rows of the table, printed as they come."""
+    copy, matmul = ceilings(dtype, device)
+    print(f"copy {copy / 1e9:.0f} GB/s, matrix product {matmul / 1e12:.2f} TFLOP/s in {args.dtype}\n")
+    print(f"{'op':22}{'layer':>20}{'frames':>7}{'Triton':>10}{'compiled':>10}{'eager':>10}"
+          f"{'GB/s':>8}{'TFLOP/s':>9}{'floor':>7}   times in ms")
+    rows = []
+    resolutions = (16, 32, 64, 128, 256) if device == "cuda" else (16, 32)
+    for frames in args.frames:
+        for name, shape, inputs, fast, plain, tensors, flop in cases(frames, resolutions, dtype, device):
+            for direction, wrap, share, traffic in (("", lambda op: op, 1, 1),
+                                                    (" backward", backward, 2, BACKWARD_BYTES.get(name, 1))):
+                op = name + direction + (" grouped" if plain is grouped else "")
+                if args.only and args.only not in op:
+                    continue
+                nbytes = traffic * sum(x.nbytes for x in tensors)
+                floor = 1e3 * max(nbytes / copy, share * flop / matmul)
+                row = dict(op=op, layer=shape, frames=frames, bytes=nbytes, flop=share * flop, floor_ms=floor)
+                runs = {"triton_ms": fast if device == "cuda" else None, "compiled_ms": None, "eager_ms": plain}
+                if device == "cuda" and frames == args.compile_at and not direction and plain is not grouped:
+                    runs["compiled_ms"] = torch.compile(plain, dynamic=False)
+                for key, run in runs.items():
+                    run = run and wrap(run)
+                    row[key] = None if run is None else milliseconds(functools.partial(run, *inputs), device)
+                rows.append(row)
+                show(row)
+    return rows, dict(copy_bytes_per_s=copy, matmul_flop_per_s=matmul)
+
+
+def show(row):
+    """One line of the table: rates and the fraction of the floor are of Triton's time, or else of the eager one."""
+    times = (row["triton_ms"], row["compiled_ms"], row["eager_ms"])
+    cells = "".join(f"{'–':>10}" if ms is None else f"{ms:10.4f}" for ms in times)
+    ms = row["triton_ms"] or row["eager_ms"]
+    rates = f"{row['bytes'] / ms / 1e6:8.0f}{row['flop'] / ms / 1e9:9.2f}{row['floor_ms'] / ms:7.0%}" if ms else ""
+    print(f"{row['op']:22}{row['layer']:>20}{row['frames']:>7}{cells}{rates}", flush=True)
+
+
+# ------------------------------------------------------------------------------------------- ahead-of-time compilation
+
+
+class Recorder:
+    """Compiles what launchers launch for another device, and launches nothing: give them tensors on `meta`."""
+
+    def __init__(self, arch):
+        self.arch, self.rows, self.seen = arch, [], set()
+
+    def __enter__(self):
+        from triton.runtime.jit import JITFunction
+
+        self.patched, self.run, recorder = JITFunction, JITFunction.run, self
+        JITFunction.run = lambda kernel, *args, grid, warmup, **kwargs: recorder.record(kernel, args, kwargs)
+        return self
+
+    def __exit__(self, *_):
+        self.patched.run = self.run
+
+    def record(self, kernel, args, kwargs):
+        """Compile with the types and hints (divisible by 16, equal to 1) that a launch would have."""
+        from triton.backends.compiler import GPUTarget
+        from triton.compiler import ASTSource
+        from triton.compiler import compile as triton_compile
+
+        pointers = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.int32: "*i32"}
+        values = dict(zip(kernel.arg_names, args)) | kwargs
+        signature, constants, hints = {}, {}, {}
+        for index, param in enumerate(kernel.params):
+            value = values[param.name]
+            if param.is_constexpr or (not torch.is_tensor(value) and value == 1):
+                signature[param.name], constants[param.name] = "constexpr", value
+                continue
+            signature[param.name] = pointers[value.dtype] if torch.is_tensor(value) else "i32"
+            if torch.is_tensor(value) or value % 16 == 0:
+                hints[(index,)] = [["tt.divisibility", 16]]
+        options = {key: kwargs[key] for key in ("num_warps", "num_stages") if key in kwargs}
+        key = kernel.__name__ + str((signature, constants, hints, options))
+        if key in self.seen:
+            return
+        self.seen.add(key)
+        source = ASTSource(kernel, signature, constants, hints)
+        compiled = triton_compile(source, target=GPUTarget("cuda", self.arch, 32), options=options)
+        name = kernel.__name__.strip("_")
+        row = dict(kernel=name, arch=self.arch, dtype=signature.get("weight_ptr") or signature.get("x_ptr"))
+        row["backward"] = "grad_" in name or "backward" in name or "find" in name
+        row["tile"] = {k: v for k, v in constants.items() if k.startswith("BLOCK") or k in ("R", "MODE", "COLUMNS")}
+        self.rows.append(row | options | resources(compiled))
+        show_resources(self.rows[-1])
+
+
+def resources(compiled):
+    """Shared memory of a program in bytes; registers, and bytes of stack (what it spills), of a thread."""
+    import triton
+
+    cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "kernel.cubin")
+        Path(path).write_bytes(compiled.asm["cubin"])
+        text = subprocess.run([cuobjdump, "-res-usage", path], capture_output=True, text=True, check=True).stdout
+    usage = {name: int(value) for name, value in re.findall(r"(\w+):(\d+)", text)}
+    return dict(shared=compiled.metadata.shared, registers=usage["REG"], spilled=usage["STACK"] + usage["LOCAL"])
+
+
+def show_resources(row):
+    tile = " ".join(f"{k.removeprefix('BLOCK_')}={v}" for k, v in row["tile"].items())
+    print(f"{row['kernel']:26} sm_{row['arch']} {row.get('num_warps', 4)} warps {row.get('num_stages', 3)} stages"
+          f"{row['shared']:8} B{row['registers']:5} regs{row['spilled']:5} B spilled   {tile}", flush=True)  # fmt: skip
+
+
+def compile_all():
+    """Every launcher on meta tensors at the paper's shapes, for both architectures."""
+    from kernels import fir, modconv, mostatt, mostatt_backward  # noqa: F401  functions, where an op has the name
+    module = {name: sys.modules[f"kernels.{name}"] for name in ("fir", "modconv", "mostatt", "mostatt_backward")}
+    rows = []
+    for arch in (80, 90):
+        with Recorder(arch) as recorder:
+            for dtype, r, rank, K in AOT_LAYERS:
+                launch_all(module, dtype, r, rank, K)
+        rows += recorder.rows
+    return rows
+
+
+def launch_all(module, dtype, r, rank, K, N=64):
+    """Launch every kernel for conv0 of the block at resolution r, forward and backward."""
+
+    def t(*shape, dtype=dtype):
+        x = torch.empty(shape, device="meta", dtype=dtype)
+        return x.movedim(-3, -1).contiguous().movedim(-1, -3) if len(shape) > 3 else x
+
+    I, O = channels(r // 2), channels(r)
+    content, style = t(1, O, I, 3, 3), t(N, K, rank, I + 6).contiguous()
+    weight, score, demod, peak = module["mostatt"].forward(content, style, None, dtype, True)
+    module["mostatt_backward"].backward(weight, score, demod, content, style, None, score, demod, peak, dtype)
+    if rank > 1:
+        return
+    x, y, bias = t(N, I, r // 2, r // 2), t(N, O, r + 1, r + 1), t(O, dtype=torch.float32)
+    for mode, tensor in (("up", x), ("down", y), ("same", x), ("flipped", t(N, O, r // 2, r // 2))):
+        module["modconv"].conv_launch(tensor, weight, mode)
+    module["modconv"].grad_weight_launch(y, x, 3, 2)
+    module["modconv"].grad_weight_launch(t(N, O, r // 2, r // 2), x, 3, 1)
+    for up, tensor in ((2, y), (1, t(N, O, r, r))):
+        out = module["fir"].epilogue_launch(tensor, demod, bias, up, None)
+        module["fir"].epilogue_backward_launch(out, out, demod, bias, up, None)
+    for setting in ((1.0, 1, 2, False), (1.0, 2, 1, False), (4.0, 2, 1, True)):
+        module["fir"].fir_launch(x, *setting)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--frames", type=int, nargs="+")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"))
+    parser.add_argument("--compile-at", type=int, default=64)
+    parser.add_argument("--only", help="only ops whose name holds this")
+    parser.add_argument("--aot", action="store_true")
+    parser.add_argument("--out")
+    args = parser.parse_args()
+    result = dict(torch=torch.__version__)
+    if args.aot:
+        result["aot"] = compile_all()
+    else:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        args.frames = args.frames or ([1, 16, 64, 192] if device == "cuda" else [1, 2])
+        args.dtype = args.dtype or ("bfloat16" if device == "cuda" else "float32")
+        result["device"] = torch.cuda.get_device_name() if device == "cuda" else "CPU"
+        print(result["device"] + ("" if device == "cuda" else ": no Triton here, the reference alone at small shapes"))
+        result["rows"], result["ceilings"] = measure(args, getattr(torch, args.dtype), device)
+    if args.out:
+        Path(args.out).write_text(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,86 @@
+"""The Triton kernels: against their twins (interpreted.py, in a process of its own) and compiled ahead of time."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import kernels
+from kernels import reference
+
+pytest.importorskip("triton", reason="Triton is not installed: CUDA tensors take the plain PyTorch ops")
+ROOT = Path(__file__).parent.parent
+INTERPRET = {} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"}
+SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}  # bytes a program can have on A100 and H100
+
+
+def run(*command, **environment):
+    """Run Python in the repository, without the interpreter unless asked for; its output on failure."""
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": str(ROOT)} | environment
+    done = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    return done.stdout
+
+
+@pytest.mark.parametrize("op", ["mostatt", "epilogue", "fir", "modconv"])
+def test_kernel_matches_twin(op):
+    run("-m", "pytest", "-q", "-x", "tests/interpreted.py", "-k", f"test_{op}", "-p", "no:cacheprovider", **INTERPRET)
+
+
+@pytest.fixture(scope="module")
+def resources(tmp_path_factory):
+    out = tmp_path_factory.mktemp("aot") / "aot.json"
+    run("bench/kernels.py", "--aot", "--out", out)
+    return json.loads(out.read_text())["aot"]
+
+
+def test_every_kernel_compiles(resources):
+    launched = {row["kernel"] for row in resources}
+    sources = "".join(path.read_text() for path in (ROOT / "kernels").glob("*.py"))
+    written = set(re.findall(r"\ndef _(\w+_kernel)\(", sources))
+    assert launched == written
+    assert {row["arch"] for row in resources} == set(SHARED_MEMORY)
+
+
+def test_shared_memory_fits(resources):
+    for row in resources:
+        assert row["shared"] <= SHARED_MEMORY[row["arch"]], row
+
+
+def test_forward_kernels_do_not_spill(resources):
+    for row in resources:
+        assert row["spilled"] == 0 or row["backward"], row
+
+
+def test_use():
+    before = kernels.use("reference")
+    assert kernels.use("triton") == "reference"
+    kernels.use(before)
+    with pytest.raises(ValueError, match="neither triton nor reference"):
+        kernels.use("cuda")
+
+
+def test_cpu_takes_the_twin():
+    x, weight = torch.randn(2, 3, 4, 4), torch.randn(2, 5, 3, 3, 3)
+    assert torch.equal(kernels.conv2d_per_frame(x, weight), reference.conv2d_per_frame(x, weight))
+    assert torch.equal(kernels.downsample2d(x), reference.downsample2d(x))
+
+
+@pytest.mark.parametrize("shape, style, message", [((1, 4, 3, 3, 3), (2, 17, 1, 9), "at most 16"),
+                                                   ((2, 4, 3, 3, 3), (3, 8, 1, 9), "multiple of B"),
+                                                   ((1, 4, 3, 3, 3), (2, 8, 1, 8), "I \\+ 2k")])  # fmt: skip
+def test_mostatt_says_what_it_wants(shape, style, message):
+    from kernels.mostatt import mostatt
+
+    with pytest.raises(ValueError, match=message):
+        mostatt(torch.zeros(shape), torch.zeros(style))
+
+
+def test_fake_tensors_have_the_shapes_and_strides_of_real_ones():
+    """What a compiler is told of an op agrees with what its launcher makes."""
+    run("tests/interpreted.py", **INTERPRET)

@@ -69,13 +69,14 @@ def train(config: TrainConfig, out: Path | None = None, resume: Path | None = No
                    config.workers, config.model.max_num_frames, device)
     stats, stop = Stats(run, device), StopSignal()
     stats.drop_after(state.frames)
-    logged, saved, total = state.frames, state.frames, round(config.total_kframes * 1000)
+    logged, saved, total = state.frames, resume, round(config.total_kframes * 1000)
     started = time.perf_counter() - state.seconds
     bar = tqdm(total=total, initial=state.frames, unit="frame", unit_scale=True, smoothing=0.02, disable=None)
     gc.collect()
     gc.freeze()  # what exists now lives to the end: Python's garbage collector need not look at it every step
     atexit.register(gc.unfreeze)
-    while state.frames < total and not stop.requested:
+    stopping = False
+    while state.frames < total and not stopping:
         real = next(data)
         draw = Draws(config, clips, device, state)
         fake_logits = generator_step(state, draw, config, stats)
@@ -90,7 +91,8 @@ def train(config: TrainConfig, out: Path | None = None, resume: Path | None = No
 
         bar.update(config.frames_per_step)
         state.seconds = time.perf_counter() - started
-        due = passes(state, config, config.snapshot_kframes) or state.frames >= total or stop.requested
+        stopping = stop.requested  # read once: a signal after this line waits for the next step to be saved
+        due = passes(state, config, config.snapshot_kframes) or state.frames >= total or stopping
         if passes(state, config, config.log_kframes) or due:
             line = stats.write(state.frames - logged, step=state.step, frames=state.frames,
                                seconds=round(state.seconds, 1), ada_p=round(state.ada_p, 5))
@@ -103,12 +105,12 @@ def train(config: TrainConfig, out: Path | None = None, resume: Path | None = No
             save_grids(run, state.ema, state.frames, DATASETS[config.dataset].fps)
     bar.close()
     data.close()
-    if stop.requested:
+    if stopping:
         print(f"stopped and saved at {state.frames / 1000:.1f} k frames; go on with: python train.py --resume {run}")
     else:
         print(f"{state.frames / 1000:.1f} k frames in {state.seconds / 60:.1f} min, "
               f"{state.frames / max(state.seconds, 1e-9):.0f} frames/s; grids are in {run}")
-        print(f"sample with: python sample.py --checkpoint {saved or run} --frames 1024")
+        print(f"sample with: python sample.py --checkpoint {saved} --frames 1024")
 
 
 def generator_step(state, draw, config, stats):
@@ -308,7 +310,8 @@ def print_start(config, clips, run, device, state):
     print(f"generator {millions[0]:.1f} M parameters, discriminator {millions[1]:.1f} M; "
           f"{config.total_kframes:g} k frames in steps of {config.batch_clips} clips × {config.model.frames_per_clip}")
     if config.preset == "tiny":
-        print("the tiny preset takes about 6 minutes on two cores; Ctrl-C saves and stops")
+        minutes = max(1, round((config.total_kframes - state.frames / 1000) / 5))
+        print(f"the tiny preset takes about {minutes} min for this on two cores; Ctrl-C saves and stops")
 
 
 @dataclass(frozen=True)

@@ -73,6 +73,14 @@ def launch():
     return None if run is None else f"{run} on {socket.gethostname()}, process {os.getppid()}"
 
 
+def resume_command(run):
+    """The command that goes on with a run."""
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    nodes = f" --nnodes={size() // local}" if size() > local else ""
+    with_torchrun = f"torchrun{nodes} --nproc_per_node={local}" if launch() else "python"
+    return f"{with_torchrun} train.py --resume {run}"
+
+
 @torch.no_grad()
 def sum_(tensors):
     """Replace tensors, of one dtype and device, by their sums over all processes; one collective for all of them."""

@@ -1,7 +1,10 @@
 """Faults of a training run: losses and gradients that are not finite, memory that does not suffice."""
 
+from contextlib import contextmanager
+
 import torch
 
+from mostgan import distributed
 from mostgan.config import UserError
 
 
@@ -33,36 +36,37 @@ class Skips:
         seen["broken"] = torch.where(skip, broken, seen["broken"])
         return skip.float()
 
-    def check(self, limit, modules, step, saved):
+    def check(self, limit, modules, step, saver):
         """UserError with a diagnosis if more than `limit` steps of a phase in a row were left out.
 
-        modules: phase → the module whose parameters `count` was given; saved: the last checkpoint, or None.
+        modules: phase → the module whose parameters `count` was given; saver: it knows the last good checkpoint.
         """
         for phase, seen in self.phases.items():
             if int(seen["longest"]) <= limit:
                 continue
             names = {id(p): name for name, p in modules[phase].named_parameters()}
             broken = [names[id(p)] for p, bad in zip(seen["parameters"], seen["broken"].tolist()[1:]) if bad]
+            saver.finish()
             shown = ": " + ", ".join(broken[:4]) + (", …" if len(broken) > 4 else "") if broken else ""
             raise UserError(
                 f"stopped near step {step}: {int(seen['longest'])} steps of {phase} in a row were not finite; the last "
                 f"had the loss {float(seen['loss']):g} and gradients that are not finite in {len(broken)} of "
                 f"{len(seen['parameters'])} parameters{shown}; "
-                + (f"the last good checkpoint is {saved}: go on from it with a lower learning rate"
-                   if saved else "nothing was saved yet: start again with a lower learning rate")
-                + " or --precision float32"
+                + (f"the last good checkpoint is {saver.saved}: go on from it" if saver.saved else "start again")
+                + " with lower learning rates or --precision float32"
             )
 
 
-def out_of_memory(config, processes, run):
-    """What to say when a GPU's memory does not suffice: the next larger batch_split that is possible."""
-    def possible(split):
-        piece = config.batch_clips / split
-        return piece % min(config.model.mbstd_group, piece) == 0 and split % processes == 0 and piece >= 1
-
-    piece = config.batch_clips // config.batch_split
-    larger = range(config.batch_split + 1, config.batch_clips + 1)
-    split = next((s for s in larger if config.batch_clips % s == 0 and possible(s)), None)
-    mend = f"--batch-split {split}" if split else "fewer --batch-clips, or more GPUs"
-    again = f"go on with: python train.py --resume {run}" if run else "start again with"
-    return UserError(f"out of GPU memory with {piece} clips at a time; {again} {mend}")
+@contextmanager
+def memory_advice(config, run):
+    """Turns running out of GPU memory into a UserError that names the next larger batch_split that is possible."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        clips, group, processes = config.batch_clips, config.model.mbstd_group, distributed.size()
+        pieces = {split: clips // split for split in range(config.batch_split + 1, clips + 1)
+                  if clips % split == 0 and split % processes == 0}
+        split = next((split for split, piece in pieces.items() if piece % min(group, piece) == 0), None)
+        again = (f"go on with: {distributed.resume_command(run)} --batch-split {split}" if split
+                 else f"no larger --batch-split is possible than {config.batch_split}: start with a smaller model")
+        raise UserError(f"out of GPU memory with {clips // config.batch_split} clips at a time; {again}") from None

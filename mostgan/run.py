@@ -16,6 +16,7 @@ import torch
 from mostgan import checkpoint, distributed
 from mostgan.config import ModelConfig, TrainConfig, UserError
 from mostgan.device import peak_memory_mb
+from mostgan.faults import Skips
 from mostgan.video import VideoWriter, grid, write_png
 
 GRID_SIDE, GRID_FRAMES = 4, 32  # a snapshot shows 4 × 4 clips of 32 frames …
@@ -33,12 +34,21 @@ class Resume(NamedTuple):
 
 
 def what_to_resume(out, resume):
-    """The Resume that the command line means, or None: a new run.
+    """The Resume that the command line means, or None: a new run. What the main process finds holds for all.
 
     out: the run folder or None; resume: None, the path of a run or checkpoint, or "": the run in out, if there is one
     already, else the newest of all runs. A torchrun that restarts its processes gives them the same command line
     again, and means its own run. Damaged checkpoints are named and passed over; UserError where nothing fits.
     """
+    if not distributed.main():
+        found = distributed.from_main("")
+        return Resume(*(Path(path) if path else None for path in found.split("\n"))) if found else None
+    found = _what_to_resume(out, resume)
+    distributed.from_main(f"{found.run}\n{found.checkpoint or ''}" if found else "")
+    return found
+
+
+def _what_to_resume(out, resume):
     if resume is None and distributed.restarted():
         resume, out = "", out or _launched_by(distributed.launch())
         if out is None:  # interrupted before it made its folder
@@ -61,6 +71,18 @@ def _launched_by(launch, runs="runs"):
     """The newest run that this torchrun started, or None."""
     configs = sorted(Path(runs).glob("*/config.json"), key=lambda path: path.stat().st_mtime)
     return next((p.parent for p in reversed(configs) if json.loads(p.read_text()).get("torchrun") == launch), None)
+
+
+def open_run(out, resume, config, clips):
+    """The run folder, made (see start_run) or made ready to be gone on with (see continue_run) by the main process."""
+    if not distributed.main():
+        return Path(distributed.from_main(""))
+    run = start_run(out, config, clips) if resume is None else resume.run
+    lock(run)
+    if resume is not None:
+        continue_run(resume, config, clips)
+    distributed.from_main(str(run))
+    return run
 
 
 def start_run(out, config, clips):
@@ -112,14 +134,13 @@ def _write_config(run, config, clips):
 
 def lock(run):
     """Keep other processes from training in a run folder until this one ends. UserError if one does already."""
-    file = open(run / ".lock", "a")  # lockf's lock, unlike flock's, is not its forked workers' too
+    handle = os.open(run / ".lock", os.O_CREAT | os.O_WRONLY)  # stays open
     try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's, not its forked workers' too
     except BlockingIOError:
         raise UserError(f"another process is training in {run}: stop it, or choose another --out") from None
     except OSError:
         pass  # a file system without locks
-    return file
 
 
 def read_config(run):
@@ -152,7 +173,7 @@ class Stats:
     def __init__(self, run, device, say=print):
         self.path, self.device, self.say = run / "stats.jsonl", device, say
         self.values, self.counts, self.since = {}, {}, time.perf_counter()
-        self.unwritten = []  # lines that a full disk did not take
+        self.skips, self.unwritten = Skips(), []  # unwritten: lines that a full disk did not take
 
     def add(self, **values):
         for name, value in values.items():
@@ -166,7 +187,7 @@ class Stats:
     def write(self, frames_since, **more):
         """Append a line: the means, `more`, frames/s over frames_since frames, peak memory. Returns it as a dict.
 
-        Every process must call it. A mean without finite values is null.
+        Every process must call it. A mean without finite values is NaN, in the file null.
         """
         now = time.perf_counter()
         line = more | self._means() | {name: int(value) for name, value in self.counts.items()}
@@ -174,7 +195,8 @@ class Stats:
         line["peak_memory_mb"] = round(peak_memory_mb(self.device), 1)
         self.values, self.counts, self.since = {}, {}, now
         if distributed.main():
-            self.unwritten.append(json.dumps(line) + "\n")
+            written = {name: None if value != value else value for name, value in line.items()}
+            self.unwritten.append(json.dumps(written) + "\n")
             self._append()
         return line
 
@@ -185,7 +207,7 @@ class Stats:
         sums = torch.stack([values.nan_to_num(0, 0, 0).sum() for values in stacked])
         finite = torch.stack([values.isfinite().sum() for values in stacked]).float()
         distributed.sum_([sums, finite])
-        return {name: round(total / count, 6) if count else None
+        return {name: round(total / count, 6) if count else float("nan")
                 for name, total, count in zip(self.values, sums.tolist(), finite.tolist())}
 
     def _append(self):
@@ -212,14 +234,21 @@ class Stats:
             write_text(self.path, "".join(kept))
 
 
-def save_grids(run, generator, frames_done, fps):
-    """Sample grids with fixed latents: one where every clip moves by itself, one where all share their motion."""
+def save_grids(run, generator, frames_done, fps, say=print):
+    """Sample grids with fixed latents: one where every clip moves by itself, one where all share their motion.
+
+    A disk that is full is said, and does not stop the training.
+    """
     labels = generator.config.num_labels
     count = GRID_SIDE**2
     label = [i % labels for i in range(count)] if labels else None
     for name, motion_seed in (("samples", None), ("shared-motion", SHARED_MOTION_SEED)):
         windows = generator.render(0, frames=GRID_FRAMES, clips=count, motion_seed=motion_seed, label=label)
-        write_grid(run / f"{name}-{frames_done // 1000:06d}k", torch.cat(list(windows), dim=1), fps)
+        clips, path = torch.cat(list(windows), dim=1), run / f"{name}-{frames_done // 1000:06d}k"
+        try:
+            write_grid(path, clips, fps)
+        except OSError as error:
+            say(f"warning: could not write {path.name}: {error}")
 
 
 def save_real_grid(run, clips, fps):
@@ -252,15 +281,8 @@ class StopSignal:
 
     def handle(self, number, frame):
         if self.interrupted and number == signal.SIGINT:
-            print(f"\nstopped at once; go on from the last checkpoint with: {resume_command(self.run)}", flush=True)
+            again = distributed.resume_command(self.run)
+            print(f"\nstopped at once; go on from the last checkpoint with: {again}", flush=True)
             signal.signal(signal.SIGINT, signal.SIG_DFL)
             os.kill(os.getpid(), signal.SIGINT)
         self.requested, self.interrupted = True, number == signal.SIGINT
-
-
-def resume_command(run):
-    """The command that goes on with a run."""
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    nodes = f" --nnodes={distributed.size() // local}" if distributed.size() > local else ""
-    with_torchrun = f"torchrun{nodes} --nproc_per_node={local}" if distributed.launch() else "python"
-    return f"{with_torchrun} train.py --resume {run}"

@@ -44,7 +44,7 @@ def snapshot(state):
     return *copies, scalars
 
 
-def load(state, path):
+def load_state(state, path):
     """Continue from the checkpoint at path. Raises UserError if it does not fit."""
     tensors, scalars = checkpoint.read_training(path)
     checkpoint.load_state(state.ema, checkpoint.read_tensors(path / "model.safetensors"), path)

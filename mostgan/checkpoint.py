@@ -89,6 +89,7 @@ def best_checkpoint(run):
 def _write_tensors(path, tensors):
     try:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+        path.chmod(0o644)  # safetensors makes files that only their owner reads
     except SafetensorError as error:  # a full disk, most likely: what it says is all there is to know
         raise OSError(str(error).removeprefix("Error while serializing: ")) from None
 

@@ -134,7 +134,7 @@ def _write_config(run, config, clips):
 
 def lock(run):
     """Keep other processes from training in a run folder until this one ends. UserError if one does already."""
-    handle = os.open(run / ".lock", os.O_CREAT | os.O_WRONLY)  # stays open
+    handle = os.open(run / ".lock", os.O_CREAT | os.O_WRONLY, 0o644)  # stays open
     try:
         fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's, not its forked workers' too
     except BlockingIOError:

@@ -133,10 +133,11 @@ class Objectives(NamedTuple):
     r1: Callable
 
 
-def objectives(config):
+def objectives(config, backend="inductor"):
+    """The objectives as config.compile says; backend: torch.compile's."""
     chosen = generator_objective, discriminator_objective, r1_objective
     if config.compile:  # every shape of a step is the same as in the step before
-        chosen = (torch.compile(objective, fullgraph=True, dynamic=False) for objective in chosen)
+        chosen = (torch.compile(objective, fullgraph=True, dynamic=False, backend=backend) for objective in chosen)
     return Objectives(*chosen)
 
 

@@ -117,11 +117,17 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(packed, tmp_path, monkeyp
     """Killed in step 6 after a save at 4: lines and half-written files after it are dropped, what is lost is redone."""
     training.train(make_config(packed, 8), tmp_path / "whole")
     config = make_config(packed, 8, snapshot_kframes=0.048)
-    monkeypatch.setattr(training, "adjust_ada", lambda state, config: 1 / (state.step != 6) or adjust(state, config))
-    with pytest.raises(ZeroDivisionError):
+    adjust = training.adjust_ada
+
+    def adjust_until(state, config):
+        if state.step == 6:
+            raise SystemExit
+        adjust(state, config)
+
+    monkeypatch.setattr(training, "adjust_ada", adjust_until)
+    with pytest.raises(SystemExit):
         training.train(config, tmp_path / "killed")
-    monkeypatch.undo()
-    monkeypatch.setattr(training, "save_grids", lambda *args: None)
+    monkeypatch.setattr(training, "adjust_ada", adjust)
     with open(tmp_path / "killed" / "stats.jsonl", "a") as file:
         file.write('{"step": 6, "fra')
     (tmp_path / "killed" / ".saving-0").mkdir()
@@ -131,9 +137,6 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(packed, tmp_path, monkeyp
     assert equal(tensors(tmp_path / "whole"), tensors(tmp_path / "killed"))
     assert [line["step"] for line in stats(tmp_path / "killed")] == list(range(1, 9))
     assert not list((tmp_path / "killed").glob(".saving-*"))
-
-
-adjust = training.adjust_ada
 
 
 def test_a_run_killed_before_its_first_save_starts_over(packed, tmp_path):
@@ -186,15 +189,12 @@ def test_a_restart_by_torchrun_goes_on_with_its_own_run(packed, tmp_path, monkey
 
 def test_two_processes_do_not_train_in_one_folder(packed, tmp_path):
     training.train(make_config(packed, 1), tmp_path / "run")
-    program = ("import sys; from pathlib import Path; from mostgan.run import lock\n"
-               "lock(Path(sys.argv[1])); print('locked', flush=True); sys.stdin.read()")
-    other = subprocess.Popen([sys.executable, "-c", program, tmp_path / "run"], cwd=ROOT, text=True,
-                             stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    assert other.stdout.readline() == "locked\n"
-    with pytest.raises(UserError, match="another process is training"):
-        training.train(make_config(packed, 2), None, what_to_resume(tmp_path / "run", ""))
-    other.communicate("")
-    training.train(make_config(packed, 2), None, what_to_resume(tmp_path / "run", ""))
+    program = "import sys; from pathlib import Path; from mostgan.run import lock; lock(Path(sys.argv[1]))"
+    other = [sys.executable, "-c", program, tmp_path / "run"]
+    done = subprocess.run(other, cwd=ROOT, text=True, capture_output=True)
+    assert "another process is training" in done.stderr  # this one, which trained there and lives
+    (tmp_path / "run" / ".lock").unlink()
+    subprocess.run(other, cwd=ROOT, check=True)
 
 
 # checkpoints
@@ -355,7 +355,7 @@ def test_a_step_that_is_not_finite_is_left_out_and_counted(packed, tmp_path, mon
     for name, steps in (("two", 2), ("three", 3)):
         if name == "three":
             broken_training(monkeypatch, phase, [5, 6])  # both pieces of step 3
-        training.train(make_config(packed, steps), tmp_path / name)
+        training.train(make_config(packed, steps, r1_interval=10), tmp_path / name)
     two, three = (tensors(tmp_path / name)[0] for name in ("two", "three"))
     kept = {key: torch.equal(two[key], three[key]) for key in two}
     assert all(kept[key] for key in kept if key.startswith((f"{network}.", f"adam_{network}."))), "it was left out"
@@ -395,11 +395,11 @@ def test_too_many_in_a_row_stop_the_run_with_a_diagnosis(packed, tmp_path, monke
 
 
 def test_out_of_memory_names_the_batch_split_to_use(packed, tmp_path, monkeypatch):
-    broken_training(monkeypatch, "generator", [3], torch.OutOfMemoryError("CUDA out of memory"))
+    broken_training(monkeypatch, "generator", [2], torch.OutOfMemoryError("CUDA out of memory"))
     config = make_config(packed, 4, batch_clips=12, batch_split=1, model=dataclasses.replace(MODEL, mbstd_group=3))
     with pytest.raises(UserError, match=r"12 clips at a time; go on with: .*run --batch-split 2$"):
         training.train(config, tmp_path / "run")
-    broken_training(monkeypatch, "generator", [3], torch.OutOfMemoryError("CUDA out of memory"))
+    broken_training(monkeypatch, "generator", [2], torch.OutOfMemoryError("CUDA out of memory"))
     with pytest.raises(UserError, match="no larger --batch-split"):
         training.train(dataclasses.replace(config, batch_split=12), tmp_path / "other")
 
@@ -506,12 +506,13 @@ def test_a_batch_is_cut_into_pieces_for_every_process(packed, monkeypatch):
     assert training.with_shares(make_config(packed, 1, batch_clips=16, batch_split=1)).batch_split == 4
     assert training.with_shares(make_config(packed, 1, batch_clips=16, batch_split=8)).batch_split == 8
     with pytest.raises(UserError, match="4 processes cannot share a batch of 18"):
-        training.with_shares(make_config(packed, 1, batch_clips=18))
+        training.with_shares(make_config(packed, 1, batch_clips=18, batch_split=1))
 
 
-def apart(a, b):
-    """‖a − b‖ / ‖b‖ of every tensor, the largest."""
-    return max(float((a[key].double() - b[key].double()).norm() / b[key].double().norm().clamp(min=1e-12)) for key in b)
+def apart(a, b, keys):
+    """‖a − b‖ / ‖b‖ of those tensors, the largest."""
+    pairs = [(a[0][key].double(), b[0][key].double()) for key in keys]
+    return max(float((x - y).norm() / y.norm().clamp(min=1e-12)) for x, y in pairs)
 
 
 @pytest.mark.slow
@@ -520,7 +521,8 @@ def test_two_processes_make_the_run_of_one(packed, tmp_path, monkeypatch):
 
     Float32 sums depend on their order: one process adds ((1 + 2) + 3) + 4, two (1 + 2) + (3 + 4). Adam without momentum
     divides a gradient by its size, so rounding is amplified where gradients nearly vanish. The measure is therefore the
-    relative norm of the difference of each parameter tensor.
+    norm of the difference of a parameter tensor, relative to the tensor's. Biases start at zero, and five steps are all
+    that they have: relative to that, rounding is larger. (With two pieces, a + b = b + a: bench/faults.py, same bits.)
     """
     changes = {"batch_clips": 8, "batch_split": 4, "save_minutes": 10.0, "snapshot_kframes": 0.072,
                "total_kframes": 0.12, "log_kframes": 0.024}
@@ -539,7 +541,10 @@ def test_two_processes_make_the_run_of_one(packed, tmp_path, monkeypatch):
     training.train(config, None, mixed)
     one, two, mixed = (tensors(tmp_path / name) for name in ("one", "two", "mixed"))
     parameters = [key for key in one[0] if key.startswith(("G.", "D."))]
-    one, two, mixed = ({key: values[key] for key in parameters} for values, _ in (one, two, mixed))
-    assert 0 < apart(two, one) < 1e-6 and apart(mixed, one) < 1e-6
+    biases = [key for key in parameters if key.endswith("bias")]
+    for other in (two, mixed):
+        assert 0 < apart(other, one, [key for key in parameters if key not in biases]) < 1e-6
+        assert apart(other, one, biases) < 1e-4
+        assert other[1] == one[1]  # ADA's p and the sum of signs
     for a, b in zip(stats(tmp_path / "two"), stats(tmp_path / "one")):
         assert a["loss_D"] == pytest.approx(b["loss_D"], abs=2e-6) and a["step"] == b["step"]

@@ -3,11 +3,12 @@
     python bench/faults.py [--kills 30] [--out bench/results/faults-cpu.json]
 
 Each time the same command is started again until the run is finished; its parameters and the whole training state must
-then have the bits of a run that was never interrupted, and stats.jsonl one line per step. Runs on CPUs, one thread a
-process, in a temporary folder; takes about 15 minutes.
+then have the bits of a run that was never interrupted, and stats.jsonl one line per step. Then: what checkpoints cost
+the preset `tiny`. Runs on CPUs, one thread a process, in a temporary folder; takes about half an hour.
 """
 
 import argparse
+import dataclasses
 import json
 import os
 import platform
@@ -16,6 +17,7 @@ import re
 import resource
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -26,8 +28,10 @@ import torch
 from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # before this folder, whose kernels.py is not the package
+import train as training
 from mostgan import checkpoint
-from mostgan.config import UserError
+from mostgan.config import UserError, train_preset
+from mostgan.state import Saver
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS, CLIPS, FRAMES = 60, 4, 3
@@ -235,6 +239,29 @@ def workers(parent):
     return [found[rank] for rank in sorted(found)]
 
 
+def cost(folder):
+    """What share of a run of the preset `tiny` its checkpoints take at the default interval, upper bound: the time that
+    training waits, and the time that the writing thread takes, as if it all were taken from training."""
+    torch.set_num_threads(1)
+    config = dataclasses.replace(train_preset("tiny", "sky"), total_kframes=0.96)
+    training.train(config, folder / "cost")
+    lines = (folder / "cost" / "stats.jsonl").read_text().splitlines()
+    state, times = training.new_state(config, torch.device("cpu")), []
+    training.load_state(state, checkpoint.find(folder / "cost"))
+    saver = Saver(folder / "cost", None, 10, 2, print)
+    for _ in range(10):
+        state.step += 1
+        begun = time.perf_counter()
+        saver.start(state)
+        waited = time.perf_counter()
+        saver.finish()
+        times.append((waited - begun, time.perf_counter() - begun))
+    waits, whole = (statistics.median(column) for column in zip(*times))
+    interval = config.snapshot_kframes * 1000 / json.loads(lines[-1])["frames_per_second"]
+    return {"training waits, s": round(waits, 4), "whole save, s": round(whole, 4),
+            "seconds of training between saves": round(interval, 1), "share": round(whole / interval, 5)}
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, count in (("kills", 30), ("full-disks", 5), ("damages", 20), ("signals", 5), ("killed-ranks", 2)):
@@ -261,6 +288,8 @@ def main():
             detail = ", ".join(f"{key} {value}" for key, value in results[name].items() if key != "times")
             print(f"{name:44s} {results[name]['times']:3d}  same bits  {detail}  "
                   f"({time.perf_counter() - started:.0f} s)", flush=True)
+        results["cost"] = cost(Path(folder))
+        print(f"a checkpoint of the preset tiny: {results['cost']}")
     args.out.parent.mkdir(parents=True, exist_ok=True)
     record = {"steps": STEPS, "python": platform.python_version(), "torch": torch.__version__,
               "minutes": round((time.perf_counter() - begun) / 60, 1), "drills": results}

@@ -379,5 +379,5 @@ if __name__ == "__main__":
         options, resume = parse(sys.argv[1:])
         train(options.config, options.out, resume)
         distributed.finish()
-    except UserError as error:
+    except (UserError, OSError) as error:
         sys.exit(f"train.py: {error}")

@@ -7,8 +7,8 @@ run that one process would make with batches `world` times as large.
 
 import functools
 import itertools
+import multiprocessing
 import os
-import re
 import signal
 import threading
 from collections import deque
@@ -287,8 +287,8 @@ def _by_processes(source, start, workers, pin):
         while True:
             try:
                 batch = next(iterator)
-            except RuntimeError as error:
-                raise _dead_worker(source, str(error)) or error from None
+            except (RuntimeError, OSError, EOFError) as error:  # what the loader says when a worker is gone
+                raise _dead_worker(source) or error from None
             if isinstance(batch, Exception):
                 raise batch
             yield batch
@@ -312,14 +312,12 @@ def _end_with_parent():
     os._exit(0)
 
 
-def _dead_worker(source, message):
-    """The UserError for a DataLoader's complaint that a worker is gone, or None for any other."""
-    found = re.match(r"DataLoader worker \(pid\(?s?\)?:? ?(\d+)", message)
-    if found is None:
-        return None
-    clips = [source.clips.names[clip] for process, clip in source.reading.tolist() if process == int(found.group(1))]
+def _dead_worker(source):
+    """The UserError for a worker process that is gone, or None if all of them live."""
+    alive = {child.pid for child in multiprocessing.active_children()}
+    clips = [source.clips.names[clip] for process, clip in source.reading.tolist() if process and process not in alive]
     return UserError(f"{source.clips.path}: a loader process died (killed, or short of memory) while reading the clip "
-                     f"{''.join(clips[:1]) or '?'}: try fewer --workers, or 0, which reads in this process")
+                     f"{clips[0]}: try fewer --workers, or 0, which reads in this process") if clips else None
 
 
 class _Reporting(torch.utils.data.Dataset):

@@ -456,6 +456,22 @@ def test_a_signal_is_noted(number):
     assert stop.requested
 
 
+@pytest.mark.parametrize("numbers, ended", [
+    ((signal.SIGINT, signal.SIGINT), signal.SIGINT), ((signal.SIGTERM, signal.SIGINT), 0),
+    ((signal.SIGTERM, signal.SIGTERM, signal.SIGUSR1), 0),
+], ids=["Ctrl-C twice", "job's end and Ctrl-C", "job's end, said often"])
+def test_only_a_second_sigint_ends_the_process_at_once(numbers, ended):
+    child = os.fork()
+    if child == 0:
+        StopSignal("run")
+        for number in numbers:
+            os.kill(os.getpid(), number)
+            time.sleep(0.01)
+        os._exit(0)
+    status = os.waitpid(child, 0)[1]
+    assert os.WIFSIGNALED(status) == bool(ended) and (not ended or os.WTERMSIG(status) == ended)
+
+
 def command(packed, out, steps):
     model = [word for name, value in vars(MODEL).items() if value != getattr(ModelConfig(), name)
              for word in (f"--{name.replace('_', '-')}", *map(str, value if isinstance(value, tuple) else [value]))]
@@ -489,6 +505,7 @@ def test_a_second_sigint_stops_at_once_and_a_sigterm_saves(packed, tmp_path):
 
     process = start()
     process.send_signal(signal.SIGINT)
+    time.sleep(0.02)  # two at once may be delivered as one
     process.send_signal(signal.SIGINT)
     out, _ = process.communicate(timeout=60)
     if process.returncode != 0:  # else the step was over before the second came

@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import signal
 import threading
+import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -314,10 +315,14 @@ def _end_with_parent():
 
 def _dead_worker(source):
     """The UserError for a worker process that is gone, or None if all of them live."""
-    alive = {child.pid for child in multiprocessing.active_children()}
-    clips = [source.clips.names[clip] for process, clip in source.reading.tolist() if process and process not in alive]
-    return UserError(f"{source.clips.path}: a loader process died (killed, or short of memory) while reading the clip "
-                     f"{clips[0]}: try fewer --workers, or 0, which reads in this process") if clips else None
+    for _ in range(20):  # a dying process closes its connections a moment before it is gone
+        alive = {child.pid for child in multiprocessing.active_children()}
+        clips = [clip for process, clip in source.reading.tolist() if process and process not in alive]
+        if clips:
+            return UserError(f"{source.clips.path}: a loader process died (killed, or short of memory) while reading "
+                             f"the clip {source.clips.names[clips[0]]}: try fewer --workers, or 0 for none")
+        time.sleep(0.05)
+    return None
 
 
 class _Reporting(torch.utils.data.Dataset):

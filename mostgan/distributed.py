@@ -12,6 +12,7 @@ Instead `sum_` adds up a phase's gradients in one collective just before its opt
 
 import os
 import socket
+import time
 from datetime import timedelta
 
 import torch
@@ -31,9 +32,40 @@ def start():
         if local >= gpus:
             raise UserError(f"too few GPUs for --nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}: there are {gpus}")
         torch.cuda.set_device(local)
-        dist.init_process_group("cpu:gloo,cuda:nccl")  # gloo for what the host must know (any_of)
+        dist.init_process_group("cpu:gloo,cuda:nccl", **_new_store())  # gloo for what the host must know (any_of)
     else:
-        dist.init_process_group("gloo")
+        dist.init_process_group("gloo", **_new_store())
+
+
+def _new_store():
+    """A store, by which processes find each other, of this start's own, hosted by rank 0: init_process_group's options.
+
+    After a restart torchrun's store still holds the addresses of the dead processes, and a living one that is quicker
+    than its peers would call those. Here the worst that it finds is a port where nobody answers, and it looks again.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return {}
+    host, rank = os.environ["MASTER_ADDR"], int(os.environ["RANK"])
+    torchruns = dist.TCPStore(host, int(os.environ["MASTER_PORT"]), is_master=False)
+    if rank == 0:
+        store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False)
+        torchruns.set("mostgan/port", str(store.port))
+    else:
+        store = dist.TCPStore(host, _answering_port(host, torchruns), is_master=False)
+    return {"store": store, "rank": rank, "world_size": int(os.environ["WORLD_SIZE"])}
+
+
+def _answering_port(host, torchruns):
+    deadline = time.monotonic() + 300
+    while True:
+        port = int(torchruns.get("mostgan/port"))
+        try:
+            socket.create_connection((host, port), timeout=2).close()
+            return port
+        except OSError:
+            if time.monotonic() > deadline:
+                raise UserError(f"rank 0 on {host} cannot be reached at port {port}") from None
+            time.sleep(0.1)
 
 
 def finish():

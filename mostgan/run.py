@@ -40,16 +40,18 @@ def what_to_resume(out, resume):
     already, else the newest of all runs. A torchrun that restarts its processes gives them the same command line
     again, and means its own run. Damaged checkpoints are named and passed over; UserError where nothing fits.
     """
+    # On other nodes than that of the failure, torchrun restarts processes without counting.
+    (restarted,) = distributed.any_of(distributed.restarted())
     if not distributed.main():
         found = distributed.from_main("")
         return Resume(*(Path(path) if path else None for path in found.split("\n"))) if found else None
-    found = _what_to_resume(out, resume)
+    found = _what_to_resume(out, resume, restarted)
     distributed.from_main(f"{found.run}\n{found.checkpoint or ''}" if found else "")
     return found
 
 
-def _what_to_resume(out, resume):
-    if resume is None and distributed.restarted():
+def _what_to_resume(out, resume, restarted):
+    if resume is None and restarted:
         resume, out = "", out or _launched_by(distributed.launch())
         if out is None:  # interrupted before it made its folder
             return None

@@ -267,7 +267,7 @@ def cost(folder):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, count in (("kills", 30), ("full-disks", 5), ("damages", 20), ("signals", 5), ("killed-ranks", 2)):
+    for name, count in (("kills", 30), ("full-disks", 5), ("damages", 20), ("signals", 5), ("killed-ranks", 4)):
         parser.add_argument(f"--{name}", type=int, default=count)
     parser.add_argument("--cost", type=int, default=1, help="0: do not measure what checkpoints cost")
     parser.add_argument("--seed", type=int, default=0)

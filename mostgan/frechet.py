@@ -136,33 +136,39 @@ def _finite(features, where):
 
 
 PROXY_NAME = "proxy 1: a random 3-D network"
-PROXY_LAYERS = ((3, 32, (3, 5, 5), (1, 2, 2)), (32, 64, (3, 3, 3), (2, 2, 2)), (64, 64, (3, 3, 3), (2, 2, 2)))
+PROXY_LAYERS = ((3, 32, (1, 1, 1)), (32, 32, (2, 2, 2)), (32, 64, (2, 2, 2)))  # channels in, out; stride in time, y, x
 PROXY_SIDE, PROXY_SEED = 64, 2048  # pixels that frames are resized to; seed of the first layer's weights
+PROXY_FRAMES = 128  # at a time: its first layer's features are 16 times the size of the frames
 
 
 def proxy(device) -> Detector:
-    """What stands in for a detector where none is given: three 3-D convolutions with fixed random weights.
+    """What stands in for a detector where none is given: three 3×3×3 convolutions with fixed random weights.
 
-    Its 128 features are mean and standard deviation, over time and space, of 64 channels. It knows nothing of the
-    world: distances by it compare runs with one another and are no FVD. On every machine the weights are the same.
+    Its 64 features are log mean squares, over time and space, of the last layer's channels. The first layer's filters
+    sum to 0, so that contrast and change count, not brightness, which differs most between real clips and says least.
+    It knows nothing of the world: distances by it compare runs with one another and are no FVD. The weights are the
+    same on every machine.
     """
     weights = []
-    for number, (inputs, outputs, kernel, _) in enumerate(PROXY_LAYERS):
-        fan_in = inputs * kernel[0] * kernel[1] * kernel[2]
+    for number, (inputs, outputs, _) in enumerate(PROXY_LAYERS):
+        fan_in = inputs * 27
         normal = content_latent([PROXY_SEED + number], outputs * fan_in)  # numbers that no library version changes
-        weights.append((normal * (2 / fan_in) ** 0.5).view(outputs, inputs, *kernel))
+        weights.append((normal * (2 / fan_in) ** 0.5).view(outputs, inputs, 3, 3, 3))
+    weights[0] = (weights[0].double() - weights[0].double().mean((1, 2, 3, 4), keepdim=True)).float()
     sha256 = hashlib.sha256(b"".join(weight.numpy().tobytes() for weight in weights)).hexdigest()
     weights = [weight.to(device) for weight in weights]
 
-    @torch.inference_mode()
-    def features(clips):
+    def of_few(clips):
         frames = clips.transpose(1, 2).flatten(0, 1).float() / 127.5 - 1
         if frames.shape[-2:] != (PROXY_SIDE, PROXY_SIDE):
             frames = F.interpolate(frames, (PROXY_SIDE, PROXY_SIDE), mode="bilinear", antialias=True)
         x = frames.unflatten(0, (len(clips), -1)).transpose(1, 2)
-        for weight, (_, _, kernel, stride) in zip(weights, PROXY_LAYERS):
-            x = F.leaky_relu(F.conv3d(x, weight, stride=stride, padding=[k // 2 for k in kernel]), 0.2)
-        x = x.flatten(2)
-        return torch.cat([x.mean(2), (x.var(2, unbiased=False) + 1e-8).sqrt()], dim=1)
+        for weight, (_, _, stride) in zip(weights, PROXY_LAYERS):
+            x = F.leaky_relu(F.conv3d(x, weight, stride=stride, padding=1), 0.2)
+        return torch.log(x.square().mean((2, 3, 4)) + 1e-6)
+
+    @torch.inference_mode()
+    def features(clips):
+        return torch.cat([of_few(few) for few in clips.split(max(1, PROXY_FRAMES // clips.shape[2]))])
 
     return Detector(PROXY_NAME, sha256, True, features)

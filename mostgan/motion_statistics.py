@@ -92,7 +92,7 @@ def periodicity(rows):
     that is at least 0.9 as high, so that a period is not taken for its multiple. Static or ever-drifting videos give
     (0, 0).
     """
-    products = _inner_products(rows)
+    products = _inner_products(rows).cpu()
     squares = products.diagonal()
     if squares.mean() < STATIC_LEVELS**2:
         return 0, 0.0

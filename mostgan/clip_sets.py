@@ -98,11 +98,11 @@ class ClipSet:
                                                     for part in np.array_split(frames, -(-len(frames) // 16)))
 
     def describe(self):
-        info = self.clips.info
-        return {"clips": str(self.clips.path), "checksum": data_checksum(self.clips), "total": len(self.clips),
-                "resolution": self.clips.resolution, "fps": self.clips.fps, "settings": info.get("settings"),
-                "builtin": self.clips.builtin,
-                "window": "its first n frames" if self.from_start else "one at random of n frames"}  # fmt: skip
+        settings = self.clips.info.get("settings", {})
+        return {"data": str(self.clips.path), "checksum": data_checksum(self.clips), "total": len(self.clips),
+                "resolution": self.clips.resolution, "fps": self.clips.fps, "builtin": self.clips.builtin,
+                "crop": settings.get("crop", "center"), "split": settings.get("split"), "settings": settings,
+                "window": "its first n frames" if self.from_start else "n frames at random"}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -151,8 +151,9 @@ class GeneratedSet:
 
     def describe(self):
         config = self.generator.config
-        return {"resolution": config.resolution, "num_labels": config.num_labels, "psi": 1.0, "times": "0 to n − 1",
-                "seeds": "clip i of a run: (the run's seed) · 2³² + i"}
+        return {"total": self.protocol.clips, "resolution": config.resolution, "num_labels": config.num_labels,
+                "psi": 1.0, "times": "0 to n − 1", "seeds": "clip i of a run: (the run's seed) · 2³² + i",
+                "precision": f"{self.protocol.precision} (the release: half in its four highest resolutions)"}
 
 
 def data_checksum(clips):

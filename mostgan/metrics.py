@@ -191,6 +191,27 @@ def table(results, runs: list[Scores]):
     return "\n".join(lines)
 
 
+def protocol_lines(protocol):
+    """The protocol of a report in a few lines; the JSON file has all of it."""
+    lines = []
+    for which in ("real", "generated"):
+        described = protocol[which]
+        text = f"{described.get('data') or described.get('checkpoint')}, {described['total']:,} clips of "
+        text += f"{described['resolution']}²"
+        if "data" in described:
+            split = f"{described['split']} split" if described["split"] else "no split"
+            text += f", {described['fps']:g} frames/s, crop {described['crop']}, {split}; of each, "
+            text += f"{described['window']}; checksum {described['checksum'][:12]}"
+        else:
+            text += f" from {described['times']}, in {protocol['precision']}; sha256 {described['sha256'][:12]}"
+        lines.append(f"{which:10}{text}")
+    for which in ("video", "frame"):
+        lines.append(f"{which:10}{protocol[which + '_detector']['name']}, sha256 "
+                     f"{protocol[which + '_detector']['sha256'][:12]}")  # fmt: skip
+    lines.append(f"seeds     {protocol['seed']} to {protocol['seed'] + protocol['runs'] - 1}")
+    return "\n".join(lines)
+
+
 def describe_detector(detector):
     return {"name": detector.name, "sha256": detector.sha256, "proxy": detector.proxy}
 
@@ -305,6 +326,7 @@ def run(
     if out is None:
         key = hashlib.sha256(json.dumps(told["protocol"]).encode()).hexdigest()[:8]
         out = folder / f"metrics-{name}-{key}.json"
+    print(protocol_lines(told["protocol"]))
     print(table(results, scores))
     try:
         write_text(out, json.dumps(told, indent=1) + "\n")

@@ -267,6 +267,8 @@ def test_a_toy_detector_end_to_end(packed, run_folder, detectors, tmp_path, caps
     assert said["samples"]["fvd128"] == [3, 5] and said["samples"]["fid"] == [80, 80]
     assert not any("proxy" in key for key in said["results"])
     printed = capsys.readouterr().out
+    assert f"{packed}, 12 clips of 32², 25 frames/s, crop center, no split; of each, n frames at random" in printed
+    assert f"video.pt, sha256 {sha256[:12]}" in printed and "seeds     2 to 3" in printed
     assert "FVD128, every 8th frame" in printed and "proxy" not in printed
     assert "3 real clips of 128 frames, not 5" in printed and "FVD16: 5 real and 5 generated samples for 5" in printed
     assert "motion is measured in clips of 20 frames" in printed  # the median clip has no more
@@ -294,18 +296,21 @@ def test_the_proxy_is_the_same_everywhere_and_sees_motion():
 
 
 def test_two_folders_of_clips(packed, tmp_path, capsys, monkeypatch):
-    """Equal sets score 0 in everything; videos are packed at the packed side's resolution; halves are no worse."""
+    """Equal sets score 0 in everything; videos are packed at the packed side's resolution."""
     monkeypatch.chdir(tmp_path)
     metrics.run(packed, packed, random_windows=True, protocol=Protocol(frames=16))
     results = json.loads(next(tmp_path.glob("metrics-sky-sky-*.json")).read_text())["results"]
     for name in ("proxy_fvd16", "proxy_fid", "spectrum_distance_db"):
         assert results[name]["mean"] < 1e-9
+    metrics.run(packed, packed, protocol=Protocol(frames=16), out=tmp_path / "starts.json")  # of the second
+    assert json.loads((tmp_path / "starts.json").read_text())["results"]["proxy_fvd16"]["mean"] > 1e-3
     for i in range(3):
         with VideoWriter(tmp_path / "videos" / f"{i}.mp4", 25) as video:
             video.write(sky.make_clip(i, 48, 17))
     metrics.run(packed, tmp_path / "videos", protocol=SMALL, out=tmp_path / "other.json")
     told = json.loads((tmp_path / "other.json").read_text())["protocol"]["generated"]
     assert (told["resolution"], told["total"], told["window"]) == (32, 3, "its first n frames")
+    assert told["crop"] == "center" and f"generated {tmp_path}" in capsys.readouterr().out
 
 
 def test_evaluate_leaves_random_state_alone(packed):

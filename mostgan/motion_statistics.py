@@ -120,7 +120,7 @@ def add_long(sums: Sums, index, count, rows):
 
 def repetition(sums: Sums):
     """Of a set's long videos: the share that repeats itself (recurrence above ½), mean recurrence, and the median
-    period of those that do (or None)."""
+    period of those that do (or None). A slow swing may come back by chance: compare rates, do not expect 0."""
     period, recurrence = sums["periodicity"].T
     repeating = recurrence > REPEATS
     median = float(period[repeating].median()) if repeating.any() else None

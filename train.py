@@ -22,7 +22,7 @@ import tyro
 from tqdm import tqdm
 
 import kernels
-from mostgan import augment, checkpoint
+from mostgan import augment, checkpoint, metrics
 from mostgan.config import DATASETS, TrainConfig, UserError, train_preset
 from mostgan.data import batches, open_data, sample_fake
 from mostgan.device import pick_device
@@ -59,6 +59,7 @@ def train(config: TrainConfig, out: Path | None = None, resume: Path | None = No
     kernels.use(config.kernels)
     clips = open_data(config.data, config.dataset, config.model.resolution, config.cache)
     config = with_labels(config, clips)
+    detectors = metrics.open_detectors(config.eval_detector, None, device) if config.eval_every else None
     state = new_state(config, device)
     if resume is None:
         run = start_run(out, config, clips)
@@ -95,16 +96,22 @@ def train(config: TrainConfig, out: Path | None = None, resume: Path | None = No
         bar.update(config.frames_per_step)
         state.seconds = time.perf_counter() - started
         stopping = stop.requested  # read once: a signal after this line waits for the next step to be saved
-        due = passes(state, config, config.snapshot_kframes) or state.frames >= total or stopping
+        shown = passes(state, config, config.snapshot_kframes) or state.frames >= total or stopping
+        scores = {}
+        if detectors and passes(state, config, config.eval_every) and not stopping:
+            scores = metrics.evaluate(state.ema, clips, detectors, config.eval_clips, config.eval_frames)
+            bar.write(f"{state.frames / 1000:.1f} k frames: {metrics.in_a_line(scores)}")
+        due = bool(shown or scores)
         if passes(state, config, config.log_kframes) or due:
             line = stats.write(state.frames - logged, step=state.step, frames=state.frames,
-                               seconds=round(state.seconds, 1), ada_p=round(state.ada_p, 5))
+                               seconds=round(state.seconds, 1), ada_p=round(state.ada_p, 5), **scores)
             if line["gradient_anomalies"]:
                 bar.write(f"warning: {line['gradient_anomalies']:.0f} gradients were not finite near step {state.step}")
             bar.set_postfix_str(f"G {line['loss_G']:.2f} D {line['loss_D']:.2f} ada {state.ada_p:.3f}")
             logged = state.frames
         if due:
-            saved = save_state(run, state)
+            saved = save_state(run, state, next(iter(scores.values()), None))  # the best by FVD16 is kept
+        if shown:
             save_grids(run, state.ema, state.frames, DATASETS[config.dataset].fps)
     bar.close()
     data.close()
@@ -287,15 +294,16 @@ def new_state(config, device):
     return State(G, D, ema, adam_G, make_adam(D, config.discriminator_lr, config.r1_interval))
 
 
-def save_state(run, state):
-    """Save a checkpoint of everything. Returns its path."""
+def save_state(run, state, metric=None):
+    """Save a checkpoint of everything; metric: see checkpoint.mark_best. Returns its path."""
     tensors = {}
     for name in ("G", "D"):
         tensors |= {f"{name}.{key}": value for key, value in getattr(state, name).state_dict().items()}
         for i, moments in getattr(state, f"adam_{name}").state_dict()["state"].items():
             tensors |= {f"adam_{name}.{i}.{key}": value for key, value in moments.items()}
     scalars = {key: getattr(state, key) for key in ("step", "frames", "seconds", "ada_p")}
-    return checkpoint.save(run, state.step, state.ema, tensors, scalars | {"ada_sign": float(state.ada_sign)})
+    scalars["ada_sign"] = float(state.ada_sign)
+    return checkpoint.save(run, state.step, state.ema, tensors, scalars, metric=metric)
 
 
 def load_state(state, path):

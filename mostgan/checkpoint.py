@@ -1,11 +1,13 @@
 """Checkpoints: safetensors and JSON only, complete or absent. Released state names → ours (spec §10).
 
 A checkpoint is a folder: model.safetensors (the averaged generator) and config.json (its ModelConfig) are all that
-sampling needs; training.safetensors and training.json hold the rest of the training state.
+sampling needs; training.safetensors and training.json hold the rest of the training state. best.json beside the
+checkpoints of a run names the best by a metric, if one was computed.
 """
 
 import dataclasses
 import json
+import math
 import os
 import re
 import shutil
@@ -22,10 +24,11 @@ from mostgan.model import Generator
 CHECKPOINT_NAME = "checkpoint-{:06d}"
 
 
-def save(folder, step, ema, tensors, scalars, keep=2):
-    """Write checkpoint `step` into folder, whole or not at all, and drop all but the newest `keep`. Returns its path.
+def save(folder, step, ema, tensors, scalars, keep=2, metric=None):
+    """Write checkpoint `step` into folder, whole or not at all; drop all but the newest `keep` and the best.
 
-    ema: the averaged generator; tensors: name → tensor and scalars: JSON values, the rest of the training state.
+    ema: the averaged generator; tensors: name → tensor and scalars: JSON values, the rest of the training state;
+    metric: see mark_best. Returns the checkpoint's path.
     """
     folder = Path(folder)
     path, temporary = folder / CHECKPOINT_NAME.format(step), folder / f".saving-{uuid.uuid4().hex}"
@@ -43,9 +46,38 @@ def save(folder, step, ema, tensors, scalars, keep=2):
         _fsync(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+    if metric is not None:
+        mark_best(path, metric)
+    best = best_checkpoint(folder)
     for old in _checkpoints(folder)[:-keep]:
-        shutil.rmtree(old)
+        if old != best:
+            shutil.rmtree(old)
     return path
+
+
+def mark_best(path, metric):
+    """Note that the checkpoint at path scored `metric`, lower being better as for FVD. A run's best is never dropped.
+
+    Returns whether it is the best so far.
+    """
+    note = path.parent / "best.json"
+    if not math.isfinite(metric) or best_checkpoint(path.parent) and _read(note, json.loads)["metric"] <= metric:
+        return False
+    temporary = note.with_name(".best.json.partial")
+    temporary.write_text(json.dumps({"checkpoint": path.name, "metric": float(metric)}, indent=2) + "\n")
+    _fsync(temporary)
+    temporary.replace(note)
+    _fsync(note.parent)
+    return True
+
+
+def best_checkpoint(run):
+    """The best checkpoint of a run by the metric given to mark_best, or None."""
+    try:
+        path = Path(run) / json.loads((Path(run) / "best.json").read_text())["checkpoint"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return path if path.is_dir() else None
 
 
 def _fsync(path):

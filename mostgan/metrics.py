@@ -144,20 +144,23 @@ def add_repetition(scores, prefix, sums):
 
 
 @torch.no_grad()
-def evaluate(generator, clips, most=256, frames=16, long_clips=0, detector=None, seed=0) -> dict[str, float]:
-    """Scores of a generator against packed clips, as training logs them: name → value.
+def evaluate(generator, clips, detectors: Detectors, most=256, frames=16, long_clips=0, seed=0) -> dict[str, float]:
+    """Scores of a generator against packed clips, as training logs them: name → value, FVD16 first.
 
-    most: clips of each set; frames: 16, or 128 for FVD128 too; long_clips: videos searched for repetition; detector: a
-    TorchScript file for FVD, or None for the proxy, whose names begin with proxy_. No random state is touched. With
-    torch.distributed running, every process must call it, and all get the same. Raises UserError.
+    most: clips of each set; frames: 16, or 128 for FVD128 too; long_clips: videos searched for repetition. No random
+    state is touched. With torch.distributed running, every process must call it, and all get the same. May raise
+    UserError.
     """
     protocol = Protocol(most, frames, long_clips)
-    detectors = open_detectors(detector, None, generator.mapping.w_avg.device)
     sets = ClipSet(clips, protocol, seed), GeneratedSet(generator, protocol, seed, clips.labels)
     return score(*sets, protocol, detectors, show=False).values
 
 
 # ------------------------------------------------------------------------------------------------------------ telling
+
+
+def in_a_line(values):
+    return ", ".join(f"{label(key)} {value:.4g}" for key, value in values.items() if not key.startswith("real_"))
 
 
 def label(key):

@@ -14,9 +14,10 @@ import scipy.linalg
 import torch
 from safetensors.torch import save_file
 
+import train as training
 from mostgan import checkpoint, clip_sets, frechet, metrics, packing, sky
 from mostgan.clip_sets import ClipSet, GeneratedSet, Protocol
-from mostgan.config import ModelConfig, UserError
+from mostgan.config import ModelConfig, TrainConfig, UserError
 from mostgan.data import Clips
 from mostgan.frechet import add_features, frechet_distance, mean_and_covariance
 from mostgan.model import Generator
@@ -316,10 +317,12 @@ def test_two_folders_of_clips(packed, tmp_path, capsys, monkeypatch):
 def test_evaluate_leaves_random_state_alone(packed):
     torch.manual_seed(5)
     generator, before = Generator(MODEL).eval().requires_grad_(False), torch.get_rng_state()
-    scores = [metrics.evaluate(generator, Clips(packed), most=4) for _ in range(2)]
+    detectors = clip_sets.open_detectors(None, None, CPU)
+    scores = [metrics.evaluate(generator, Clips(packed), detectors, most=4) for _ in range(2)]
     assert torch.equal(torch.get_rng_state(), before)
     assert scores[0] == scores[1] and all(isinstance(value, float) for value in scores[0].values())
     assert {"proxy_fvd16", "proxy_fid", "spectrum_distance_db", "static_rate"} <= set(scores[0])
+    assert list(scores[0])[0] == "proxy_fvd16"
 
 
 # ----------------------------------------------------------------------------------------------- cache and processes
@@ -404,3 +407,48 @@ def test_a_conditional_model_needs_labels(packed, tmp_path):
     save(tmp_path, dataclasses.replace(MODEL, num_labels=2))
     with pytest.raises(UserError, match="has 2 classes"):
         metrics.run(tmp_path, data=packed, protocol=SMALL)
+
+
+# ------------------------------------------------------------------------------------------------------------ training
+
+
+def training_config(packed, **changes):
+    """Steps of 12 frames, evaluated every 24."""
+    values = dict(data=str(packed), batch_clips=4, batch_split=1, precision="float32", compile=False, workers=0,
+                  augment="none", total_kframes=0.048, log_kframes=0.012, snapshot_kframes=100, eval_every=0.024,
+                  eval_clips=4)  # fmt: skip
+    model = dataclasses.replace(MODEL, discriminator_hidden_dim=16)
+    return dataclasses.replace(TrainConfig(model), **values | changes)
+
+
+def lines_of(run):
+    measured = ("seconds", "frames_per_second", "peak_memory_mb")
+    lines = [json.loads(line) for line in (run / "stats.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key not in measured} for line in lines]
+
+
+def test_training_logs_scores_and_resumes_exactly(packed, tmp_path):
+    training.train(training_config(packed), tmp_path / "whole")
+    training.train(training_config(packed, eval_every=0), tmp_path / "never")
+    training.train(training_config(packed, total_kframes=0.024), tmp_path / "parts")
+    training.train(training_config(packed), None, checkpoint.find(tmp_path / "parts"))
+    lines = lines_of(tmp_path / "whole")
+    assert ["proxy_fvd16" in line for line in lines] == [False, True, False, True]
+    assert lines == lines_of(tmp_path / "parts")
+    states = [checkpoint.find(tmp_path / run) / "model.safetensors" for run in ("whole", "parts", "never")]
+    assert len({state.read_bytes() for state in states}) == 1  # to evaluate changes nothing
+
+
+def test_training_keeps_the_best(packed, tmp_path, monkeypatch):
+    scores = iter([3.0, 1.0, 2.0, 2.5])
+    monkeypatch.setattr(metrics, "evaluate", lambda *a: {"fvd16": next(scores), "static_rate": 0.0})
+    training.train(training_config(packed, total_kframes=0.096), tmp_path / "run")
+    steps = sorted(path.name for path in (tmp_path / "run").glob("checkpoint-*"))
+    assert steps == ["checkpoint-000004", "checkpoint-000006", "checkpoint-000008"]
+    assert checkpoint.best_checkpoint(tmp_path / "run").name == "checkpoint-000004"
+
+
+def test_a_wrong_detector_stops_training_before_it_starts(packed, tmp_path):
+    with pytest.raises(UserError, match="nowhere.pt is not there"):
+        training.train(training_config(packed, eval_detector="nowhere.pt"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()

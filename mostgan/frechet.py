@@ -81,19 +81,20 @@ class Detector(NamedTuple):
 
 def video_detector(path, device) -> Detector:
     """A TorchScript file that is called as I3D is (spec §9). None: the proxy. Raises UserError if it is none."""
-    return proxy(device) if path is None else _from_file(path, device, rescale=True, resize=True)
+    return proxy(device) if path is None else _from_file(path, device, [1, 3, 16, 64, 64], rescale=True, resize=True)
 
 
 def frame_detector(path, device) -> Detector:
     """A TorchScript file that takes frames uint8 [B, 3, H, W], as Inception's for FID does. None: the proxy, on clips
     of one frame. Raises UserError if it is none."""
     if path is not None:
-        return _from_file(path, device)
+        return _from_file(path, device, [1, 3, 64, 64])
     of_clips = proxy(device)
     return of_clips._replace(features=lambda frames: of_clips.features(frames.unsqueeze(2)))
 
 
-def _from_file(path, device, **arguments):
+def _from_file(path, device, trial, **arguments):
+    """The detector in a TorchScript file, after a first call with samples of shape `trial`: now, not hours later."""
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path} is not there: the detector is a TorchScript file, such as i3d_torchscript.pt")
@@ -118,6 +119,7 @@ def _from_file(path, device, **arguments):
             raise UserError(f"{path} gave {shape} for {len(x)} samples, not a row of features for each")
         return _finite(found, path)
 
+    features(torch.arange(torch.Size(trial).numel(), device=device).view(trial).to(torch.uint8))
     return Detector(path.name, sha256, False, features)
 
 

@@ -448,7 +448,8 @@ def test_training_keeps_the_best(packed, tmp_path, monkeypatch):
     assert checkpoint.best_checkpoint(tmp_path / "run").name == "checkpoint-000004"
 
 
-def test_a_wrong_detector_stops_training_before_it_starts(packed, tmp_path):
-    with pytest.raises(UserError, match="nowhere.pt is not there"):
-        training.train(training_config(packed, eval_detector="nowhere.pt"), tmp_path / "run")
+def test_a_wrong_detector_stops_training_before_it_starts(packed, detectors, tmp_path):
+    for name, complaint in (("nowhere.pt", "is not there"), ("frame.pt", "cannot be called as detector")):
+        with pytest.raises(UserError, match=complaint):
+            training.train(training_config(packed, eval_detector=str(detectors / name)), tmp_path / "run")
     assert not (tmp_path / "run").exists()

@@ -59,7 +59,9 @@ def train(config: TrainConfig, out: Path | None = None, resume: Path | None = No
     kernels.use(config.kernels)
     clips = open_data(config.data, config.dataset, config.model.resolution, config.cache)
     config = with_labels(config, clips)
-    detectors = metrics.open_detectors(config.eval_detector, None, device) if config.eval_every else None
+    detectors = None
+    if config.eval_every:
+        detectors = metrics.open_detectors(config.eval_detector, config.eval_frame_detector, device)
     state = new_state(config, device)
     if resume is None:
         run = start_run(out, config, clips)
@@ -99,7 +101,8 @@ def train(config: TrainConfig, out: Path | None = None, resume: Path | None = No
         shown = passes(state, config, config.snapshot_kframes) or state.frames >= total or stopping
         scores = {}
         if detectors and passes(state, config, config.eval_every) and not stopping:
-            scores = metrics.evaluate(state.ema, clips, detectors, config.eval_clips, config.eval_frames)
+            scores = metrics.evaluate(state.ema, clips, detectors, config.eval_clips, config.eval_frames,
+                                      config.eval_long_clips)
             bar.write(f"{state.frames / 1000:.1f} k frames: {metrics.in_a_line(scores)}")
         due = bool(shown or scores)
         if passes(state, config, config.log_kframes) or due:

@@ -173,8 +173,12 @@ class TrainConfig:
     """clips that an evaluation compares; FVD is of 2,048"""
     eval_frames: int = 16
     """longest clips that it compares: 16, or 128 for FVD128 too"""
+    eval_long_clips: int = 0
+    """videos of 1,024 frames that it searches for repetition"""
     eval_detector: str | None = None
     """TorchScript file that FVD is computed with; default a random network, whose scores are called proxy"""
+    eval_frame_detector: str | None = None
+    """the same for FID"""
     precision: str = "bf16"
     """bf16 (autocast with float32 master weights; needs a GPU) or float32"""
     compile: bool = True
@@ -194,9 +198,9 @@ class TrainConfig:
                      "ema_half_life_kclips", "ada_interval", "ada_kclips", "log_kframes", "snapshot_kframes"):
             if not getattr(self, name) > 0:
                 raise UserError(f"{name} is {getattr(self, name)}, but must be more than 0")
-        if self.eval_every < 0 or self.eval_clips < 2 or self.eval_frames < 2:
-            raise UserError(f"eval_every is {self.eval_every}, eval_clips {self.eval_clips}, eval_frames "
-                            f"{self.eval_frames}, but must be at least 0, 2 and 2")
+        for name, least in (("eval_every", 0), ("eval_clips", 2), ("eval_frames", 2), ("eval_long_clips", 0)):
+            if getattr(self, name) < least:
+                raise UserError(f"{name} is {getattr(self, name)}, but must be at least {least}")
         if self.batch_clips % self.batch_split:
             raise UserError(f"batch_clips is {self.batch_clips}, not a multiple of batch_split {self.batch_split}")
         piece, group = self.batch_clips // self.batch_split, self.model.mbstd_group

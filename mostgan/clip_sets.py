@@ -132,8 +132,9 @@ class GeneratedSet:
         """Yields uint8 [b, frames, 3, R, R]: every world-th batch."""
         size, count = self.protocol.batch, self.protocol.clips
         for first in range(rank * size, count, world * size):
-            with self._autocast():
-                yield torch.cat(list(self._render(first, min(size, count - first), frames)), dim=1)
+            with self._autocast():  # for the rendering alone, not for what is done with clips that were yielded
+                clips = torch.cat(list(self._render(first, min(size, count - first), frames)), dim=1)
+            yield clips
 
     def long_videos(self):
         """As ClipSet's: of the first clips, 1,024 frames."""
@@ -143,7 +144,7 @@ class GeneratedSet:
     def _long(self, index):
         windows = self._render(index, 1, motion_statistics.LONG)
         while True:
-            with self._autocast():  # for the rendering alone, not for what is done with a window that was yielded
+            with self._autocast():  # likewise
                 window = next(windows, None)
             if window is None:
                 return

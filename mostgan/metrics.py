@@ -68,9 +68,10 @@ def score(real: ClipSet, generated: ClipSet | GeneratedSet, protocol, detectors,
     enough = [n for n in VIDEO_METRICS if n <= protocol.frames
               and all((s.lengths() >= n).sum() >= 2 for s in (real, generated))]  # fmt: skip
     lengths = sorted({*enough, motion_frames})
-    real_sums = {n: measure_once(real, n, detectors, show) for n in [*lengths, "long"]}
+    kinds = [*lengths, "long"] if protocol.long_clips else lengths
+    real_sums = {n: measure_once(real, n, detectors, show) for n in kinds}
     if isinstance(generated, ClipSet):
-        made_sums = {n: measure_once(generated, n, detectors, show) for n in [*lengths, "long"]}
+        made_sums = {n: measure_once(generated, n, detectors, show) for n in kinds}
     else:
         with progress("generated clips", protocol.clips, show) as bar:
             made_sums = measure(generated, lengths, detectors, bar)
@@ -88,7 +89,7 @@ def score(real: ClipSet, generated: ClipSet | GeneratedSet, protocol, detectors,
                 scores.skipped[key] = f"only clips of up to {protocol.frames} frames were asked for"
             else:
                 scores.skipped[key] = f"fewer than 2 clips of a set have {n} frames"
-    add_fewer(scores, enough, protocol, real, generated)
+    add_differences(scores, enough, protocol, real, generated)
     add_spectrum(scores, motion_frames, real_sums[motion_frames], made_sums[motion_frames])
     if protocol.long_clips:
         add_repetition(scores, "", made_sums["long"])
@@ -107,13 +108,16 @@ def add_distance(scores, key, name, real, made):
                             "than full rank, so the value is biased; compare it only at the same numbers of samples")
 
 
-def add_fewer(scores, enough, protocol, real, generated):
-    """Notes where a set of clips has fewer than were asked for."""
+def add_differences(scores, enough, protocol, real, generated):
+    """Notes where a set of clips has fewer than were asked for, and where frame rates differ."""
     for which, s in (("real", real), ("generated", generated)):
         for n in enough:
             count = int((s.lengths() >= n).sum())
             if count < protocol.clips:
                 scores.notes.append(f"{count:,} {which} clips of {n} frames, not {protocol.clips:,}: there are no more")
+    if isinstance(generated, ClipSet) and abs(real.clips.fps - generated.clips.fps) > 0.01:
+        scores.notes.append(f"the real clips have {real.clips.fps:g} frames/s, the others {generated.clips.fps:g}: "
+                            "a frame apart is not as long in both, so no value but the FID compares like with like")
 
 
 def add_spectrum(scores, frames, real, made):

@@ -205,6 +205,19 @@ def test_generated_clips_have_their_own_seeds_and_start_at_0():
     assert not torch.equal(clips[0], clips[5])
 
 
+def test_bf16_is_for_rendering_alone():
+    torch.manual_seed(0)
+    generator, pair = Generator(MODEL).eval(), []
+    for precision in ("float32", "bf16"):
+        made = GeneratedSet(generator, dataclasses.replace(SMALL, precision=precision, long_clips=1), 0)
+        for batch in made.batches(16, 0, 1):
+            assert not torch.is_autocast_enabled("cpu")
+        for _, window in zip(range(2), next(made.long_videos())()):
+            assert not torch.is_autocast_enabled("cpu") and window.shape == (16, 3, 32, 32)
+        pair.append(batch.int())
+    assert 0 < (pair[0] - pair[1]).abs().float().mean() < 4
+
+
 def test_labels_are_drawn_from_the_data():
     torch.manual_seed(0)
     generator = Generator(dataclasses.replace(MODEL, num_labels=3)).eval()
@@ -306,12 +319,14 @@ def test_two_folders_of_clips(packed, tmp_path, capsys, monkeypatch):
     metrics.run(packed, packed, protocol=Protocol(frames=16), out=tmp_path / "starts.json")  # of the second
     assert json.loads((tmp_path / "starts.json").read_text())["results"]["proxy_fvd16"]["mean"] > 1e-3
     for i in range(3):
-        with VideoWriter(tmp_path / "videos" / f"{i}.mp4", 25) as video:
+        with VideoWriter(tmp_path / "videos" / f"{i}.mp4", 30) as video:
             video.write(sky.make_clip(i, 48, 17))
     metrics.run(packed, tmp_path / "videos", protocol=SMALL, out=tmp_path / "other.json")
     told = json.loads((tmp_path / "other.json").read_text())["protocol"]["generated"]
     assert (told["resolution"], told["total"], told["window"]) == (32, 3, "its first n frames")
-    assert told["crop"] == "center" and f"generated {tmp_path}" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert told["crop"] == "center" and f"generated {tmp_path}" in printed
+    assert "the real clips have 25 frames/s, the others 30" in printed
 
 
 def test_evaluate_leaves_random_state_alone(packed):

@@ -29,7 +29,7 @@ from mostgan.model import Generator
 
 VIDEO_METRICS = {16: {"fvd16": 1}, 128: {"fvd128": 1, "fvd128_every8": 8}}  # frames of a clip → name → frame stride
 FRAME_METRIC = {16: "fid"}  # over all frames of FVD16's clips
-CACHE_VERSION = 1  # raise it when what is collected changes
+CACHE_VERSION = 1  # raise it when what is collected changes, or how frames are decoded
 
 
 @dataclass(frozen=True)

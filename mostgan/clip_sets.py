@@ -20,10 +20,9 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 from tqdm import tqdm
 
-from mostgan import frechet, motion_statistics
+from mostgan import distributed, frechet, motion_statistics
 from mostgan.config import UserError
 from mostgan.data import Clips
-from mostgan.device import pick_device
 from mostgan.frechet import Detector, Sums
 from mostgan.model import Generator
 
@@ -190,7 +189,7 @@ def add_batch(sums: Sums, batch, detectors):
 
 def measure(clip_set, lengths, detectors, bar):
     """Sums over a set's clips of each of these lengths: {n: Sums}. A clip is rendered once, for all lengths."""
-    rank, world = processes()
+    rank, world = distributed.rank(), distributed.size()
     sums = {n: {} for n in lengths}
     for batch in clip_set.batches(max(lengths), rank, world):
         batch = batch.to(detectors.device)
@@ -202,7 +201,7 @@ def measure(clip_set, lengths, detectors, bar):
 
 def measure_long(clip_set, detectors, bar):
     """Sums over a set's long videos; empty if it has none."""
-    rank, world = processes()
+    rank, world = distributed.rank(), distributed.size()
     sums, videos = {}, list(clip_set.long_videos())
     for index in range(rank, len(videos), world):
         with closing(videos[index]()) as windows:
@@ -231,24 +230,9 @@ def measure_once(clip_set: ClipSet, n, detectors, show):
 # ------------------------------------------------------------------------------------------------- processes, the cache
 
 
-def join():
-    """The device of this process; when torchrun started several, they join here."""
-    many = int(os.environ.get("WORLD_SIZE", 1)) > 1
-    if many and torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    if many and not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
-    return pick_device()
-
-
-def processes():
-    """(rank, number) of this process among those of torch.distributed."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
 def all_together(sums: Sums) -> Sums:
     """The sums of all processes, added up in their order, on the CPU."""
-    sums, parts = {name: value.cpu() for name, value in sums.items()}, [None] * processes()[1]
+    sums, parts = {name: value.cpu() for name, value in sums.items()}, [None] * distributed.size()
     if len(parts) == 1:
         return sums
     dist.all_gather_object(parts, sums)
@@ -261,7 +245,7 @@ def all_together(sums: Sums) -> Sums:
 
 def from_rank_0(function):
     """function(), called in the first process alone, for all of them."""
-    rank, world = processes()
+    rank, world = distributed.rank(), distributed.size()
     result = [function() if rank == 0 else None]
     if world > 1:
         dist.broadcast_object_list(result, src=0)
@@ -298,4 +282,4 @@ def write_sums(file, sums):
 
 
 def progress(text, total, show):
-    return tqdm(desc=text, total=total, unit="clip", disable=None if show and processes()[0] == 0 else True)
+    return tqdm(desc=text, total=total, unit="clip", disable=None if show and distributed.main() else True)

@@ -1,6 +1,7 @@
 """Where a program runs, and how it holds memory there."""
 
 import ctypes
+import os
 import resource
 import sys
 
@@ -20,6 +21,14 @@ def pick_device():
         for parameter, value in ((-4, 0), (-1, 2**31 - 1), (-2, 64 * 2**20)):
             libc.mallopt(parameter, value)
     return torch.device("cpu")
+
+
+def make_deterministic():
+    """Have PyTorch choose algorithms that give the same bits in every run, or fail where it knows of none."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it is first used
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.backends.cudnn.benchmark = False
 
 
 def peak_memory_mb(device):

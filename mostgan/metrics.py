@@ -22,7 +22,7 @@ import numpy as np
 import torch
 import tyro
 
-from mostgan import checkpoint, frechet, motion_statistics
+from mostgan import checkpoint, distributed, frechet, motion_statistics
 from mostgan.clip_sets import (
     FRAME_METRIC,
     VIDEO_METRICS,
@@ -31,16 +31,15 @@ from mostgan.clip_sets import (
     GeneratedSet,
     Protocol,
     from_rank_0,
-    join,
     measure,
     measure_long,
     measure_once,
     open_detectors,
-    processes,
     progress,
 )
 from mostgan.config import UserError
 from mostgan.data import Clips, open_data
+from mostgan.device import pick_device
 from mostgan.packing import digest_of
 from mostgan.run import read_config, write_text
 
@@ -237,7 +236,7 @@ def report(runs, results, sets, protocol, detectors: Detectors, seed):
             "video_detector": describe_detector(detectors.video), "frame_detector": describe_detector(detectors.frame),
             "detector_precision": "float32", "statistics_precision": "float64", "covariance": "population",
             "tf32_convolutions": cuda and torch.backends.cudnn.allow_tf32,
-            "device": torch.cuda.get_device_name() if cuda else "cpu", "processes": processes()[1],
+            "device": torch.cuda.get_device_name() if cuda else "cpu", "processes": distributed.size(),
             "torch": torch.__version__,
         },
     }  # fmt: skip
@@ -310,7 +309,8 @@ def run(
         raise UserError("give a CHECKPOINT and --data, or two folders of clips, not all of them")
     if second is None and (random_windows or resolution):
         raise UserError("--random-windows and --resolution are for two folders of clips; a checkpoint has its own")
-    device = join()
+    distributed.start()
+    device = pick_device()
     detectors = open_detectors(detector, frame_detector, device)
     if second is None:
         generator, path, clips = open_checkpoint(first, data, device)
@@ -324,7 +324,7 @@ def run(
                 else ClipSet(other, protocol, number, from_start=not random_windows))  # fmt: skip
         sets = ClipSet(clips, protocol, number), made
         scores.append(score(*sets, protocol, detectors))
-    if processes()[0] > 0:
+    if not distributed.main():
         return
     results = summarize(scores)
     told = report(scores, results, sets, protocol, detectors, seed)
@@ -352,7 +352,7 @@ def main():
         sys.exit("interrupted; what is in the cache need not be computed again")
     finally:
         if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
+            torch.distributed.destroy_process_group()  # not distributed.finish: after an error, nobody waits
 
 
 if __name__ == "__main__":

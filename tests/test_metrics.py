@@ -21,6 +21,7 @@ from mostgan.config import ModelConfig, TrainConfig, UserError
 from mostgan.data import Clips
 from mostgan.frechet import add_features, frechet_distance, mean_and_covariance
 from mostgan.model import Generator
+from mostgan.run import Resume
 from mostgan.video import VideoWriter
 
 ROOT = Path(__file__).parent.parent
@@ -448,7 +449,7 @@ def test_training_logs_scores_and_resumes_exactly(packed, tmp_path):
     training.train(training_config(packed), tmp_path / "whole")
     training.train(training_config(packed, eval_every=0), tmp_path / "never")
     training.train(training_config(packed, total_kframes=0.024), tmp_path / "parts")
-    training.train(training_config(packed), None, checkpoint.find(tmp_path / "parts"))
+    training.train(training_config(packed), None, Resume(tmp_path / "parts", checkpoint.find(tmp_path / "parts")))
     lines = lines_of(tmp_path / "whole")
     assert ["proxy_fvd16" in line for line in lines] == [False, True, False, True]
     assert lines == lines_of(tmp_path / "parts")

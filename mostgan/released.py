@@ -1,7 +1,7 @@
 """Released checkpoints of MoStGAN-V and StyleGAN-V: their networks under our names, their configuration inferred.
 
-A released file is a pickle {'G': …, 'D': …, 'G_ema': …} of modules (spec §10), which unpickle.py reads as data. What the
-configuration needs is in the shapes; a few settings that leave no trace there are in attributes that modules store.
+A released file is a pickle {'G': …, 'D': …, 'G_ema': …} of modules (spec §10), which unpickle.py reads as data. What
+the configuration needs is in the shapes; the few settings that leave no trace there are in attributes of the modules.
 """
 
 import hashlib
@@ -177,7 +177,9 @@ def _network(value):
 def _content(path, record):
     """A module's own tensors, as far as they belong to its state, and its child modules, by name."""
     state = record.state if isinstance(record, unpickle.Record) else None
-    parts = [state.get(key) or {} for key in ("_parameters", "_buffers", "_modules")] if isinstance(state, dict) else [0]
+    if not isinstance(state, dict):
+        raise unpickle.Refused(f"{path or 'the network'} is no module")
+    parts = [state.get(key) or {} for key in ("_parameters", "_buffers", "_modules")]
     if not all(isinstance(part, dict) and len(part) <= MOST_TENSORS for part in parts):
         raise unpickle.Refused(f"{path or 'the network'} is no module")
     if not all(type(key) is str and re.fullmatch(r"\w{1,100}", key, re.ASCII) for part in parts for key in part):
@@ -208,7 +210,8 @@ def _read_tensors(tensors):
 def infer_config(generator, discriminator=None, half_precision=None, motion_distance=None):
     """Networks → ModelConfig, and a line on what was inferred. Arguments as in `read_released`. Raises UserError."""
     of = _Shapes(from_released_names(generator.state), "generator")
-    resolutions = sorted(int(m[1]) for name in of.shapes if (m := re.fullmatch(r"synthesis\.b(\d{1,4})\.torgb\.bias", name)))
+    blocks = (re.fullmatch(r"synthesis\.b(\d{1,4})\.torgb\.bias", name) for name in of.shapes)
+    resolutions = sorted(int(block[1]) for block in blocks if block)
     channels = {r: of(f"synthesis.b{r}.conv1.weight", 4)[0] for r in resolutions}
     if not resolutions:
         raise UserError("it has no synthesis blocks: this is no generator of MoStGAN-V or StyleGAN-V")
@@ -224,6 +227,8 @@ def infer_config(generator, discriminator=None, half_precision=None, motion_dist
     )  # fmt: skip
     if "motion_network.fc0.weight" in of.shapes:
         values |= _motion_styles(of, resolutions, w_dim)
+    if half_precision is not None and not set(half_precision) <= set(resolutions):
+        raise UserError(f"half_precision is {tuple(half_precision)}, but its resolutions are {tuple(resolutions)}")
     halves, how = _half_precision(generator, resolutions) if half_precision is None else (half_precision, "as given")
     values["prenorm_resolutions"] = tuple(halves)
     values["motion_demod_only_resolutions"] = tuple(r for r in halves if r in values["motion_resolutions"])
@@ -240,7 +245,7 @@ class _Shapes:
         self.shapes, self.what = {name: tuple(tensor.shape) for name, tensor in state.items()}, what
 
     def __call__(self, name, dims):
-        if len(self.shapes.get(name, ())) != dims:
+        if len(self.shapes.get(name, ())) != dims or 0 in self.shapes[name]:
             raise UserError(f"it has no {name} of {dims} dimensions: this is no {self.what} of MoStGAN-V or StyleGAN-V")
         return self.shapes[name]
 
@@ -249,7 +254,7 @@ def _periods(state, motion_distance):
     """motion_distance and max_period, from the frequencies ω = 2π / period, longest period first (spec §2)."""
     if f"{_TIME_ENCODER}.freqs" not in state:
         if motion_distance is None:
-            raise UserError(f"it has no {_TIME_ENCODER}.freqs, which would tell the motion distance: give --motion-distance")
+            raise UserError(f"it has no {_TIME_ENCODER}.freqs to tell the motion distance: give --motion-distance")
         return dict(motion_distance=motion_distance)
     freqs = state[f"{_TIME_ENCODER}.freqs"].double().flatten()
     if not len(freqs) or not ((freqs > 1e-6) & (freqs < 7)).all():
@@ -318,17 +323,20 @@ def _describe(config, how, discriminator):
 def _fitted(state, network, config):
     """The state under our names, float32, for network(config); UserError if they are not for each other."""
     state = from_released_names(state, discriminator=network is Discriminator)
-    with torch.device("meta"):  # shapes without memory
-        expected = {name: tuple(tensor.shape) for name, tensor in network(config).state_dict().items()}
     what = network.__name__.lower()
+    try:
+        with torch.device("meta"):  # shapes without memory
+            expected = {name: tuple(tensor.shape) for name, tensor in network(config).state_dict().items()}
+    except RuntimeError:  # a size beyond 2⁶³
+        raise UserError(f"its {what} has shapes that do not fit each other") from None
     for name in sorted(expected.keys() | state.keys()):
         if name not in expected:
             raise UserError(f"its {what} has {ascii(name)[1:-1][:100]}, which ours has not: another architecture")
         if name not in state:
             raise UserError(f"its {what} has no {name}")
         if tuple(state[name].shape) != expected[name] or not state[name].is_floating_point():
-            raise UserError(f"its {what} has {name} of shape {tuple(state[name].shape)}, {state[name].dtype}; the rest of "
-                            f"it wants floating-point {expected[name]}")
+            raise UserError(f"its {what} has {name} of shape {tuple(state[name].shape)}, {state[name].dtype}, but the "
+                            f"rest of it goes with floating-point {expected[name]}")
         if not state[name].isfinite().all():
             raise UserError(f"its {what} has {name} with numbers that are not finite")
     return {name: state[name].float().contiguous() for name in expected}
@@ -336,13 +344,13 @@ def _fitted(state, network, config):
 
 def _check_computed(networks, config):
     """What we compute and the release stores must be the same: FIR filters (spec §1) and frequencies (§2, §7)."""
-    taps = torch.tensor([1.0, 3, 3, 1])
+    taps, M = torch.tensor([1.0, 3, 3, 1]), config.max_num_frames
     longest, shortest = math.log2(config.max_period), math.log2(config.motion_distance)
     period = torch.exp2(torch.linspace(longest, shortest, config.num_frequencies, dtype=torch.float64))
-    octaves = torch.arange(int(math.log2(config.max_num_frames)), dtype=torch.float64)
+    octaves = torch.arange(int(math.log2(M)), dtype=torch.float64)
     expected = {
         "resample_filter": torch.outer(taps, taps) / 64, "freqs": 2 * math.pi / period,
-        "phase_scales": config.max_period / period, "fourier_coefs": math.pi * torch.exp2(octaves) / config.max_num_frames,
+        "phase_scales": config.max_period / period, "fourier_coefs": math.pi * torch.exp2(octaves) / M,
     }  # fmt: skip
     for network in networks.values():
         for name, tensor in network.state.items():

@@ -1,9 +1,9 @@
 """Pickles read without executing anything in them.
 
-A pickle is a program: its opcodes push values, look names up (GLOBAL) and call what they found (REDUCE, NEWOBJ, …), which
-is why `pickle.load` of a stranger's file runs the stranger's code. Here nothing is ever looked up and nothing called.
-`pickletools.genops` parses the opcodes, `_run` carries them out on plain data, and a name stays a name: tensors become
-`Tensor` (what is needed to read one), modules and other objects become `Record`s that hold what their file says of them,
+A pickle is a program: its opcodes push values, look names up (GLOBAL) and call what they found (REDUCE, NEWOBJ, …),
+which is why `pickle.load` of a stranger's file runs the stranger's code. Here nothing is ever looked up, and nothing
+called. `pickletools.genops` parses the opcodes, `_run` carries them out on plain data, and a name stays a name.
+Tensors become `Tensor`s (what is needed to read one), modules and other objects `Record`s of what the file says of them,
 and any name that a network is not made of is refused.
 
 Sizes are bounded by the file's own (`_Budget`), so that a small file can take neither memory nor time without end.
@@ -189,7 +189,6 @@ _VALUES = set(
     "SHORT_BINUNICODE BINUNICODE8 BINBYTES SHORT_BINBYTES BINBYTES8 BYTEARRAY8".split())  # fmt: skip
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
 _EMPTY = {"EMPTY_LIST": list, "EMPTY_DICT": dict, "EMPTY_SET": set}
-_TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 
 
 def _run(file, budget, storage_of=None):
@@ -197,13 +196,6 @@ def _run(file, budget, storage_of=None):
     persistent ids mean.
     """
     stack, marks, memo = [], [], {}
-
-    def pop_mark():
-        mark = marks.pop()
-        items = stack[mark:]
-        del stack[mark:]
-        return items
-
     for opcode, arg, _ in pickletools.genops(file):
         budget.spend(opcodes=1)
         name = opcode.name
@@ -221,28 +213,11 @@ def _run(file, budget, storage_of=None):
             stack.append(memo[arg])
         elif name == "MARK":
             marks.append(len(stack))
-        elif name in _TUPLES:
-            n = _TUPLES[name]
-            stack[-n:] = [tuple(stack[-n:])]
-        elif name == "TUPLE":
-            stack.append(tuple(pop_mark()))
-        elif name == "LIST":
-            stack.append(pop_mark())
-        elif name == "DICT":
-            stack.append({})
-            _set_items(stack[-1], pop_mark())
-        elif name == "FROZENSET":
-            stack.append(_set(budget, pop_mark()))
-        elif name in ("SETITEM", "SETITEMS"):
-            items = pop_mark() if name == "SETITEMS" else [stack.pop(-2), stack.pop()]
-            _set_items(stack[-1], items)
-        elif name in ("APPEND", "APPENDS"):
-            items = pop_mark() if name == "APPENDS" else [stack.pop()]
-            if isinstance(stack[-1], list):
-                stack[-1].extend(items)
-        elif name == "ADDITEMS":
-            items = pop_mark()
-            stack[-1].update(_set(budget, items))
+        elif name in _COLLECTING:
+            first = marks.pop() if _COLLECTING[name] is None else len(stack) - _COLLECTING[name]
+            items = stack[first:]
+            del stack[first:]
+            _collect(name, stack, items)
         elif name == "GLOBAL":
             stack.append(_admit(*arg.split(" ", 1)))
         elif name == "STACK_GLOBAL":
@@ -259,10 +234,6 @@ def _run(file, budget, storage_of=None):
                 raise Refused(f"it sets the state of a {type(stack[-1]).__name__}")
         elif name == "BINPERSID" and storage_of is not None:
             stack.append(_persistent(stack.pop(), storage_of))
-        elif name == "POP":
-            stack.pop()
-        elif name == "POP_MARK":
-            pop_mark()
         elif name == "DUP":
             stack.append(stack[-1])
         elif name == "STOP":
@@ -271,24 +242,53 @@ def _run(file, budget, storage_of=None):
             raise Refused(f"it uses the instruction {name}, which no snapshot needs")
 
 
+# Instructions that take values off the stack and collect them: how many, or None: those since the last mark.
+_COLLECTING = {
+    "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3, "TUPLE": None, "LIST": None, "DICT": None, "FROZENSET": None, "APPEND": 1,
+    "APPENDS": None, "SETITEM": 2, "SETITEMS": None, "ADDITEMS": None, "POP": 1, "POP_MARK": None,
+}  # fmt: skip
+
+
+def _collect(name, stack, items):
+    """Push the items as a new collection, or add them to the one on top of the stack."""
+    if name.startswith("TUPLE"):
+        stack.append(tuple(items))
+    elif name == "LIST":
+        stack.append(items)
+    elif name == "DICT":
+        stack.append(_set_items({}, items))
+    elif name == "FROZENSET":
+        stack.append(_set(None, items))
+    elif name.startswith("APPEND") and isinstance(stack[-1], list):
+        stack[-1].extend(items)
+    elif name.startswith("SETITEM"):
+        _set_items(stack[-1], items)
+    elif name == "ADDITEMS":
+        stack[-1].update(_set(None, items))
+    elif not name.startswith("POP"):
+        raise Refused(f"it appends to a {type(stack[-1]).__name__}")
+
+
 def _plain(key):
     return key is None or type(key) in (str, int, float, bool, bytes)
 
 
 def _set_items(target, items):
-    """Plain keys only: nothing of a network has another, and to hash a deep tuple is to recurse."""
+    """Keys and values, one after the other, into a dictionary. Plain keys only: nothing of a network has another, and to hash a deep tuple is to recurse."""
     if len(items) % 2:
         raise Refused("it has a key without a value")
     if isinstance(target, dict):
         target.update((key, value) for key, value in zip(items[::2], items[1::2]) if _plain(key))
     elif not isinstance(target, Record):
         raise Refused(f"it sets items of a {type(target).__name__}")
+    return target
 
 
 def _admit(module, name):
     """The name as a Global, if snapshots need it. Raises Refused."""
     full = f"{_PYTHON_2.get(_text(module), module)}.{_text(name)}"
-    if full in _CALLS or _storage_dtype(full) or any(pattern.fullmatch(full) for pattern in (_INERT, _PERSISTENCE, _DICT)):
+    known = full in _CALLS or _storage_dtype(full) is not None
+    if known or any(pattern.fullmatch(full) for pattern in (_INERT, _PERSISTENCE, _DICT)):
         return Global(full)
     raise Refused(f"it names {_shown(full)}, and networks need no such thing")
 
@@ -301,10 +301,8 @@ def _call(budget, function, args):
     if name in _CALLS:
         return _CALLS[name](budget, *args)
     if _DICT.fullmatch(name):
-        made = {}
-        if len(args) == 1 and isinstance(args[0], list):
-            _set_items(made, [x for pair in args[0] for x in (pair if len(pair) == 2 else (None, None))])
-        return made
+        pairs = args[0] if args and isinstance(args[0], list) else []  # before protocol 2, and of Python 2
+        return _set_items({}, [item for pair in pairs for item in _list(pair)])
     if _PERSISTENCE.fullmatch(name):
         (meta,) = args
         if not isinstance(meta, dict) or not {"module_src", "class_name", "state"} <= meta.keys():

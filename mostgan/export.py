@@ -42,7 +42,7 @@ class WindowRenderer(nn.Module):
         G = self.generator
         w = torch.lerp(G.mapping.w_avg, G.mapping(z, label), psi)
         frames, _ = G.synthesis(G.synthesis.content(w), *G.motion(w, t, noise, first_anchor, label))
-        return to_uint8(frames).unflatten(0, t.shape)
+        return to_uint8(frames).unflatten(0, t.shape).contiguous()
 
 
 def export_window(generator: Generator, clips=1) -> torch.export.ExportedProgram:

@@ -3,8 +3,8 @@
 A pickle is a program: its opcodes push values, look names up (GLOBAL) and call what they found (REDUCE, NEWOBJ, …),
 which is why `pickle.load` of a stranger's file runs the stranger's code. Here nothing is ever looked up, and nothing
 called. `pickletools.genops` parses the opcodes, `_run` carries them out on plain data, and a name stays a name.
-Tensors become `Tensor`s (what is needed to read one), modules and other objects `Record`s of what the file says of them,
-and any name that a network is not made of is refused.
+Tensors become `Tensor`s (what is needed to read one), modules and other objects `Record`s of what the file says of
+them, and any name that a network is not made of is refused.
 
 Sizes are bounded by the file's own (`_Budget`), so that a small file can take neither memory nor time without end.
 """
@@ -162,6 +162,7 @@ def _read_any(file, budget):
 def _read_zip(archive, budget):
     """A zip file of torch.save: <name>/data.pkl, and the bytes of each storage in <name>/data/<key>."""
     entries, storages = {info.filename: info for info in archive.infolist()}, {}
+    budget.spend(opcodes=len(entries))
     roots = [name.removesuffix("data.pkl") for name in entries if re.fullmatch(r"[^/]+/data\.pkl", name)]
     if len(roots) != 1:
         raise Refused("it is a zip file, but not one of torch.save")
@@ -258,13 +259,13 @@ def _collect(name, stack, items):
     elif name == "DICT":
         stack.append(_set_items({}, items))
     elif name == "FROZENSET":
-        stack.append(_set(None, items))
+        stack.append({item for item in items if _plain(item)})
     elif name.startswith("APPEND") and isinstance(stack[-1], list):
         stack[-1].extend(items)
     elif name.startswith("SETITEM"):
         _set_items(stack[-1], items)
     elif name == "ADDITEMS":
-        stack[-1].update(_set(None, items))
+        stack[-1].update(item for item in items if _plain(item))
     elif not name.startswith("POP"):
         raise Refused(f"it appends to a {type(stack[-1]).__name__}")
 
@@ -274,7 +275,9 @@ def _plain(key):
 
 
 def _set_items(target, items):
-    """Keys and values, one after the other, into a dictionary. Plain keys only: nothing of a network has another, and to hash a deep tuple is to recurse."""
+    """Keys and values, one after the other, into a dictionary. Plain keys only: nothing of a network has another, and
+    to hash a deep tuple is to recurse.
+    """
     if len(items) % 2:
         raise Refused("it has a key without a value")
     if isinstance(target, dict):
@@ -301,7 +304,8 @@ def _call(budget, function, args):
     if name in _CALLS:
         return _CALLS[name](budget, *args)
     if _DICT.fullmatch(name):
-        pairs = args[0] if args and isinstance(args[0], list) else []  # before protocol 2, and of Python 2
+        pairs = args[0] if args and isinstance(args[0], list) else []  # as Python 2 wrote it
+        budget.spend(opcodes=len(pairs))
         return _set_items({}, [item for pair in pairs for item in _list(pair)])
     if _PERSISTENCE.fullmatch(name):
         (meta,) = args
@@ -314,7 +318,11 @@ def _call(budget, function, args):
 
 
 def _persistent(key, storage_of):
-    """A storage of torch.save: ('storage', type, key, location, numel), and in old files a view, always None."""
+    """What torch.save keeps apart: ('storage', type, key, location, numel), in old files followed by a view, which is
+    None; and in old files ('module', class, its file, its source), whose source is left unread as well.
+    """
+    if _list(key)[:1] == ("module",) and isinstance(key[1], Global):
+        return key[1]
     kind, type_, key, _, numel, view = (*_list(key), None)[:6]
     dtype = _storage_dtype(type_.name) if isinstance(type_, Global) else None
     if kind != "storage" or dtype is None or type(numel) is not int or numel < 0 or view is not None:
@@ -364,7 +372,10 @@ def _latin1(budget, text, encoding="latin1"):
     return text.encode("latin1")
 
 
-def _set(budget, items=()):
+def _set(budget, items):
+    if not isinstance(items, list):
+        raise Refused("it has a set of something else than a list")
+    budget.spend(opcodes=len(items))
     return {item for item in items if _plain(item)}
 
 

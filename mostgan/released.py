@@ -122,11 +122,11 @@ def read_networks(path: Path, names: list[str]) -> dict[str, Network]:
         if isinstance(found, unpickle.Record) or _is_state(found):  # one network alone
             found = {names[0]: found}
     if not isinstance(found, dict):
-        raise UserError(f"{path} holds a {type(found).__name__}, not networks by name (G, D, G_ema)")
+        raise UserError(f"{path} holds no networks by name (G, D, G_ema)")
     missing = [name for name in names if name not in found]
     if missing:
-        held = ", ".join(str(key)[:20] for key in list(found)[:8] if type(key) is str) or "nothing"
-        raise UserError(f"{path} has no {missing[0]}, only {ascii(held)[1:-1]}")
+        held = ascii(", ".join(key[:20] for key in list(found)[:8] if type(key) is str))[1:-1]
+        raise UserError(f"{path} has no {missing[0]}" + (f", only {held}" if held else ""))
     try:
         return {name: _network(found[name]) for name in names}
     except unpickle.Refused as error:

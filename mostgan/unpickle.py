@@ -22,7 +22,7 @@ import torch
 from mostgan.config import UserError
 
 MAX_FILE = 2**33  # bytes; a snapshot of G, D and G_ema at 1024² is about 1 GB
-MAX_OPCODES = 5_000_000  # such a snapshot has some 100,000
+MAX_OPCODES = 2_000_000  # such a snapshot has some 100,000
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # first of the pickles in a file of torch.save before its zip format
 LEGACY_PROTOCOL = 1001
 

@@ -35,10 +35,11 @@ _STORAGE = re.compile(r"torch\.(?:cuda\.)?(\w+)Storage")
 # Names that may occur as a value, or be called to make a Record. That makes nothing but the Record.
 _INERT = re.compile(r"""
     torch\.nn\.modules\.[\w.]+ | torch\.nn\.parameter\.(Parameter|Buffer) | torch\.(Tensor|device)
-    | torch\.(b?float|u?int|complex)\d+ | torch\.bool | torch\.(contiguous_format|channels_last|preserve_format)
-    | numpy\.(dtype|ndarray) | numpy\._?core\.(multiarray\.(scalar|_reconstruct)|numeric\._frombuffer)
+    | torch\.(b?float|u?int|complex)\d+ | torch\.bool
+    | numpy\.(dtype|ndarray|bool_?|(float|u?int)\d+)
+    | numpy\._?core\.(multiarray\.(scalar|_reconstruct)|numeric\._frombuffer)
     | omegaconf\.[\w.]+ | typing\.Any
-    | builtins\.(dict|list|tuple|int|float|str|bool|object)
+    | builtins\.(dict|list|tuple|int|long|float|str|bool|object)
 """, re.VERBOSE)  # fmt: skip
 _PERSISTENCE = re.compile(r"(\w+\.)*persistence\.\w+")  # of the release: rebuilds a class from its embedded source
 _DICT = re.compile(r"collections\.(OrderedDict|defaultdict)|(\w+\.)*EasyDict")
@@ -311,7 +312,7 @@ def _call(budget, function, args):
         (meta,) = args
         if not isinstance(meta, dict) or not {"module_src", "class_name", "state"} <= meta.keys():
             raise Refused(f"it calls {_shown(name)} with something else than a class's source, name and state")
-        return Record(_text(meta["class_name"]), (), meta["state"])  # module_src is left unread
+        return Record(_shown(_text(meta["class_name"])), (), meta["state"])  # module_src is left unread
     if _INERT.fullmatch(name):
         return Record(name, args)
     raise Refused(f"it calls {_shown(name)}")

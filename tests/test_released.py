@@ -75,6 +75,7 @@ class Module:
 def network(state, class_name, **attributes):
     """A state dict as nested modules, with PyTorch's own containers where the release has them."""
     root = Module(class_name, img_resolution=32)
+    root.state |= dict(_buffers={"scratch": torch.ones(3)}, _non_persistent_buffers_set={"scratch"})
     for name, tensor in state.items():
         module, path = root, []
         *parents, last = name.split(".")
@@ -369,6 +370,7 @@ def hostile():
     cut_storage = file.getvalue()[:-9]
     bomb = zip_of(b"\0" * 2**27, compression=zipfile.ZIP_DEFLATED)
     return {
+        "a name alone": (dict(snapshot()[0], callback=os.system), "posix.system"),
         "giant shape": (with_w_avg(tensor_call((10**6, 10**6), (10**6, 1))), "does not fit its storage"),
         "giant shape, stride 0": (with_w_avg(tensor_call((10**6, 10**6), (0, 0))), "does not fit its storage"),
         "shape beyond integers": (with_w_avg(tensor_call((10**5000,), (0,))), "no proper shape"),

@@ -175,8 +175,10 @@ def import_released(
             save_file(made.discriminator, temporary / "discriminator.safetensors")
         (temporary / "config.json").write_text(json.dumps(dataclasses.asdict(made.config), indent=2) + "\n")
         (temporary / "provenance.json").write_text(json.dumps(made.provenance, indent=2) + "\n")
-        for file in [*temporary.iterdir(), temporary]:
+        for file in temporary.iterdir():
+            file.chmod(0o644)  # safetensors makes files that only their owner reads
             _fsync(file)
+        _fsync(temporary)
         temporary.rename(out)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -186,6 +188,8 @@ def import_released(
 
 def export(checkpoint: tyro.conf.Positional[Path], out: tyro.conf.Positional[Path], /, clips: int = 1):
     """Writes the generator as a program that runs without this package: torch.export.load(OUT).module().
+
+    Takes seconds for a small model, a minute or two for one of 256².
 
     Args:
         checkpoint: a checkpoint or a run.

@@ -173,7 +173,7 @@ def mostatt_demod(content_weight, motion_style, clip_style=None, dtype=None, wan
     """
     weight, score = mostatt(content_weight, motion_style)
     if clip_style is not None:
-        clip_style = clip_style.repeat_interleave(len(weight) // len(clip_style), dim=0)
+        clip_style = clip_style.repeat_interleave(weight.shape[0] // len(clip_style), dim=0)
         weight = weight * clip_style[:, None, :, None, None]
     demod = demodulation(weight)
     return weight.to(dtype or weight.dtype) if want_weight else weight.new_empty(0), score, demod

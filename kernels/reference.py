@@ -171,7 +171,7 @@ def conv2d_per_frame(x, weight, up=1):
     On a CPU one call per frame is two to four times faster than one grouped convolution. But PyTorch gives a single
     small frame (up to 20,480 numbers) to a slower library than oneDNN: those go in groups of a few.
     """
-    if not x.is_cpu:
+    if not x.is_cpu or torch.compiler.is_exporting():  # a loop would fix an exported program's number of frames
         return _conv2d_grouped(x, weight, up).contiguous(memory_format=torch.channels_last)
     group = 1 if x[0].numel() > 20480 else 8
     if group == 1:
@@ -202,7 +202,7 @@ def mostatt_demod(content_weight, motion_style, clip_style=None, dtype=None, wan
     """
     weight, score = mostatt(content_weight, motion_style)
     if clip_style is not None:
-        clip_style = clip_style.repeat_interleave(len(weight) // len(clip_style), dim=0)
+        clip_style = clip_style.repeat_interleave(weight.shape[0] // len(clip_style), dim=0)
         weight = weight * clip_style[:, None, :, None, None]
     demod = demodulation(weight)
     return weight.to(dtype or weight.dtype) if want_weight else weight.new_empty(0), score, demod

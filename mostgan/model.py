@@ -83,7 +83,7 @@ class SynthesisLayer(nn.Module):
 
         Returns features [N, O, up·H, up·W] and MoStAtt's score [N, O, K], None without motion styles.
         """
-        frames_per_clip = len(x) // len(content.style)
+        frames_per_clip = x.shape[0] // len(content.style)  # not len(x): torch.export keeps a shape open
         score = frame_weight = None
         if self.hypernetwork is None:
             demod = content.demod.repeat_interleave(frames_per_clip, dim=0)
@@ -170,7 +170,7 @@ class Synthesis(nn.Module):
 
         Returns frames [N, 3, H, W] and the scores of every MoStAtt layer, each [N, O, K].
         """
-        const = self.b4.const.expand(len(motion_code), -1, -1, -1)
+        const = self.b4.const.expand(motion_code.shape[0], -1, -1, -1)
         x = torch.cat([const, motion_code[:, :, None, None].expand(-1, -1, 4, 4)], dim=1)
         x = x.contiguous(memory_format=torch.channels_last)
         image, scores = None, []

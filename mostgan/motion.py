@@ -123,6 +123,6 @@ class MotionNetwork(nn.Module):
     @full_precision
     def forward(self, w, motion_code):
         """w: [B, w_dim], motion_code: [N, motion_code_dim] → motion vectors [N, K, motion_vector_dim]."""
-        w = w.repeat_interleave(len(motion_code) // len(w), dim=0)
+        w = w.repeat_interleave(motion_code.shape[0] // len(w), dim=0)
         vectors = self.fc1(self.fc0(torch.cat([w, motion_code], dim=1)))
         return vectors.unflatten(1, (self.motion_styles, -1))

@@ -35,7 +35,7 @@ def render(generator, seed, start=0, frames=16, clips=1, motion_seed=None, label
     """
     config, device = generator.config, generator.mapping.w_avg.device
     start, step = exact(start), exact(step)
-    check_render(config, start, step, frames, clips, label, window, loop, content_frames)
+    check_render(config, start, step, frames, clips, label, psi, window, loop, content_frames)
     window = window or choose_window(config, clips, frames, device)
     seeds, motion_seeds = clip_seeds(seed, motion_seed, clips)
     gain = gains(config, style_gain, device)
@@ -100,7 +100,10 @@ def pick(of_frames, clips, wanted):
 
 def exact(number):
     """A number as the fraction that its decimal digits state: 0.1 is 1/10, whatever its binary form."""
-    return Fraction(str(number))
+    try:
+        return Fraction(str(number))
+    except ValueError:
+        raise UserError(f"a time, speed or rate is {number}, but must be a finite number") from None
 
 
 def loop_step(config, step, loop):
@@ -197,13 +200,15 @@ def to_uint8(frames):
     return (frames * 127.5 + 128).clamp(0, 255).to(torch.uint8)
 
 
-def check_render(config, start, step, frames, clips, label, window, loop, content_frames):
+def check_render(config, start, step, frames, clips, label, psi, window, loop, content_frames):
     """Raise UserError on arguments that `render` cannot serve."""
     for name, value in (("clips", clips), ("frames", frames), ("window", window), ("loop", loop)):
         if value is not None and value < 1:
             raise UserError(f"{name} is {value}, but must be at least 1")
     if step == 0 or content_frames <= 0:
         raise UserError("a step of no time shows one frame for ever: the speed must not be 0, nor may content_frames")
+    if not math.isfinite(psi):
+        raise UserError(f"psi is {psi}, but must be a finite number")
     last = start if loop is not None else start + (frames - 1) * step
     if max(abs(start), abs(last)) > FARTHEST:
         raise UserError(f"start is {float(start):g} and the last frame is at {float(last):g}, but both must be "

@@ -11,21 +11,23 @@ import dataclasses
 import gc
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import numpy as np
 import torch
 import tyro
 from tqdm import tqdm
 
+import kernels
 from mostgan import augment, checkpoint
 from mostgan.config import DATASETS, TrainConfig, UserError, train_preset
 from mostgan.data import batches, open_data, sample_fake
 from mostgan.device import pick_device
 from mostgan.discriminator import Discriminator
-from mostgan.loss import discriminator_loss, diversity, generator_loss, r1_penalty
+from mostgan.loss import Latents, discriminator_objective, frozen, generator_objective, r1_objective
 from mostgan.model import Generator
 from mostgan.motion import FRAME_ANCHORS
 from mostgan.run import Stats, StopSignal, read_config, save_grids, save_real_grid, start_run
@@ -54,6 +56,7 @@ class State:
 def train(config: TrainConfig, out: Path | None = None, resume: Path | None = None):
     """Train to the end, or to Ctrl-C. out: the run folder; resume: the checkpoint to go on from."""
     device = pick_device()
+    kernels.use(config.kernels)
     clips = open_data(config.data, config.dataset, config.model.resolution, config.cache)
     config = with_labels(config, clips)
     state = new_state(config, device)
@@ -67,7 +70,7 @@ def train(config: TrainConfig, out: Path | None = None, resume: Path | None = No
 
     data = batches(clips, config.batch_clips, config.model.frames_per_clip, config.seed, state.step, config.mirror,
                    config.workers, config.model.max_num_frames, device)
-    stats, stop = Stats(run, device), StopSignal()
+    stats, stop, objective = Stats(run, device), StopSignal(), objectives(config)
     stats.drop_after(state.frames)
     logged, saved, total = state.frames, resume, round(config.total_kframes * 1000)
     started = time.perf_counter() - state.seconds
@@ -79,11 +82,11 @@ def train(config: TrainConfig, out: Path | None = None, resume: Path | None = No
     while state.frames < total and not stopping:
         real = next(data)
         draw = Draws(config, clips, device, state)
-        fake_logits = generator_step(state, draw, config, stats)
+        fakes = generator_step(state, draw, objective.generator, config, stats)
         real = draw.pieces(real)
-        discriminator_step(state, real, fake_logits, draw, config, stats)
+        discriminator_step(state, real, fakes, draw, objective.discriminator, config, stats)
         if config.r1_gamma and state.step % config.r1_interval == 0:
-            r1_step(state, real, draw, config, stats)
+            r1_step(state, real, draw, objective.r1, config, stats)
         update_ema(state, config)
         state.step += 1
         state.frames += config.frames_per_step
@@ -113,37 +116,54 @@ def train(config: TrainConfig, out: Path | None = None, resume: Path | None = No
         print(f"sample with: python sample.py --checkpoint {saved} --frames 1024")
 
 
-def generator_step(state, draw, config, stats):
+class Objectives(NamedTuple):
+    """The functions of loss.py that a step differentiates; each compiled as one graph if the config says so."""
+
+    generator: Callable
+    discriminator: Callable
+    r1: Callable
+
+
+def objectives(config, backend="inductor"):
+    """The objectives as config.compile says; backend: torch.compile's."""
+    chosen = generator_objective, discriminator_objective, r1_objective
+    if config.compile:  # every shape of a step is the same as in the step before
+        chosen = (torch.compile(objective, fullgraph=True, dynamic=False, backend=backend) for objective in chosen)
+    return Objectives(*chosen)
+
+
+def generator_step(state, draw, objective, config, stats):
     """Make D take generated clips for real ones, and motion styles differ (paper 3.4).
 
-    Returns D's logits of the generated clips, one tensor per piece of the batch, for the D step to share; or Nones.
+    Returns, per piece of the batch, what the D step needs of its generated clips: see `discriminator_step`.
     """
-    G, D, fake_logits = state.G, state.D, []
+    G, D, fakes = state.G, state.D, []
+    keeps_graph = config.shared_fakes and not config.compile
     for _ in range(config.batch_split):
+        latents, params = draw.latents(), draw.augmentation()
         with draw.autocast():
-            w, frames, t, label, scores = draw.fake(G)
-            logits = D(draw.augment(frames), t, label)
-            adversarial, diverse = generator_loss(logits), diversity(scores, G.config.num_ws)
-            loss = (adversarial + config.diversity_weight * diverse) / config.batch_split
-        loss.backward(inputs=list(G.parameters()), retain_graph=config.shared_fakes)
+            judge = D if keeps_graph else frozen(D)
+            loss, adversarial, diverse, logits, frames, w = objective(
+                G, judge, latents, params, config.diversity_weight)  # fmt: skip
+        (loss / config.batch_split).backward(inputs=list(G.parameters()), retain_graph=keeps_graph)
         G.mapping.w_avg.lerp_(w.detach().float().mean(dim=0), (1 - W_AVG_DECAY) / config.batch_split)
         stats.add(loss_G=adversarial, diversity=diverse, D_fake=logits)
-        fake_logits.append(logits if config.shared_fakes else None)
+        if config.shared_fakes:  # D has not changed: eagerly its graph serves again, a compiled one is used up
+            fakes.append((logits if keeps_graph else (frames.detach(), latents.t, latents.label), params))
+        else:
+            fakes.append((None, None))
     optimize(state.adam_G, stats)
-    return fake_logits
+    return fakes
 
 
-def discriminator_step(state, real, fake_logits, draw, config, stats):
-    """Tell real clips from generated ones: the G step's (D has not changed since it judged them), or fresh ones."""
+def discriminator_step(state, real, fakes, draw, objective, config, stats):
+    """Tell real clips from generated ones: the G step's with --shared-fakes, else fresh ones."""
     D, sign = state.D, 0.0
-    for (frames, t, label), logits_fake in zip(real, fake_logits):
+    for piece, (fake, params) in zip(real, fakes):
+        if fake is None:
+            fake, params = draw.latents(), draw.augmentation()
         with draw.autocast():
-            if logits_fake is None:
-                with torch.no_grad():
-                    _, fake_frames, fake_t, fake_label, _ = draw.fake(state.G)
-                logits_fake = D(draw.augment(fake_frames), fake_t, fake_label)
-            logits = D(draw.augment(frames), t, label)
-            loss = discriminator_loss(logits, logits_fake)
+            loss, logits = objective(state.G, D, piece, draw.augmentation(), fake, params)
         (loss / config.batch_split).backward(inputs=list(D.parameters()))
         sign = sign + logits.detach().sign().mean() / config.batch_split
         stats.add(loss_D=loss, D_real=logits)
@@ -151,11 +171,11 @@ def discriminator_step(state, real, fake_logits, draw, config, stats):
     state.ada_sign = state.ada_sign + sign
 
 
-def r1_step(state, real, draw, config, stats):
+def r1_step(state, real, draw, objective, config, stats):
     """R1, lazily: every r1_interval steps and that many times as strong. In float32, for its gradients are small."""
     D = state.D
-    for frames, t, label in real:
-        penalty = r1_penalty(lambda x, t=t, label=label: D(draw.augment(x), t, label), frames)
+    for piece in real:
+        penalty = objective(D, piece, draw.augmentation())
         loss = penalty * (config.r1_gamma / 2 * config.r1_interval / config.batch_split)
         loss.backward(inputs=list(D.parameters()))
         stats.add(r1=penalty)
@@ -171,6 +191,7 @@ class Draws:
         host_seed, device_seed = (int(s) for s in self.rng.integers(2**62, size=2))
         self.host, self.on_device = torch.Generator().manual_seed(host_seed), torch.Generator(device)
         self.on_device.manual_seed(device_seed)
+        self.rows = config.batch_clips // config.batch_split
 
     def autocast(self):
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16")
@@ -178,37 +199,33 @@ class Draws:
     def pieces(self, real):
         """A real batch in batch_split pieces of (frames float [N, 3, H, W], t [B, T], label one-hot or None)."""
         frames = real.frames.float() / 127.5 - 1
-        rows = self.config.batch_clips // self.config.batch_split
         return [(f.flatten(0, 1), t, self.one_hot(label))
-                for f, t, label in zip(frames.split(rows), real.t.split(rows), real.label.split(rows))]
+                for f, t, label in zip(*(x.split(self.rows) for x in (frames, real.t, real.label)))]
 
     def one_hot(self, label):
         classes = self.config.model.num_labels
         return torch.eye(classes, device=self.device)[label.to(self.device)] if classes else None
 
-    def fake(self, G):
-        """A piece of generated clips: w [B, w_dim], frames [N, 3, H, W], t [B, T], label, scores."""
-        model, B = G.config, self.config.batch_clips // self.config.batch_split
+    def latents(self):
+        """Latents of a piece of generated clips."""
+        model, B, device = self.config.model, self.rows, self.device
         t = sample_fake(self.clips.lengths, B, model.frames_per_clip, self.rng, model.max_num_frames)
-        first_anchor = torch.from_numpy(np.floor(t[:, 0] / model.motion_distance).astype(np.int64)).to(self.device)
+        first_anchor = torch.from_numpy(np.floor(t[:, 0] / model.motion_distance).astype(np.int64)).to(device)
         rows = FRAME_ANCHORS + -(-max(LONGEST_SPAN, model.frames_per_clip) // model.motion_distance)
-        t, label = torch.from_numpy(t).to(self.device), None
+        label = None
         if model.num_labels:
             label = self.one_hot(torch.from_numpy(self.rng.choice(self.clips.labels, B)))
-        z = torch.randn(B, model.z_dim, generator=self.on_device, device=self.device)
-        noise = torch.randn(B, rows, model.motion_noise_dim, generator=self.on_device, device=self.device)
-        w = G.content_code(z, label)
-        frames, scores = G.synthesis(G.synthesis.content(w), *G.motion(w, t, noise, first_anchor, label))
-        return w, frames, t, label, scores
+        z = torch.randn(B, model.z_dim, generator=self.on_device, device=device)
+        noise = torch.randn(B, rows, model.motion_noise_dim, generator=self.on_device, device=device)
+        return Latents(z, torch.from_numpy(t).to(device), noise, first_anchor, label)
 
-    def augment(self, frames):
-        """ADA on frames [N, 3, H, W]: one random transform per clip."""
-        if self.config.augment == "none" or self.ada_p == 0:
-            return frames
-        T = self.config.model.frames_per_clip
-        stacked = frames.unflatten(0, (-1, T)).flatten(1, 2)
-        params = augment.draw(self.config.augment, self.ada_p, *stacked.shape[::2], stacked.shape[3], self.host)
-        return augment.apply(stacked, params, self.on_device).unflatten(1, (T, 3)).flatten(0, 1)
+    def augmentation(self):
+        """ADA's transforms of a piece, one per clip, or None. Drawn at p = 0 too: a compiled step never changes."""
+        if self.config.augment == "none":
+            return None
+        size, T = self.config.model.resolution, self.config.model.frames_per_clip
+        params = augment.draw(self.config.augment, self.ada_p, self.rows, size, size, self.host)
+        return augment.on_device(params, (self.rows, 3 * T, size, size), self.device, generator=self.on_device)
 
 
 def make_adam(module, lr, interval):
@@ -302,7 +319,8 @@ def load_state(state, path):
 def print_start(config, clips, run, device, state):
     millions = [sum(p.numel() for p in module.parameters()) / 1e6 for module in (state.G, state.D)]
     where = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    print(f"{run}: preset {config.preset}, {config.model.resolution}², on {where}, {config.precision}")
+    print(f"{run}: preset {config.preset}, {config.model.resolution}², on {where}, {config.precision}, "
+          f"{'compiled' if config.compile else 'not compiled'}, kernels: {kernels.chosen(device)}")
     print(f"data: {clips.path}, {len(clips)} clips of {clips.lengths.min()} to {clips.lengths.max()} frames")
     if clips.builtin:
         print("warning: there is no data/sky, so this trains on the built-in procedural sky; "

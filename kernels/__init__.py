@@ -23,8 +23,9 @@ except ModuleNotFoundError as error:
 _choice = "reference"  # until the kernels have run on a GPU: so far in Triton's interpreter, and compiled, only
 
 __all__ = [
-    "LRELU_GAIN", "conv2d_per_frame", "conv2d_shared", "demod_bias_lrelu", "demodulation", "downsample2d", "epilogue",
-    "filter2d", "fir", "lrelu", "mostatt", "mostatt_demod", "motion_modulation", "normalize", "upsample2d", "use",
+    "LRELU_GAIN", "chosen", "conv2d_per_frame", "conv2d_shared", "demod_bias_lrelu", "demodulation", "downsample2d",
+    "epilogue", "filter2d", "fir", "lrelu", "mostatt", "mostatt_demod", "motion_modulation", "normalize", "upsample2d",
+    "use",
 ]
 
 
@@ -40,6 +41,11 @@ def use(choice):
         raise ImportError("kernels: Triton is not installed")
     before, _choice = _choice, choice
     return before
+
+
+def chosen(device):
+    """What the ops run as on a device: "triton" or "reference"."""
+    return _choice if device.type == "cuda" else "reference"
 
 
 def _by_triton(x):

@@ -62,9 +62,38 @@ class _Fir(torch.autograd.Function):
         return _Fir.apply(grad, gain, stride, padding, not transposed), None, None, None, None
 
 
+def _taps_of(x, axis, stride):
+    """(x0, 3 x1, 3 x2, x3) summed along an axis, at every stride-th place: plain adds that a compiler fuses."""
+    count = (x.shape[axis] - 4) // stride + 1
+    of_tap = [x.narrow(axis, d, (count - 1) * stride + 1) for d in range(4)]
+    x0, x1, x2, x3 = (v[..., ::stride] if axis == 3 else v[:, :, ::stride] for v in of_tap)
+    return x0 + x3 + 3 * (x1 + x2)
+
+
+def _doubled(x, axis):
+    """The transpose of _taps_of with stride 2 and a pixel of padding: 3 x_j + x_{j-1} and 3 x_j + x_{j+1} in turn."""
+    n = x.shape[axis]
+    padded = F.pad(x, (1, 1) if axis == 3 else (0, 0, 1, 1))
+    even, odd = (3 * x + padded.narrow(axis, first, n) for first in (0, 2))
+    return torch.stack([even, odd], dim=axis + 1).flatten(axis, axis + 1)
+
+
+def _fir(x, gain, stride, padding, transposed):
+    """_Fir, or in a compiled function the same by adds and products: Inductor makes one pass of them and of what is
+    around, and they have a second derivative under torch.func.grad, which a compiled autograd.Function has not.
+    """
+    if not torch.compiler.is_compiling():
+        return _Fir.apply(x, gain, stride, padding, transposed)
+    if transposed and stride == 2:  # padding is 1
+        return _doubled(_doubled(x, 2), 3) * (gain / 64)
+    padding = 3 - padding if transposed else padding
+    x = F.pad(x, (padding,) * 4)
+    return _taps_of(_taps_of(x, 2, stride), 3, stride) * (gain / 64)
+
+
 def fir(x, padding, gain=1.0):
     """Low-pass filter every channel (spec §1). x: [N, C, H, W]; padding: zeros before and after on both axes."""
-    return _Fir.apply(x, gain, 1, padding, False)
+    return _fir(x, gain, 1, padding, False)
 
 
 def filter2d(x):
@@ -74,7 +103,7 @@ def filter2d(x):
 
 def downsample2d(x):
     """H×W → H/2×W/2 (spec §1): pad (1, 1), filter, keep every second pixel; H and W even."""
-    return _Fir.apply(x, 1.0, 2, 1, False)
+    return _fir(x, 1.0, 2, 1, False)
 
 
 def upsample2d(x):
@@ -82,7 +111,7 @@ def upsample2d(x):
 
     That is the transpose of downsampling, as a stride-2 transposed convolution that never touches the zeros.
     """
-    return _Fir.apply(x, 4.0, 2, 1, True)
+    return _fir(x, 4.0, 2, 1, True)
 
 
 def motion_modulation(motion_style, in_channels, kernel_size):

@@ -1,9 +1,10 @@
 """Adaptive discriminator augmentation (ADA): the pipelines of spec §8a and the controller of spec §8.
 
-Use: `frames = apply(frames, draw("bgc", p, clips, height, width, cpu_generator))`. Skip both when p == 0.
+Use: `frames = apply(frames, draw("bgc", p, clips, height, width, cpu_generator))`; a compiled function takes what
+`on_device` makes of the draw and calls `resample` and `recolor`.
 
-The transforms are drawn on the host, so every shape is known there and nothing waits for the device. Shapes vary from
-call to call: leave this module out of torch.compile and CUDA graphs.
+The transforms are drawn on the host, so every shape is known there and nothing waits for the device. Inside `resample`
+shapes vary from call to call: it is an op of its own, which torch.compile does not look into.
 """
 
 import math
@@ -48,7 +49,7 @@ class AugmentParams(NamedTuple):
 
     geometry: Tensor  # [B, 3, 3] output to input, in pixels, centred on the image, x right, y down
     color: Tensor | None  # [B, 3, 4]: rgb becomes m[:, :3] rgb + m[:, 3]
-    noise: Tensor | None  # [B] standard deviation
+    noise: Tensor | None  # [B] standard deviation; from `on_device`: the noise itself, shaped as the frames
     cutout: Tensor | None  # [B, 2] centre (x, y) as fractions of the image; inf where not applied
 
 
@@ -148,19 +149,33 @@ def apply(frames: Tensor, params: AugmentParams, generator: torch.Generator | No
 
     Twice differentiable in the frames (R1). A clip whose every draw is the identity comes out bit-exact.
     generator: for the pixel noise, on the frames' device."""
-    if frames.dtype in (torch.float16, torch.bfloat16):
-        frames = frames.float()  # half precision cannot tell one pixel's coordinate from the next
-    with torch.autocast(frames.device.type, enabled=False):
-        frames = _resample(frames, params.geometry)
+    frames = _full(frames)
+    params = on_device(params, frames.shape, frames.device, frames.dtype, generator)
+    return recolor(resample(frames, params.geometry), params)
+
+
+def _full(frames: Tensor) -> Tensor:  # half precision cannot tell one pixel's coordinate from the next
+    return frames.float() if frames.dtype in (torch.float16, torch.bfloat16) else frames
+
+
+def on_device(params: AugmentParams, shape, device, dtype=torch.float32, generator=None) -> AugmentParams:
+    """The draw ready for frames of this shape [B, T*3, H, W]: colors and cutout there, pixel noise drawn there."""
+    _, color, noise, cutout = (None if p is None else p.to(device, dtype, non_blocking=True) for p in params)
+    if noise is not None:
+        noise = noise[:, None, None, None] * torch.randn(shape, generator=generator, device=device, dtype=dtype)
+    return AugmentParams(params.geometry, color, noise, cutout)
+
+
+def recolor(frames: Tensor, params: AugmentParams) -> Tensor:
+    """All but the geometry, in plain ops. params: from `on_device`."""
     if params.color is not None:
-        m = _send(params.color, frames)[:, None, :, :, None, None]  # [B, 1, 3, 4, 1, 1]
+        m = params.color[:, None, :, :, None, None]  # [B, 1, 3, 4, 1, 1]
         r, g, b = frames.unflatten(1, (-1, 1, 3)).unbind(3)  # [B, T, 1, H, W] each
         frames = (m[:, :, :, 0] * r + m[:, :, :, 1] * g + m[:, :, :, 2] * b + m[:, :, :, 3]).flatten(1, 2)
     if params.noise is not None:
-        noise = torch.randn(frames.shape, generator=generator, device=frames.device, dtype=frames.dtype)
-        frames = frames + _send(params.noise, frames)[:, None, None, None] * noise
+        frames = frames + params.noise
     if params.cutout is not None:
-        sizes, centres = (frames.shape[3], frames.shape[2]), _send(params.cutout, frames).unbind(1)
+        sizes, centres = (frames.shape[3], frames.shape[2]), params.cutout.unbind(1)
         cut_x, cut_y = (
             (_centred(n, frames) / n + 0.5 - centre[:, None]).abs() < 1 / 8
             for n, centre in zip(sizes, centres, strict=True)
@@ -169,17 +184,47 @@ def apply(frames: Tensor, params: AugmentParams, generator: torch.Generator | No
     return frames
 
 
+@torch.library.custom_op("mostgan::resample", mutates_args=())
+def _resample_op(frames: Tensor, geometry: Tensor, transposed: bool) -> Tensor:
+    with torch.autocast(frames.device.type, enabled=False):
+        return _resample(frames, geometry, transposed)
+
+
+@_resample_op.register_fake
+def _(frames, geometry, transposed):
+    return frames.new_empty(frames.shape)
+
+
+def _save_geometry(ctx, inputs, output):
+    ctx.save_for_backward(inputs[1])
+    ctx.transposed = inputs[2]
+
+
+def _resample_backward(ctx, grad):
+    return _resample_op(grad, *ctx.saved_tensors, not ctx.transposed), None, None
+
+
+_resample_op.register_autograd(_resample_backward, setup_context=_save_geometry)
+
+
+def resample(frames: Tensor, geometry: Tensor, transposed: bool = False) -> Tensor:
+    """Transform frames [B, C, H, W] by geometry [B, 3, 3] (on the host), or apply the transpose of that linear map.
+
+    Each is the other's gradient: differentiable any number of times, which R1 needs and grid_sample is not."""
+    return _resample_op(_full(frames), geometry, transposed)
+
+
 def _send(x: Tensor, like: Tensor) -> Tensor:
     return x.to(like.device, like.dtype, non_blocking=True)
 
 
-def _resample(frames: Tensor, geometry: Tensor) -> Tensor:
-    """Transform frames [B, C, H, W] by geometry [B, 3, 3]: 2× finer by sym6, sampled bilinearly, 2× coarser (§8a).
+def _resample(frames: Tensor, geometry: Tensor, transposed: bool) -> Tensor:
+    """`resample`: 2× finer by sym6, sampled bilinearly, 2× coarser (§8a).
 
     All of it is linear. Where a clip is not turned it is even separable: a matrix [H, H] and a matrix [W, W]."""
     moves = (geometry != _EYE).flatten(1).any(1)
     if not moves.any():
-        return frames
+        return frames.clone(memory_format=torch.contiguous_format)
     sizes = frames.shape[2:]
     up, down = [_up_matrix(n, frames) for n in sizes], [_down_matrix(n, frames) for n in sizes]
     # Output to input in pixels of the finer images, which lie half a pixel off.
@@ -189,16 +234,18 @@ def _resample(frames: Tensor, geometry: Tensor) -> Tensor:
         line = _send(fine[:, i], frames)[:, :, None]  # [B, 3, 1]
         at = (line[:, i] * _centred(2 * (n + 6), frames) + line[:, 2] + 3 * n - 0.5).clamp(0, 6 * n - 1)
         low = at.long().clamp(max=6 * n - 2)
-        axes.append(d @ u[low].lerp(u[low + 1], (at - low)[:, :, None]))
+        axis = d @ u[low].lerp(u[low + 1], (at - low)[:, :, None])
+        axes.append(axis.mT if transposed else axis)
     out = torch.einsum("bchw,byh,bxw->bcyx", frames, *axes)
     turned = (geometry[:, [0, 1], [1, 0]].abs().amax(1) > 1e-9).nonzero()[:, 0]
     if len(turned):
         index = turned.to(frames.device, non_blocking=True)
-        out = out.index_copy(0, index, _resample_turned(frames.index_select(0, index), fine[turned], up, down))
-    return torch.where(_send(moves, frames)[:, None, None, None] > 0, out, frames)
+        of_turned = _resample_turned(frames.index_select(0, index), fine[turned], up, down, transposed)
+        out = out.index_copy(0, index, of_turned)
+    return torch.where(_send(moves, frames)[:, None, None, None] > 0, out, frames).contiguous()
 
 
-def _resample_turned(frames: Tensor, fine: Tensor, up: list[Tensor], down: list[Tensor]) -> Tensor:
+def _resample_turned(frames: Tensor, fine: Tensor, up: list[Tensor], down: list[Tensor], transposed: bool) -> Tensor:
     """The same for any geometry, given between the pixels of the finer images, [B, 3, 3].
 
     Of the finer input, a window is made that holds all samples of every clip and follows the clip's translation."""
@@ -211,13 +258,18 @@ def _resample_turned(frames: Tensor, fine: Tensor, up: list[Tensor], down: list[
         u[(c[:, None] + (len(u) - k) // 2 + torch.arange(k)).to(u.device, non_blocking=True)]
         for u, k, c in zip(reversed(up), window.tolist(), centre.unbind(1), strict=True)
     )  # [B, window x, W], [B, window y, H]
-    image = torch.einsum("bchw,byh,bxw->bcyx", frames, up_y, up_x)
     # To grid_sample's coordinates: -1 and 1 are the borders of the window.
     x, y = 2 / window.double()
     g = _send(_affine(x, yy=y) @ _affine(x=-centre[:, 0], y=-centre[:, 1]) @ fine, frames)[..., None, None]
     x, y = _centred(2 * (width + 6), frames), _centred(2 * (height + 6), frames)[:, None]
     grid = torch.stack([g[:, i, 0] * x + g[:, i, 1] * y + g[:, i, 2] for i in (0, 1)], -1)
-    return down[0] @ _Sample.apply(image, grid, None) @ down[1].T
+    if not transposed:
+        image = torch.einsum("bchw,byh,bxw->bcyx", frames, up_y, up_x)
+        return down[0] @ torch.ops.aten.grid_sampler_2d(image, grid, 0, 0, False) @ down[1].T
+    image = frames.new_zeros(()).expand(*frames.shape[:2], *window.flip(0).tolist())  # only its shape matters
+    grad = down[0].T @ frames @ down[1]
+    image = torch.ops.aten.grid_sampler_2d_backward(grad, image, grid, 0, 0, False, (True, False))[0]
+    return torch.einsum("bcyx,byh,bxw->bchw", image, up_y, up_x)
 
 
 def _centred(n: int, like: Tensor) -> Tensor:
@@ -246,29 +298,6 @@ def _down_matrix(n: int, like: Tensor) -> Tensor:
     """[n, 2 (n + 6)]: crop a pixel a side, correlate with the filter, keep even pixels."""
     column = torch.arange(2 * (n + 6), device=like.device)
     return _taps(column - 1 - 2 * torch.arange(n, device=like.device)[:, None], like)
-
-
-class _Sample(torch.autograd.Function):
-    """Bilinear grid_sample of x [B, C, h, w] at grid [B, H, W, 2], zeros outside; or, given the size [B, C, h, w], its
-    transpose, of x [B, C, H, W]. Linear in x, each is the other's gradient: differentiable any number of times, which
-    R1 needs and PyTorch's own is not. The grid gets no gradient."""
-
-    @staticmethod
-    def forward(x: Tensor, grid: Tensor, size: torch.Size | None) -> Tensor:
-        if size is None:
-            return torch.ops.aten.grid_sampler_2d(x, grid, 0, 0, False)
-        image = x.new_zeros(()).expand(size)  # only its shape matters
-        return torch.ops.aten.grid_sampler_2d_backward(x, image, grid, 0, 0, False, (True, False))[0]
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        x, grid, size = inputs
-        ctx.save_for_backward(grid)
-        ctx.size = x.shape if size is None else None
-
-    @staticmethod
-    def backward(ctx, grad):
-        return _Sample.apply(grad, *ctx.saved_tensors, ctx.size), None, None
 
 
 def update_p(

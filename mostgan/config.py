@@ -168,6 +168,10 @@ class TrainConfig:
     """frames, in thousands, between two sample grids and checkpoints"""
     precision: str = "bf16"
     """bf16 (autocast with float32 master weights; needs a GPU) or float32"""
+    compile: bool = True
+    """torch.compile the G step, the D step and R1, each as one graph; the first step then takes a minute or more"""
+    kernels: str = "reference"
+    """what the ops of kernels/ run as on a GPU: triton, or reference, which is plain PyTorch"""
     workers: int = 4
     """processes that decode clips; 0 decodes in a thread"""
 
@@ -191,6 +195,8 @@ class TrainConfig:
             raise UserError(f"augment is {self.augment!r}: bgc, bgc_noro, easy or none")
         if self.precision not in ("bf16", "float32"):
             raise UserError(f"precision is {self.precision!r}: bf16 or float32")
+        if self.kernels not in ("triton", "reference"):
+            raise UserError(f"kernels is {self.kernels!r}: triton or reference")
 
     @property
     def frames_per_step(self) -> int:
@@ -217,7 +223,7 @@ def train_preset(preset: str, dataset: str) -> TrainConfig:
         return TrainConfig(
             model, preset, dataset, augment="none", batch_clips=8, batch_split=1, shared_fakes=True, generator_lr=0.004,
             discriminator_lr=0.002, r1_gamma=10.0, ema_half_life_kclips=2.0, ema_rampup=0.1, total_kframes=30,
-            log_kframes=0.48, snapshot_kframes=6, precision="float32", workers=0,
+            log_kframes=0.48, snapshot_kframes=6, precision="float32", compile=False, workers=0,
         )
     raise UserError(f"preset {preset!r} is not known: paper256 or tiny")
 

@@ -1,7 +1,16 @@
-"""Losses as functions of logits, scores and frames (spec §5 and §8, paper 3.4)."""
+"""Losses as functions of logits, scores and frames (spec §5 and §8, paper 3.4), and the objectives of a step.
+
+An objective is a pure function of networks and tensors, with nothing drawn inside, so that it compiles as one graph.
+"""
+
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+from torch.func import functional_call
+
+from mostgan import augment
 
 
 def generator_loss(fake_logits):
@@ -14,15 +23,28 @@ def discriminator_loss(real_logits, fake_logits):
     return F.softplus(-real_logits).mean() + F.softplus(fake_logits).mean()
 
 
-def r1_penalty(logits_of, frames):
-    """Σ (∂logit/∂frame)² per frame, averaged over the frames of a clip and over clips; times γ/2 it is R1.
+def input_gradient(logits_of, frames):
+    """∂ Σ logits / ∂ frames, itself differentiable; logits_of: function of frames [N, 3, H, W] → logits [B].
 
-    logits_of: function of frames [N, 3, H, W] → logits [B]; differentiable with respect to its own parameters.
+    In a compiled function by torch.func.grad, whose result AOTAutograd can differentiate again; autograd.grad with
+    create_graph it cannot. Eager kernels registered as ops have it the other way round.
     """
+    if torch.compiler.is_compiling():
+        return torch.func.grad(lambda x: logits_of(x).sum())(frames)
     if not frames.requires_grad:
         frames = frames.detach().requires_grad_()
     (gradient,) = torch.autograd.grad(logits_of(frames).sum(), frames, create_graph=True)
+    return gradient
+
+
+def squared_norm(gradient):
+    """Σ (∂logit/∂frame)² per frame, averaged over the frames of a clip and over clips: times γ/2 it is R1 (spec §8)."""
     return gradient.square().sum(dim=(1, 2, 3)).mean()
+
+
+def r1_penalty(logits_of, frames):
+    """R1 without its γ/2. logits_of, frames: as for `input_gradient`."""
+    return squared_norm(input_gradient(logits_of, frames))
 
 
 def diversity(scores, num_ws):
@@ -39,3 +61,76 @@ def diversity(scores, num_ws):
         gram = rows @ rows.t() if rows.shape[0] <= rows.shape[1] else rows.t() @ rows
         total = total + gram.square().sum() / rows.shape[0] ** 2
     return total / num_ws
+
+
+class Latents(NamedTuple):
+    """What B generated clips are drawn from: the arguments of Generator.forward, in its order."""
+
+    z: Tensor
+    t: Tensor  # [B, T]
+    noise: Tensor
+    first_anchor: Tensor
+    label: Tensor | None
+
+
+def frozen(module):
+    """The module as a function through which no gradient reaches its own parameters."""
+    parameters = {name: parameter.detach() for name, parameter in module.named_parameters()}
+    return lambda *inputs: functional_call(module, parameters, inputs)
+
+
+def stacked(frames, clips):
+    """Frames [N, 3, H, W] ↔ clips as ADA takes them, [B, T·3, H, W]."""
+    return frames.reshape(clips, -1, *frames.shape[2:])
+
+
+def augmented(frames, params):
+    """ADA on frames [N, 3, H, W]: one transform per clip. params: of augment.on_device, or None."""
+    if params is None:
+        return frames
+    clips = augment.resample(stacked(frames, len(params.geometry)), params.geometry)
+    return augment.recolor(clips, params).view(frames.shape)
+
+
+def generator_objective(G, D, latents, params, diversity_weight):
+    """Make D take generated clips for real ones, and motion styles differ.
+
+    Returns loss, its two parts, D's logits [B], and what later steps may use: frames [N, 3, H, W], w [B, w_dim].
+    """
+    z, t, noise, first_anchor, label = latents
+    w = G.content_code(z, label)
+    frames, scores = G.synthesis(G.synthesis.content(w), *G.motion(w, t, noise, first_anchor, label))
+    logits = D(augmented(frames, params), t, label)
+    adversarial, diverse = generator_loss(logits), diversity(scores, G.config.num_ws)
+    return adversarial + diversity_weight * diverse, adversarial, diverse, logits, frames, w
+
+
+def discriminator_objective(G, D, real, real_params, fake, fake_params):
+    """Tell real clips, real = (frames, t, label), from generated ones. fake: Latents of fresh clips; or clips made
+    before, as real; or D's logits of them. Returns loss, logits of the real clips.
+    """
+    if isinstance(fake, Latents):
+        with torch.no_grad():
+            fake = G(*fake), fake.t, fake.label
+    if not isinstance(fake, Tensor):
+        frames, t, label = fake
+        fake = D(augmented(frames, fake_params), t, label)
+    frames, t, label = real
+    logits = D(augmented(frames, real_params), t, label)
+    return discriminator_loss(logits, fake), logits
+
+
+def r1_objective(D, real, params):
+    """R1 of the augmented discriminator, without its γ/2. ADA's geometry is linear: ∇ₓ D(A x) = Aᵀ ∇ D at A x, so the
+    transpose can stay outside of the function that is differentiated twice.
+    """
+    frames, t, label = real
+    if params is None:
+        return r1_penalty(lambda x: D(x, t, label), frames)
+    clips, geometry = len(t), params.geometry
+
+    def logits_of(moved):
+        return D(augment.recolor(moved, params).view(frames.shape), t, label)
+
+    gradient = input_gradient(logits_of, augment.resample(stacked(frames, clips), geometry))
+    return squared_norm(augment.resample(gradient, geometry, transposed=True).view(frames.shape))

@@ -15,6 +15,7 @@ import train as training
 from mostgan import packing, sky
 from mostgan.config import DATASETS, ModelConfig, TrainConfig, UserError, train_preset
 from mostgan.data import Clips, batches
+from mostgan.loss import generator_loss
 from mostgan.run import Stats, read_config
 
 ROOT = Path(__file__).parent.parent
@@ -34,23 +35,23 @@ def packed(tmp_path_factory):
 
 
 def make_config(packed, **changes):
-    values = dict(data=str(packed), batch_clips=4, batch_split=1, precision="float32", workers=0, augment="none",
-                  total_kframes=0.048, log_kframes=0.012, snapshot_kframes=100)
+    values = dict(data=str(packed), batch_clips=4, batch_split=1, precision="float32", compile=False, workers=0,
+                  augment="none", total_kframes=0.048, log_kframes=0.012, snapshot_kframes=100)
     return dataclasses.replace(TrainConfig(MODEL), **values | changes)
 
 
 def steps(config, packed, count):
     """The state after `count` steps, without a run folder."""
     clips = Clips(packed)
-    state, stats = training.new_state(config, CPU), Stats(Path("."), CPU)
+    state, stats, objective = training.new_state(config, CPU), Stats(Path("."), CPU), training.objectives(config)
     data = batches(clips, config.batch_clips, config.model.frames_per_clip, config.seed)
     for _ in range(count):
         draw = training.Draws(config, clips, CPU, state)
         real = draw.pieces(next(data))
-        fakes = training.generator_step(state, draw, config, stats)
-        training.discriminator_step(state, real, fakes, draw, config, stats)
+        fakes = training.generator_step(state, draw, objective.generator, config, stats)
+        training.discriminator_step(state, real, fakes, draw, objective.discriminator, config, stats)
         if state.step % config.r1_interval == 0:
-            training.r1_step(state, real, draw, config, stats)
+            training.r1_step(state, real, draw, objective.r1, config, stats)
         training.update_ema(state, config)
         state.step += 1
         training.adjust_ada(state, config)
@@ -61,7 +62,7 @@ def steps(config, packed, count):
 @pytest.mark.parametrize("shared", [True, False])
 def test_each_step_moves_only_its_network(packed, shared):
     config = make_config(packed, shared_fakes=shared)
-    clips, stats = Clips(packed), Stats(Path("."), CPU)
+    clips, stats, objective = Clips(packed), Stats(Path("."), CPU), training.objectives(config)
     state = training.new_state(config, CPU)
     draw = training.Draws(config, clips, CPU, state)
     real = draw.pieces(next(batches(clips, 4, 3, 0)))
@@ -70,13 +71,13 @@ def test_each_step_moves_only_its_network(packed, shared):
     def moved(module, old):
         return [not torch.equal(p, q) for p, q in zip(module.parameters(), old)]
 
-    fakes = training.generator_step(state, draw, config, stats)
+    fakes = training.generator_step(state, draw, objective.generator, config, stats)
     assert all(moved(state.G, before[0])) and not any(moved(state.D, before[1]))
     before[0] = [p.clone() for p in state.G.parameters()]
-    training.discriminator_step(state, real, fakes, draw, config, stats)
+    training.discriminator_step(state, real, fakes, draw, objective.discriminator, config, stats)
     assert not any(moved(state.G, before[0])) and all(moved(state.D, before[1]))
     before[1] = [p.clone() for p in state.D.parameters()]
-    training.r1_step(state, real, draw, config, stats)
+    training.r1_step(state, real, draw, objective.r1, config, stats)
     assert not any(moved(state.G, before[0])) and any(moved(state.D, before[1]))
     assert all(p.grad is None for module in (state.G, state.D) for p in module.parameters())
 
@@ -101,7 +102,7 @@ def test_batch_split_gives_the_same_gradients(packed):
         draw = training.Draws(config, clips, CPU, state)
         real = draw.pieces(next(batches(clips, 4, 3, 0)))
         for frames, t, label in real:
-            loss = training.generator_loss(state.D(frames, t, label)) / split
+            loss = generator_loss(state.D(frames, t, label)) / split
             loss.backward(inputs=list(state.D.parameters()))
         gradients.append(torch.cat([p.grad.flatten() for p in state.D.parameters() if p.grad is not None]))
         training.optimize(state.adam_D, stats)
@@ -226,5 +227,5 @@ def test_generated_times_fit_the_noise(packed):
     for step in range(20):
         state.step = step
         draw = training.Draws(config, clips, CPU, state)
-        _, frames, t, _, _ = draw.fake(state.G)
-        assert frames.shape == (12, 3, 32, 32) and (np.diff(t.numpy(), axis=1) > 0).all()
+        latents = draw.latents()
+        assert state.G(*latents).shape == (12, 3, 32, 32) and (np.diff(latents.t.numpy(), axis=1) > 0).all()

@@ -4,7 +4,8 @@
 
 A frame is 30.8 GFLOP (spec §11: twice the multiply-adds of convolutions and matrix products). The matmul is a 2048³
 float32 one in the same run, so that the fraction does not depend on how fast the machine is today. Weights are random:
-speed does not depend on them.
+speed does not depend on them. The last line is a video of four such windows from the first latent to the finished mp4,
+as sample.py writes it, beside the same rendering without writing.
 """
 
 import argparse
@@ -12,6 +13,7 @@ import json
 import platform
 import statistics
 import sys
+import tempfile
 import time
 from datetime import date
 from pathlib import Path
@@ -22,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from mostgan.config import ModelConfig
 from mostgan.device import peak_memory_mb, pick_device
 from mostgan.model import Generator
+from mostgan.video_writer import BackgroundWriter, VideoWriter
 
 GFLOP_PER_FRAME = 30.8
 MATMUL = 2048
@@ -37,6 +40,22 @@ def seconds(run, device, repeats):
             torch.cuda.synchronize()
         times.append(time.perf_counter() - started)
     return statistics.median(times[1:])
+
+
+def end_to_end(generator, frames, window, repeats):
+    """Median seconds of a video of one clip: (rendered only, to a finished mp4, of which encoding), taken in turn."""
+    times = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        for picture in generator.render(seed=0, frames=frames, window=window):
+            picture.cpu()
+        rendered = time.perf_counter()
+        with tempfile.TemporaryDirectory() as folder:
+            with BackgroundWriter(VideoWriter(Path(folder, "sample.mp4"), 25)) as video:
+                for picture in generator.render(seed=0, frames=frames, window=window):
+                    video.write(picture[0].cpu())
+            times.append((rendered - started, time.perf_counter() - rendered, video.seconds))
+    return [statistics.median(column) for column in zip(*times)]
 
 
 def main():
@@ -60,16 +79,22 @@ def main():
     after = seconds(lambda: a @ b, device, args.repeats)
     matmul_rate = 2 * MATMUL**3 / ((before + after) / 2) / 1e9
     rate = GFLOP_PER_FRAME / per_frame
+    length = 4 * args.frames
+    render_only, to_mp4, encoding = end_to_end(generator, length, args.frames, args.repeats)
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     result = {
         "device": name, "torch": torch.__version__, "python": platform.python_version(), "date": str(date.today()),
         "resolution": 256, "frames_per_window": args.frames, "ms_per_frame": round(per_frame * 1e3, 2),
         "gflop_per_s": round(rate, 1), "matmul_gflop_per_s": round(matmul_rate, 1),
         "fraction_of_matmul_rate": round(rate / matmul_rate, 3), "peak_memory_mb": round(peak_memory_mb(device)),
+        "video_frames": length, "render_fps": round(length / render_only, 2), "mp4_fps": round(length / to_mp4, 2),
+        "encoding_ms_per_frame": round(encoding / length * 1e3, 2),
     }
     print(f"MoStGAN-V 256², {args.frames} frames of one clip a window, float32, {name}, torch {torch.__version__}")
     print(f"{result['ms_per_frame']} ms/frame, {result['gflop_per_s']} GFLOP/s, peak {result['peak_memory_mb']} MB")
     print(f"2048³ matmul: {result['matmul_gflop_per_s']} GFLOP/s")
+    print(f"{length} frames to a finished mp4: {result['mp4_fps']} frames/s, rendering alone {result['render_fps']}, "
+          f"encoding beside it {result['encoding_ms_per_frame']} ms/frame")
     if args.out:
         args.out.write_text(json.dumps(result, indent=2) + "\n")
     print(f"fraction of matmul rate: {rate / matmul_rate:.2f}")

@@ -6,6 +6,7 @@ function of t too. So any stretch of it can be rendered alone, slower, faster, b
 
 import math
 from fractions import Fraction
+from numbers import Integral
 
 import torch
 
@@ -128,10 +129,10 @@ def frame_times(offset, step, first, count, period=None):
 
 def clip_seeds(seed, motion_seed, clips):
     """Seeds per clip: content as tuples, all of one length, and motion, as `render` takes them."""
-    seeds = [seed + i for i in range(clips)] if isinstance(seed, int) else list(seed)
-    seeds = [(s,) if isinstance(s, int) else tuple(s) for s in seeds]
+    seeds = [seed + i for i in range(clips)] if isinstance(seed, Integral) else list(seed)
+    seeds = [(s,) if isinstance(s, Integral) else tuple(s) for s in seeds]
     motion_seeds = [s[0] for s in seeds if s] if motion_seed is None else motion_seed
-    motion_seeds = [motion_seeds] * clips if isinstance(motion_seeds, int) else list(motion_seeds)
+    motion_seeds = [motion_seeds] * clips if isinstance(motion_seeds, Integral) else list(motion_seeds)
     if len(seeds) != clips or len(motion_seeds) != clips or len({len(s) for s in seeds}) != 1 or not seeds[0]:
         raise UserError(f"{len(seeds)} content seeds and {len(motion_seeds)} motion seeds for {clips} clips: give one "
                         "of each per clip, or tuples of content seeds, all equally long")
@@ -191,7 +192,7 @@ def choose_window(config, clips, frames, device):
         of_layer = [4 * config.channels(r) * (r * r + 9 * config.channels(r)) * 4 for r in config.resolutions]
         limit = min(64, memory_bytes(device) // 4 // (clips * max(of_layer)), 2 ** math.ceil(math.log2(frames)))
     else:
-        limit = min(16 // clips, memory_bytes(device) // 8 // (clips * 3 * 8 * config.resolution**2))
+        limit = min(max(4, 16 // clips), memory_bytes(device) // 8 // (clips * 3 * 8 * config.resolution**2))
     return 2 ** int(math.log2(max(1, limit)))
 
 

@@ -64,36 +64,37 @@ def render(generator, seed, start=0, frames=16, clips=1, motion_seed=None, label
         w = content_at(stops, t / float(content_frames)).flatten(0, 1) if moving else stops[:, 0]
         motion = generator.motion(w, t.to(device), noise.to(device), first_anchor.to(device), one_hot)
         wanted = slice(lead, lead + count)
+        made = slice(0, window) if device.type == "cuda" else wanted  # a GPU always renders windows of one shape
+        motion = [pick(of_frames, clips, made) for of_frames in motion]
         if moving:
-            yield to_uint8(moving_window(generator, w, motion, gain, clips, wanted))
-        elif device.type == "cuda":  # always whole windows: one shape, whatever the stretch
-            yield to_uint8(generator.render_window(content, *motion)).unflatten(0, (clips, -1))[:, wanted]
+            rendered = moving_window(generator, pick(w, clips, made), motion, gain, clips)
         else:
-            motion = [pick(of_frames, clips, wanted) for of_frames in motion]
-            yield to_uint8(generator.render_window(content, *motion)).unflatten(0, (clips, -1))
+            rendered = generator.render_window(content, *motion)
+        yield to_uint8(pick(rendered, clips, slice(wanted.start - made.start, wanted.stop - made.start), flat=False))
         index, frames = index + count, frames - count
 
 
-def moving_window(generator, w, motion, gain, clips, wanted):
-    """A window whose content differs from frame to frame, each frame as a clip of its own: [clips, n, 3, H, W].
+def moving_window(generator, w, motion, gain, clips):
+    """Frames [clips · n, 3, H, W] whose content differs from frame to frame: each is a clip of its own.
 
-    w: [clips · window, w_dim]; motion: codes and vectors; gain: of `gains`; wanted: which frames. On a CPU frame by
-    frame, as render_window does, and for memory: content weights are as large as the model.
+    w: [clips · n, w_dim]; motion: codes and vectors; gain: of `gains`. On a CPU one frame of each clip at a time, as
+    render_window does it, and for memory: a frame's content weights are as large as the model.
     """
-    together = len(w) // clips if w.is_cuda else 1
+    n = len(w) // clips
     frames = []
-    for i in range(wanted.start, wanted.stop, together):
-        some = slice(i, i + together) if together == 1 else slice(0, together)
+    for some in [slice(0, n)] if w.is_cuda else [slice(i, i + 1) for i in range(n)]:
         content = generator.synthesis.content(pick(w, clips, some), gain)
         rendered = generator.render_window(content, *(pick(of_frames, clips, some) for of_frames in motion))
         frames.append(rendered.unflatten(0, (clips, -1)))
-    frames = torch.cat(frames, dim=1)
-    return frames if together == 1 else frames[:, wanted]
+    return torch.cat(frames, dim=1).flatten(0, 1)
 
 
-def pick(of_frames, clips, wanted):
-    """The wanted frames of each clip: [clips · window, …] → [clips · n, …]; None stays None."""
-    return None if of_frames is None else of_frames.unflatten(0, (clips, -1))[:, wanted].flatten(0, 1)
+def pick(of_frames, clips, wanted, flat=True):
+    """The wanted frames of each clip: [clips · window, …] → [clips · n, …], [clips, n, …] if not flat; None stays."""
+    if of_frames is None:
+        return None
+    picked = of_frames.unflatten(0, (clips, -1))[:, wanted]
+    return picked.flatten(0, 1) if flat else picked
 
 
 # time

@@ -79,7 +79,8 @@ def sample(options: Options):
     """Render and write a video. Returns whether it is complete: Ctrl-C ends it early. Raises UserError."""
     stop = StopSignal()
     path = checkpoint.find(options.checkpoint)
-    out = options.out or Path("samples", f"{path.parent.name}-seed{options.seed}.mp4")
+    name = path.parent.name if path.name.startswith("checkpoint-") else path.name  # of the run, if it is of one
+    out = options.out or Path("samples", f"{name}-seed{options.seed}.mp4")
     if out.exists() and not options.force:
         raise UserError(f"{out} is there already: choose another --out, or write over it with --force")
     rate = dataset_fps(path)

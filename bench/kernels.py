@@ -5,8 +5,9 @@
 
 A row is an op of one layer on the frames of one clip. Floor: the larger of its bytes (each tensor once) at the rate of
 a large copy and its arithmetic (twice the multiply-adds) at that of a large matrix product, both measured in the same
-run. Times are medians with the second-level cache emptied. Compiling takes seconds a shape, so the compiled one is
-timed at --compile-at frames only.
+run. "conv" is the convolution with one kernel per frame; eagerly that is one grouped cuDNN convolution, and "unfolded"
+is the same by batched matrix products. Times are medians with the second-level cache emptied. Compiling takes seconds a
+shape, so the compiled one is timed at --compile-at frames only.
 
 On a CPU there is no Triton: the reference alone runs, at two small shapes. --aot needs no GPU: it compiles what every
 launcher launches for A100 and H100 (sm_80, sm_90) and prints registers, shared memory and spills.
@@ -67,7 +68,7 @@ def cases(frames, resolutions, dtype, device):
                        [content, style, weight], 32 * weight.numel())  # scores and P: 2 · 8 each  # fmt: skip
                 inputs, tensors = (x, weight, up), [x, weight, conv]
                 yield "conv", shape, inputs, kernels.conv2d_per_frame, reference.conv2d_per_frame, tensors, flop
-                yield "conv", shape, inputs, None, grouped, tensors, flop
+                yield "conv", shape, inputs, None, unfolded, tensors, flop
             y = t(N, O, r, r)
             yield ("epilogue", shape, (conv, demod, bias, up), kernels.epilogue, reference.epilogue, [conv, y],
                    0)  # fmt: skip
@@ -78,15 +79,15 @@ def cases(frames, resolutions, dtype, device):
                 yield "fir pad 2", shape, (y, 2), kernels.fir, reference.fir, [y, y], 0
 
 
-def grouped(x, weight, up):
-    """cuDNN's way to convolve each frame with its own kernel: one convolution with as many groups as frames."""
+def unfolded(x, weight, up):
+    """The same as batched matrix products over the unfolded input (up: of the input, then folded)."""
     N, O, I, k, _ = weight.shape
-    x = x.reshape(1, N * I, *x.shape[2:])
+    H, W = x.shape[2:]
     if up == 2:
-        y = torch.nn.functional.conv_transpose2d(x, weight.transpose(1, 2).reshape(N * I, O, k, k), stride=2, groups=N)
-    else:
-        y = torch.nn.functional.conv2d(x, weight.reshape(N * O, I, k, k), padding=k // 2, groups=N)
-    return y.view(N, O, *y.shape[2:])
+        columns = weight.flatten(3).permute(0, 1, 3, 2).reshape(N, O * k * k, I) @ x.flatten(2)
+        return torch.nn.functional.fold(columns, (2 * H + k - 2, 2 * W + k - 2), k, stride=2)
+    columns = torch.nn.functional.unfold(x, k, padding=k // 2)
+    return (weight.flatten(2) @ columns).view(N, O, H, W)
 
 
 def backward(op):
@@ -136,6 +137,7 @@ def ceilings(dtype, device):
 
 def measure(args, dtype, device):
     """Rows of the table, printed as they come."""
+    kernels.use("triton")
     copy, matmul = ceilings(dtype, device)
     print(f"copy {copy / 1e9:.0f} GB/s, matrix product {matmul / 1e12:.2f} TFLOP/s in {args.dtype}\n")
     print(f"{'op':22}{'layer':>20}{'frames':>7}{'Triton':>10}{'compiled':>10}{'eager':>10}"
@@ -146,14 +148,14 @@ def measure(args, dtype, device):
         for name, shape, inputs, fast, plain, tensors, flop in cases(frames, resolutions, dtype, device):
             for direction, wrap, share, traffic in (("", lambda op: op, 1, 1),
                                                     (" backward", backward, 2, BACKWARD_BYTES.get(name, 1))):
-                op = name + direction + (" grouped" if plain is grouped else "")
+                op = name + direction + (" unfolded" if plain is unfolded else "")
                 if args.only and args.only not in op:
                     continue
                 nbytes = traffic * sum(x.nbytes for x in tensors)
                 floor = 1e3 * max(nbytes / copy, share * flop / matmul)
                 row = dict(op=op, layer=shape, frames=frames, bytes=nbytes, flop=share * flop, floor_ms=floor)
                 runs = {"triton_ms": fast if device == "cuda" else None, "compiled_ms": None, "eager_ms": plain}
-                if device == "cuda" and frames == args.compile_at and not direction and plain is not grouped:
+                if device == "cuda" and frames == args.compile_at and not direction and plain is not unfolded:
                     runs["compiled_ms"] = torch.compile(plain, dynamic=False)
                 for key, run in runs.items():
                     run = run and wrap(run)

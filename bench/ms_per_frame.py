@@ -1,103 +1,155 @@
-"""ms per generated frame at the paper's 256² configuration, and the arithmetic rate as a fraction of a matmul's.
+"""ms per generated frame at the paper's 256² configuration: eager, compiled, and with the Triton kernels.
 
-    python bench/ms_per_frame.py [--frames 16] [--repeats 5] [--out results.json]
+    python bench/ms_per_frame.py [--frames 1 16 64] [--variants eager compiled triton ...] [--out results.json]
 
-A frame is 30.8 GFLOP (spec §11: twice the multiply-adds of convolutions and matrix products). The matmul is a 2048³
-float32 one in the same run, so that the fraction does not depend on how fast the machine is today. Weights are random:
-speed does not depend on them. The last line is a video of four such windows from the first latent to the finished mp4,
-as sample.py writes it, beside the same rendering without writing.
+A row renders windows of so many frames of one clip. Its floor is the larger of a frame's arithmetic (30.8 GFLOP, spec
+§11: twice the multiply-adds of convolutions and matrix products) at the rate of a large matrix product, and its memory
+traffic (100 MB, the lower estimate of the performance plan) at that of a large copy, both measured in this run, so that
+the fraction does not depend on how fast the machine is today. Weights are random: speed does not depend on them.
+
+On a GPU in bfloat16, and all variants by default; on a CPU in float32, and eager: compiling takes minutes there.
+
+Below the rows: a video by the fastest of them, from the first latent to the finished mp4, written as sample.py writes
+it, beside the same frames rendered only.
 """
 
 import argparse
 import json
-import platform
 import statistics
 import sys
 import tempfile
 import time
-from datetime import date
 from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # else `kernels` is bench/kernels.py
+import kernels
+from bench.timing import copy_rate, describe, matmul_rate, seconds
 from mostgan.config import ModelConfig
 from mostgan.device import peak_memory_mb, pick_device
 from mostgan.model import Generator
 from mostgan.video_writer import BackgroundWriter, VideoWriter
 
-GFLOP_PER_FRAME = 30.8
-MATMUL = 2048
+GFLOP_PER_FRAME, MB_PER_FRAME = 30.8, 100
+VARIANTS = {  # name → kernels, torch.compile's mode (None: eager)
+    "eager": ("reference", None),
+    "compiled": ("reference", "default"),
+    "triton": ("triton", None),
+    "triton compiled": ("triton", "default"),
+    "triton compiled, CUDA graphs": ("triton", "reduce-overhead"),
+}
 
 
-def seconds(run, device, repeats):
-    """Median seconds of run() over repeats, after one warm-up."""
+def make_generator(variant, device, config):
+    """A generator that renders as the variant says."""
+    kernels_choice, mode = VARIANTS[variant]
+    kernels.use(kernels_choice)
+    torch.compiler.reset()
+    torch.manual_seed(0)
+    generator = Generator(config).to(device).eval().requires_grad_(False)
+    if mode is not None:
+        generator.synthesis.compile(fullgraph=True, dynamic=False, mode=mode)
+    return generator
+
+
+def measure(variant, frames, device, dtype, repeats, config):
+    """(seconds per frame, peak MB) of windows of `frames` frames of one clip, in uint8 on the device."""
+    generator = make_generator(variant, device, config)
+    windows = max(1, 64 // frames) if device.type == "cuda" else 1
+
+    def render():
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            for _ in generator.render(seed=0, frames=frames * windows, window=frames):
+                pass
+
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    per_frame = seconds(render, device, repeats, warmups=2) / (frames * windows)
+    return per_frame, peak_memory_mb(device)
+
+
+def end_to_end(variant, window, device, dtype, repeats, config):
+    """A video of four windows (a GPU: of 1,024 frames at least), rendered only and to a finished mp4, in turn."""
+    generator = make_generator(variant, device, config)
+    frames = window * (4 if device.type == "cpu" else max(4, 1024 // window))
     times = []
-    for _ in range(repeats + 1):
-        started = time.perf_counter()
-        run()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - started)
-    return statistics.median(times[1:])
-
-
-def end_to_end(generator, frames, window, repeats):
-    """Median seconds of a video of one clip: (rendered only, to a finished mp4, of which encoding), taken in turn."""
-    times = []
-    for _ in range(repeats):
-        started = time.perf_counter()
-        for picture in generator.render(seed=0, frames=frames, window=window):
-            picture.cpu()
-        rendered = time.perf_counter()
-        with tempfile.TemporaryDirectory() as folder:
+    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32), tempfile.TemporaryDirectory() as folder:
+        for _ in range(repeats + 1):
+            started = time.perf_counter()
+            for pictures in generator.render(seed=0, frames=frames, window=window):
+                pictures.cpu()
+            rendered = time.perf_counter()
             with BackgroundWriter(VideoWriter(Path(folder, "sample.mp4"), 25)) as video:
-                for picture in generator.render(seed=0, frames=frames, window=window):
-                    video.write(picture[0].cpu())
+                for pictures in generator.render(seed=0, frames=frames, window=window):
+                    video.write(pictures[0].cpu())
             times.append((rendered - started, time.perf_counter() - rendered, video.seconds))
-    return [statistics.median(column) for column in zip(*times)]
+    render_only, to_mp4, encoding = (statistics.median(column) for column in zip(*times[1:]))  # the first is a warm-up
+    return dict(variant=variant, frames=frames, render_fps=frames / render_only, mp4_fps=frames / to_mp4,
+                encoding_ms_per_frame=encoding / frames * 1e3)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--frames", type=int, default=16, help="frames of one clip in a window (default 16)")
-    parser.add_argument("--repeats", type=int, default=5, help="windows timed, of which the median counts (default 5)")
+    parser.add_argument("--frames", type=int, nargs="+", help="frames of a window (default 16; on a GPU 1 16 64)")
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, help="default eager; on a GPU all")
+    parser.add_argument("--resolution", type=int, default=256, help="smaller for a quick look")
+    parser.add_argument("--repeats", type=int, default=5, help="times rendered, of which the median counts (default 5)")
     parser.add_argument("--out", type=Path, help="also write the figures to this JSON file")
     args = parser.parse_args()
     device = pick_device()
-    torch.manual_seed(0)
-    generator = Generator(ModelConfig()).to(device).eval().requires_grad_(False)
-    a, b = torch.randn(2, MATMUL, MATMUL, device=device)
-
-    def window():
-        for _ in generator.render(seed=0, frames=args.frames, window=args.frames):
-            pass
-
-    # The matmul is timed before and after: a shared machine's clock may change in between.
-    before = seconds(lambda: a @ b, device, args.repeats)
-    per_frame = seconds(window, device, args.repeats) / args.frames
-    after = seconds(lambda: a @ b, device, args.repeats)
-    matmul_rate = 2 * MATMUL**3 / ((before + after) / 2) / 1e9
-    rate = GFLOP_PER_FRAME / per_frame
-    length = 4 * args.frames
-    render_only, to_mp4, encoding = end_to_end(generator, length, args.frames, args.repeats)
-    name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    result = {
-        "device": name, "torch": torch.__version__, "python": platform.python_version(), "date": str(date.today()),
-        "resolution": 256, "frames_per_window": args.frames, "ms_per_frame": round(per_frame * 1e3, 2),
-        "gflop_per_s": round(rate, 1), "matmul_gflop_per_s": round(matmul_rate, 1),
-        "fraction_of_matmul_rate": round(rate / matmul_rate, 3), "peak_memory_mb": round(peak_memory_mb(device)),
-        "video_frames": length, "render_fps": round(length / render_only, 2), "mp4_fps": round(length / to_mp4, 2),
-        "encoding_ms_per_frame": round(encoding / length * 1e3, 2),
-    }
-    print(f"MoStGAN-V 256², {args.frames} frames of one clip a window, float32, {name}, torch {torch.__version__}")
-    print(f"{result['ms_per_frame']} ms/frame, {result['gflop_per_s']} GFLOP/s, peak {result['peak_memory_mb']} MB")
-    print(f"2048³ matmul: {result['matmul_gflop_per_s']} GFLOP/s")
-    print(f"{length} frames to a finished mp4: {result['mp4_fps']} frames/s, rendering alone {result['render_fps']}, "
-          f"encoding beside it {result['encoding_ms_per_frame']} ms/frame")
+    on_gpu = device.type == "cuda"
+    dtype = torch.bfloat16 if on_gpu else torch.float32
+    config = ModelConfig(resolution=args.resolution)
+    rows, rates = [], []
+    result = describe(device) | dict(resolution=args.resolution, dtype=str(dtype).removeprefix("torch."))
+    print(f"MoStGAN-V {args.resolution}², one clip, {result['dtype']}, {result['device']}, torch {result['torch']}")
+    print(f"{'variant':32}{'frames':>7}{'ms/frame':>10}{'GFLOP/s':>10}{'peak MB':>9}{'of matmul':>11}{'of floor':>10}")
+    bandwidth = copy_rate(device)
+    for variant in args.variants or (VARIANTS if on_gpu else ["eager"]):
+        for frames in args.frames or ([1, 16, 64] if on_gpu else [16]):
+            # The matmul is timed before and after: a shared machine's clock may change in between.
+            before = matmul_rate(device, dtype, args.repeats)
+            try:
+                per_frame, peak = measure(variant, frames, device, dtype, args.repeats, config)
+            except Exception as error:  # the other variants are still worth their time
+                rows.append(dict(variant=variant, frames_per_window=frames, error=f"{type(error).__name__}: {error}"))
+                print(f"{variant:32}{frames:>7}  failed: {str(error).splitlines()[0][:60]}")
+                continue
+            rate = 2 / (1 / before + 1 / matmul_rate(device, dtype, args.repeats))
+            row = dict(variant=variant, frames_per_window=frames, ms_per_frame=per_frame * 1e3, peak_memory_mb=peak)
+            if args.resolution == 256:  # the arithmetic of a frame is known
+                row["gflop_per_s"] = GFLOP_PER_FRAME / per_frame
+                row["fraction_of_matmul_rate"] = GFLOP_PER_FRAME * 1e9 / per_frame / rate
+                floor = max(GFLOP_PER_FRAME * 1e9 / rate, MB_PER_FRAME * 1e6 / bandwidth)
+                row["fraction_of_floor"] = floor / per_frame
+            rows.append(row)
+            rates.append(rate)
+            show(row)
+    measured = [row for row in rows if "error" not in row]
+    if not measured:
+        sys.exit("ms_per_frame.py: every variant failed")
+    result |= dict(matmul_gflop_per_s=sum(rates) / len(rates) / 1e9, copy_gb_per_s=bandwidth / 1e9, rows=rows)
+    best = min(measured, key=lambda row: row["ms_per_frame"])
+    video = end_to_end(best["variant"], best["frames_per_window"], device, dtype, args.repeats, config)
+    result["end_to_end"] = video
+    print(f"{video['frames']} frames to a finished mp4, {video['variant']}: {video['mp4_fps']:.2f} frames/s, rendered "
+          f"only {video['render_fps']:.2f}; encoding beside it {video['encoding_ms_per_frame']:.2f} ms/frame")
+    print(f"matrix product {result['matmul_gflop_per_s']:.0f} GFLOP/s, copy {bandwidth / 1e9:.0f} GB/s")
     if args.out:
         args.out.write_text(json.dumps(result, indent=2) + "\n")
-    print(f"fraction of matmul rate: {rate / matmul_rate:.2f}")
+    if "fraction_of_matmul_rate" in measured[-1]:
+        print(f"fraction of matmul rate: {measured[-1]['fraction_of_matmul_rate']:.2f}")
+    if len(measured) < len(rows):
+        sys.exit(f"ms_per_frame.py: {len(rows) - len(measured)} of {len(rows)} rows failed")
+
+
+def show(row):
+    known = (f"{row['gflop_per_s']:10.0f}" if "gflop_per_s" in row else f"{'–':>10}")
+    fractions = "".join(f"{row[key]:{width}.2f}" if key in row else f"{'–':>{width}}"
+                        for key, width in (("fraction_of_matmul_rate", 11), ("fraction_of_floor", 10)))
+    print(f"{row['variant']:32}{row['frames_per_window']:>7}{row['ms_per_frame']:10.3f}{known}"
+          f"{row['peak_memory_mb']:9.0f}{fractions}", flush=True)
 
 
 if __name__ == "__main__":

@@ -52,6 +52,11 @@ def _by_triton(x):
     return x.is_cuda and _choice == "triton" and x.dtype != torch.float64
 
 
+def _fir_by_triton(x):
+    """A filter by itself: in a compiled function Inductor's own kernel does it, together with its neighbors."""
+    return _by_triton(x) and not torch.compiler.is_compiling()
+
+
 def _working_dtype(x):
     """The dtype in which convolutions of x run: autocast's where it is on, as PyTorch's own would."""
     return torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x.dtype
@@ -90,25 +95,25 @@ def epilogue(x, demod, bias, up=1, clamp=None):
 
 
 def fir(x, padding, gain=1.0):
-    if _by_triton(x):
+    if _fir_by_triton(x):
         return _fir.fir_op(x, gain, 1, padding, False)
     return reference.fir(x, padding, gain)
 
 
 def filter2d(x):
-    if _by_triton(x):
+    if _fir_by_triton(x):
         return _fir.fir_op(F.pad(x, (2, 1, 2, 1)), 1.0, 1, 0, False)
     return reference.filter2d(x)
 
 
 def downsample2d(x):
-    if _by_triton(x):
+    if _fir_by_triton(x):
         return _fir.fir_op(x, 1.0, 2, 1, False)
     return reference.downsample2d(x)
 
 
 def upsample2d(x):
-    if _by_triton(x):
+    if _fir_by_triton(x):
         return _fir.fir_op(x, 4.0, 2, 1, True)
     return reference.upsample2d(x)
 

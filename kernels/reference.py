@@ -174,6 +174,8 @@ def conv2d_per_frame(x, weight, up=1):
     On a CPU one call per frame is two to four times faster than one grouped convolution. But PyTorch gives a single
     small frame (up to 20,480 numbers) to a slower library than oneDNN: those go in groups of a few.
     """
+    if not x.is_cpu:
+        return _conv2d_grouped(x, weight, up).contiguous(memory_format=torch.channels_last)
     group = 1 if x[0].numel() > 20480 else 8
     if group == 1:
         convolved = [conv2d_shared(frame, w, up) for frame, w in zip(x.split(1), weight.unbind(0))]

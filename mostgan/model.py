@@ -86,33 +86,29 @@ class SynthesisLayer(nn.Module):
         Returns features [N, O, up·H, up·W] and MoStAtt's score [N, O, K], None without motion styles.
         """
         frames_per_clip = len(x) // len(content.style)
-        demod, score = content.demod, None
+        score = frame_weight = None
         if self.hypernetwork is None:
-            demod = demod.repeat_interleave(frames_per_clip, dim=0)
+            demod = content.demod.repeat_interleave(frames_per_clip, dim=0)
         else:
-            frame_weight, score = self.motion_modulate(content, motion_vectors, frames_per_clip)
-            demod = kernels.demodulation(frame_weight)
-        if self.hypernetwork is not None and not self.demod_only:
+            frame_weight, score, demod = self.motion_modulate(content, motion_vectors)
+        if frame_weight is not None and not self.demod_only:
             x = kernels.conv2d_per_frame(x, frame_weight, self.up)
         elif len(content.style) == 1:  # one clip: s goes into the weight, and no pass over the features is needed
             x = kernels.conv2d_shared(x, content.weight[0], self.up)
         else:
             style = content.style.repeat_interleave(frames_per_clip, dim=0)[:, :, None, None]
             x = kernels.conv2d_shared(x * style.to(x.dtype), content.raw_weight, self.up)
-        if self.up == 2:
-            x = kernels.fir(x, 1, gain=4.0)
-        return kernels.demod_bias_lrelu(x, demod, self.bias), score
+        return kernels.epilogue(x, demod, self.bias, self.up), score
 
-    def motion_modulate(self, content, motion_vectors, frames_per_clip):
-        """MoStAtt in the order of paper 4.3 → weight per frame [N, O, I, 3, 3] and score [N, O, K]."""
+    def motion_modulate(self, content, motion_vectors):
+        """MoStAtt in the order of paper 4.3 → weight [N, O, I, 3, 3], score [N, O, K] and demodulation [N, O]."""
         motion_style = self.hypernetwork(motion_vectors.flatten(0, 1))
         motion_style = motion_style.view(*motion_vectors.shape[:2], self.rank, -1)
-        if self.content_first:  # strategy i
-            return kernels.mostatt(content.weight, motion_style, content.style_gain)
-        raw_weight = content.raw_weight.unsqueeze(0)  # strategy ii
-        frame_weight, score = kernels.mostatt(raw_weight, motion_style, content.style_gain)
-        style = content.style.repeat_interleave(frames_per_clip, dim=0)
-        return frame_weight * style[:, None, :, None, None], score
+        weight, style = content.weight, None  # strategy i
+        if not self.content_first:  # strategy ii
+            weight, style = content.raw_weight.unsqueeze(0), content.style
+        return kernels.mostatt_demod(weight, motion_style, style, want_weight=not self.demod_only,
+                                     style_gain=content.style_gain)
 
 
 class ToRGB(nn.Module):

@@ -1,4 +1,4 @@
-"""Every Triton kernel, forward and backward, against its plain PyTorch twin in float64 (issue: kernels without a GPU).
+"""Every Triton kernel, forward and backward, against its plain PyTorch twin in float64; then in the networks.
 
 Not collected by itself: test_kernels.py runs it in a process of its own, natively on a GPU, else with
 TRITON_INTERPRET=1 (Triton reads the variable when it is imported). torch.empty gives NaN: what a kernel forgets to
@@ -6,10 +6,12 @@ write shows.
 """
 
 import importlib
+from unittest.mock import Mock
 
 import pytest
 import torch
 
+import kernels
 import kernels.reference as twin
 
 GPU = torch.cuda.is_available()
@@ -128,6 +130,53 @@ def test_modconv(N, O, I, H, k, layout, up, dtype):
     x, weight = randn(N, I, H, H + 1, seed=1, dtype=dtype), randn(N, O, I, k, k, seed=2, dtype=dtype)
     compare(lambda *a: modconv_module.conv2d_per_frame(*a, up=up), lambda *a: twin.conv2d_per_frame(*a, up=up),
             [x, weight], dtype, ["y"], {0: layout, 1: layout})  # fmt: skip
+
+
+LAUNCHERS = [(mostatt_module, "forward"), (fir_module, "epilogue_launch"), (fir_module, "epilogue_backward_launch"),
+             (modconv_module, "conv_launch"), (modconv_module, "grad_weight_launch")]  # fmt: skip
+
+
+MODEL = dict(
+    resolution=32, channel_base=128, channel_max=8, z_dim=8, w_dim=8, motion_noise_dim=8, motion_code_dim=16,
+    num_frequencies=8, motion_vector_dim=4, motion_styles=3, motion_resolutions=(8, 16),
+)  # fmt: skip
+RELEASE = dict(
+    modulation_order="motion_first", prenorm_resolutions=(8, 16), motion_demod_only_resolutions=(16,), rank=2,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("compiled, variant, t", [(True, {}, [[0, 2.5]]), (False, RELEASE, [[7], [8.5]])],
+                         ids=["compiled", "eager"])  # fmt: skip
+def test_generator(compiled, variant, t, monkeypatch):
+    """Frames, scores and every parameter's gradient, with the kernels in their places: eagerly, or in one graph."""
+    from mostgan.config import ModelConfig
+    from mostgan.model import Generator
+
+    torch.manual_seed(0)
+    generator = Generator(ModelConfig(**MODEL | variant)).to(DEVICE)
+    z, noise = (randn(*shape, seed=1, dtype=torch.float32) for shape in ((len(t), 8), (len(t), 24, 8)))
+    t = torch.tensor(t, dtype=torch.float64, device=DEVICE)
+
+    def of(x, dtype, function):
+        generator.to(dtype)
+        frames, scores = function(z.to(dtype), t, noise.to(dtype), None, None, 1.0, True)
+        outputs = [frames, *scores]
+        total = sum((out * randn(*out.shape, seed=2 + i, dtype=dtype).to(dtype)).sum() for i, out in enumerate(outputs))
+        return outputs, torch.autograd.grad(total, list(generator.parameters()), allow_unused=True)
+
+    outputs, grads = of(z, torch.float64, generator)
+    monkeypatch.setattr(kernels, "_by_triton", lambda x: x.dtype == torch.float32)
+    ours = torch.compile(generator, fullgraph=True, backend="aot_eager") if compiled else generator
+    launchers = [Mock(side_effect=getattr(module, name)) for module, name in LAUNCHERS]
+    for (module, name), launcher in zip(LAUNCHERS, launchers):
+        monkeypatch.setattr(module, name, launcher)
+    our_outputs, our_grads = of(z, torch.float32, ours)
+    assert all(launcher.called for launcher in launchers)
+    for i, (out, ref) in enumerate(zip(our_outputs, outputs)):
+        close(out, ref, 1e-5, f"output {i}")
+    for (name, _), grad, ref in zip(generator.named_parameters(), our_grads, grads):
+        if ref is not None:
+            close(grad, ref, 1e-4, name)
 
 
 def check_fakes():

@@ -27,7 +27,7 @@ def run(*command, **environment):
     return done.stdout
 
 
-@pytest.mark.parametrize("op", ["mostatt", "epilogue", "fir", "modconv"])
+@pytest.mark.parametrize("op", ["mostatt", "epilogue", "fir", "modconv", "generator"])
 def test_kernel_matches_twin(op):
     run("-m", "pytest", "-q", "-x", "tests/interpreted.py", "-k", f"test_{op}", "-p", "no:cacheprovider", **INTERPRET)
 

@@ -166,6 +166,13 @@ def test_smooth_frames_are_jpeg_and_small():
     assert np.mean([len(data) for data in coded]) < 64 * 64 * 3 / 3
 
 
+def test_jpeg_is_tried_again_a_few_frames_after_one_that_it_would_spoil():
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    encoder, easy = FrameEncoder(64), smooth(1)[0]
+    kinds = [encoder.encode(image)[:4] == b"qoif" for image in [easy, noise, *[easy] * 12]]
+    assert kinds == [False] + [True] * 8 + [False] * 5
+
+
 def test_damaged_data_raises():
     data = FrameEncoder(64).encode(smooth()[0])
     with pytest.raises((av.FFmpegError, ValueError)):

@@ -13,7 +13,9 @@ import dataclasses
 import hashlib
 import json
 import re
+import signal
 import sys
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +29,7 @@ from mostgan import checkpoint
 from mostgan.config import DATASETS, UserError
 from mostgan.device import peak_memory_mb, pick_device
 from mostgan.render import exact, loop_step
-from mostgan.run import StopSignal, read_config
+from mostgan.run import read_config
 from mostgan.video_writer import BackgroundWriter, VideoWriter, grid
 
 Shared = Literal["content", "motion", "nothing"]
@@ -77,7 +79,7 @@ class Options:
 
 def sample(options: Options):
     """Render and write a video. Returns whether it is complete: Ctrl-C ends it early. Raises UserError."""
-    stop = StopSignal()
+    stop = stop_signal()
     path = checkpoint.find(options.checkpoint)
     name = path.parent.name if path.name.startswith("checkpoint-") else path.name  # of the run, if it is of one
     out = options.out or Path("samples", f"{name}-seed{options.seed}.mp4")
@@ -99,7 +101,7 @@ def sample(options: Options):
     done, rendering, transfer, started = 0, 0.0, 0.0, time.perf_counter()
     bar = tqdm(total=frames, unit="frame", disable=None, delay=0.3)
     with BackgroundWriter(video) as writer:
-        while not stop.requested:
+        while not stop.is_set():
             before = time.perf_counter()
             window = next(windows, None)
             if window is None:
@@ -122,6 +124,20 @@ def sample(options: Options):
           f"{transfer * per_frame:.2f}, and beside them encoding {writer.seconds * per_frame:.2f}; "
           f"peak memory {peak_memory_mb(device):.0f} MB, on {device}")
     return done == frames
+
+
+def stop_signal():
+    """An event that Ctrl-C or SIGTERM sets. A second one is a KeyboardInterrupt, which leaves no video."""
+    stop = threading.Event()
+
+    def handle(number, frame):
+        if stop.is_set():
+            raise KeyboardInterrupt
+        stop.set()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, handle)
+    return stop
 
 
 def way_through_time(options, rate):

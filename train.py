@@ -3,6 +3,7 @@
     python train.py --dataset sky                       # data/sky if it is there, else the built-in procedural sky
     python train.py --dataset ffs --data faces.zip --rank 3
     python train.py --resume runs/00000-sky-tiny        # go on where it stopped
+    torchrun --nproc_per_node=8 train.py --dataset sky  # the same run on eight GPUs
 """
 
 import argparse
@@ -22,59 +23,59 @@ import tyro
 from tqdm import tqdm
 
 import kernels
-from mostgan import augment, checkpoint
+from mostgan import augment, distributed
 from mostgan.config import DATASETS, TrainConfig, UserError, train_preset
 from mostgan.data import batches, open_data, sample_fake
-from mostgan.device import pick_device
+from mostgan.device import make_deterministic, pick_device
 from mostgan.discriminator import Discriminator
+from mostgan.faults import memory_advice
 from mostgan.loss import Latents, discriminator_objective, frozen, generator_objective, r1_objective
 from mostgan.model import Generator
 from mostgan.motion import FRAME_ANCHORS
-from mostgan.run import Stats, StopSignal, read_config, save_grids, save_real_grid, start_run
+from mostgan.run import (
+    Resume,
+    Stats,
+    StopSignal,
+    open_run,
+    read_config,
+    save_grids,
+    save_real_grid,
+    what_to_resume,
+)
+from mostgan.state import Saver, State, load_state
 
 G_LAZY_INTERVAL = 8  # the release corrects G's Adam for a lazy regularizer that it no longer has
 W_AVG_DECAY = 0.995
 LONGEST_SPAN = 32  # frames of a clip lie at most this far apart (spec §8)
 
 
-@dataclass
-class State:
-    """All that a resumed run needs. Random numbers need no state: each step has a stream keyed by (seed, step)."""
-
-    G: Generator
-    D: Discriminator
-    ema: Generator
-    adam_G: torch.optim.Optimizer
-    adam_D: torch.optim.Optimizer
-    step: int = 0
-    frames: int = 0
-    seconds: float = 0.0
-    ada_p: float = 0.0
-    ada_sign: float = 0.0  # sum over steps of mean sign(D(real)), since ADA's last adjustment
-
-
-def train(config: TrainConfig, out: Path | None = None, resume: Path | None = None):
-    """Train to the end, or to Ctrl-C. out: the run folder; resume: the checkpoint to go on from."""
-    device = pick_device()
+def train(config: TrainConfig, out: Path | None = None, resume: Resume | None = None):
+    """Train to the end, or to a signal. out: the folder of a new run; resume: the run to go on with, and from where."""
+    if config.deterministic:
+        make_deterministic()
+    device, main = pick_device(), distributed.main()
     kernels.use(config.kernels)
-    clips = open_data(config.data, config.dataset, config.model.resolution, config.cache)
-    config = with_labels(config, clips)
+    clips = distributed.in_turn(lambda: open_data(config.data, config.dataset, config.model.resolution, config.cache))
+    config = with_shares(with_labels(config, clips))
+    run, saved = open_run(out, resume, config, clips), resume.checkpoint if resume else None
+    fps = DATASETS[config.dataset].fps
     state = new_state(config, device)
-    if resume is None:
-        run = start_run(out, config, clips)
-        save_real_grid(run, clips, DATASETS[config.dataset].fps)
-    else:
-        run = resume.parent
-        load_state(state, resume)
+    if saved is not None:
+        load_state(state, saved)
+    elif main:
+        save_real_grid(run, clips, fps)
     print_start(config, clips, run, device, state)
 
-    data = batches(clips, config.batch_clips, config.model.frames_per_clip, config.seed, state.step, config.mirror,
-                   config.workers, config.model.max_num_frames, device)
-    stats, stop, objective = Stats(run, device), StopSignal(), objectives(config)
+    world, rank = distributed.size(), distributed.rank()
+    data = batches(clips, config.batch_clips // world, config.model.frames_per_clip, config.seed, state.step,
+                   config.mirror, config.workers, config.model.max_num_frames, device, rank=rank, world=world)
+    total, logged = round(config.total_kframes * 1000), state.frames
+    bar = tqdm(total=total, initial=state.frames, unit="frame", unit_scale=True, smoothing=0.02,
+               disable=None if main else True)
+    stats, stop, objective = Stats(run, device, bar.write), StopSignal(run), objectives(config)
     stats.drop_after(state.frames)
-    logged, saved, total = state.frames, resume, round(config.total_kframes * 1000)
+    saver = Saver(run, saved, config.save_minutes, config.keep_checkpoints, bar.write)
     started = time.perf_counter() - state.seconds
-    bar = tqdm(total=total, initial=state.frames, unit="frame", unit_scale=True, smoothing=0.02, disable=None)
     gc.collect()
     gc.freeze()  # what exists now lives to the end: Python's garbage collector need not look at it every step
     atexit.register(gc.unfreeze)
@@ -82,11 +83,12 @@ def train(config: TrainConfig, out: Path | None = None, resume: Path | None = No
     while state.frames < total and not stopping:
         real = next(data)
         draw = Draws(config, clips, device, state)
-        fakes = generator_step(state, draw, objective.generator, config, stats)
-        real = draw.pieces(real)
-        discriminator_step(state, real, fakes, draw, objective.discriminator, config, stats)
-        if config.r1_gamma and state.step % config.r1_interval == 0:
-            r1_step(state, real, draw, objective.r1, config, stats)
+        with memory_advice(config, run):
+            fakes = generator_step(state, draw, objective.generator, config, stats)
+            real = draw.pieces(real)
+            discriminator_step(state, real, fakes, draw, objective.discriminator, config, stats)
+            if config.r1_gamma and state.step % config.r1_interval == 0:
+                r1_step(state, real, draw, objective.r1, config, stats)
         update_ema(state, config)
         state.step += 1
         state.frames += config.frames_per_step
@@ -94,26 +96,33 @@ def train(config: TrainConfig, out: Path | None = None, resume: Path | None = No
 
         bar.update(config.frames_per_step)
         state.seconds = time.perf_counter() - started
-        stopping = stop.requested  # read once: a signal after this line waits for the next step to be saved
-        due = passes(state, config, config.snapshot_kframes) or state.frames >= total or stopping
-        if passes(state, config, config.log_kframes) or due:
+        # Read once, and the same in every process: a signal after this line waits for the next step to be saved.
+        stopping, overdue = distributed.any_of(stop.requested, saver.due())
+        shown = passes(state, config, config.snapshot_kframes) or state.frames >= total
+        saves = shown or stopping or overdue
+        if passes(state, config, config.log_kframes) or saves:
             line = stats.write(state.frames - logged, step=state.step, frames=state.frames,
                                seconds=round(state.seconds, 1), ada_p=round(state.ada_p, 5))
-            if line["gradient_anomalies"]:
-                bar.write(f"warning: {line['gradient_anomalies']:.0f} gradients were not finite near step {state.step}")
+            if line["skipped_steps"] and main:
+                bar.write(f"warning: {line['skipped_steps']} optimizer steps before step {state.step} were left out: "
+                          "a loss or gradient was not finite")
+            stats.skips.check(config.skip_limit, {"G": state.G, "D": state.D, "R1": state.D}, state.step, saver)
             bar.set_postfix_str(f"G {line['loss_G']:.2f} D {line['loss_D']:.2f} ada {state.ada_p:.3f}")
             logged = state.frames
-        if due:
-            saved = save_state(run, state)
-            save_grids(run, state.ema, state.frames, DATASETS[config.dataset].fps)
+        if saves:
+            saver.start(state)
+        if shown and main:
+            save_grids(run, state.ema, state.frames, fps, bar.write)
     bar.close()
     data.close()
+    saver.last(state)
     if stopping:
-        print(f"stopped and saved at {state.frames / 1000:.1f} k frames; go on with: python train.py --resume {run}")
+        distributed.say(f"stopped and saved at {state.frames / 1000:.1f} k frames; "
+                        f"go on with: {distributed.resume_command(run)}")
     else:
-        print(f"{state.frames / 1000:.1f} k frames in {state.seconds / 60:.1f} min, "
-              f"{state.frames / max(state.seconds, 1e-9):.0f} frames/s; grids are in {run}")
-        print(f"sample with: python sample.py --checkpoint {saved} --frames 1024")
+        distributed.say(f"{state.frames / 1000:.1f} k frames in {state.seconds / 60:.1f} min, "
+                        f"{state.frames / max(state.seconds, 1e-9):.0f} frames/s; grids are in {run}\n"
+                        f"sample with: python sample.py --checkpoint {saver.saved} --frames 1024")
 
 
 class Objectives(NamedTuple):
@@ -137,67 +146,84 @@ def generator_step(state, draw, objective, config, stats):
 
     Returns, per piece of the batch, what the D step needs of its generated clips: see `discriminator_step`.
     """
-    G, D, fakes = state.G, state.D, []
+    G, D, fakes, total, w_mean = state.G, state.D, [], 0.0, 0.0
     keeps_graph = config.shared_fakes and not config.compile
-    for _ in range(config.batch_split):
+    for _ in draw.shares("G"):
         latents, params = draw.latents(), draw.augmentation()
         with draw.autocast():
             judge = D if keeps_graph else frozen(D)
             loss, adversarial, diverse, logits, frames, w = objective(
                 G, judge, latents, params, config.diversity_weight)  # fmt: skip
         (loss / config.batch_split).backward(inputs=list(G.parameters()), retain_graph=keeps_graph)
-        G.mapping.w_avg.lerp_(w.detach().float().mean(dim=0), (1 - W_AVG_DECAY) / config.batch_split)
+        total = total + loss.detach() / config.batch_split
+        w_mean = w_mean + w.detach().float().mean(dim=0) / config.batch_split
         stats.add(loss_G=adversarial, diversity=diverse, D_fake=logits)
         if config.shared_fakes:  # D has not changed: eagerly its graph serves again, a compiled one is used up
             fakes.append((logits if keeps_graph else (frames.detach(), latents.t, latents.label), params))
         else:
             fakes.append((None, None))
-    optimize(state.adam_G, stats)
+    skip = optimize(state.adam_G, "G", total, stats, w_mean)
+    G.mapping.w_avg.lerp_(torch.where(skip > 0, G.mapping.w_avg, w_mean), 1 - W_AVG_DECAY)
     return fakes
 
 
 def discriminator_step(state, real, fakes, draw, objective, config, stats):
     """Tell real clips from generated ones: the G step's with --shared-fakes, else fresh ones."""
-    D, sign = state.D, 0.0
-    for piece, (fake, params) in zip(real, fakes):
+    D, total, sign = state.D, 0.0, 0.0
+    for _, piece, (fake, params) in zip(draw.shares("D"), real, fakes):
         if fake is None:
             fake, params = draw.latents(), draw.augmentation()
         with draw.autocast():
             loss, logits = objective(state.G, D, piece, draw.augmentation(), fake, params)
         (loss / config.batch_split).backward(inputs=list(D.parameters()))
-        sign = sign + logits.detach().sign().mean() / config.batch_split
+        total = total + loss.detach() / config.batch_split
+        sign = sign + logits.detach().float().sign().mean() / config.batch_split
         stats.add(loss_D=loss, D_real=logits)
-    optimize(state.adam_D, stats)
-    state.ada_sign = state.ada_sign + sign
+    optimize(state.adam_D, "D", total, stats, sign)
+    state.ada_sign = state.ada_sign + sign.nan_to_num(0.0)
 
 
 def r1_step(state, real, draw, objective, config, stats):
     """R1, lazily: every r1_interval steps and that many times as strong. In float32, for its gradients are small."""
-    D = state.D
-    for piece in real:
+    D, total = state.D, 0.0
+    for _, piece in zip(draw.shares("R1"), real):
         penalty = objective(D, piece, draw.augmentation())
         loss = penalty * (config.r1_gamma / 2 * config.r1_interval / config.batch_split)
         loss.backward(inputs=list(D.parameters()))
+        total = total + loss.detach()
         stats.add(r1=penalty)
-    optimize(state.adam_D, stats)
+    optimize(state.adam_D, "R1", total, stats)
 
 
 class Draws:
-    """Everything that one step draws at random, from a stream keyed by (seed, step)."""
+    """Everything that one step draws at random, from streams keyed by (seed, step, phase, piece of the batch)."""
 
     def __init__(self, config, clips, device, state):
         self.config, self.clips, self.device, self.ada_p = config, clips, device, state.ada_p
-        self.rng = np.random.default_rng([config.seed, state.step])
-        host_seed, device_seed = (int(s) for s in self.rng.integers(2**62, size=2))
-        self.host, self.on_device = torch.Generator().manual_seed(host_seed), torch.Generator(device)
-        self.on_device.manual_seed(device_seed)
-        self.rows = config.batch_clips // config.batch_split
+        self.step, self.rows = state.step, config.batch_clips // config.batch_split
+        self.host, self.on_device = torch.Generator(), torch.Generator(device)
+        self.start("G", 0)
+
+    def start(self, phase, piece):
+        """Start the streams of a piece, numbered in the whole batch, in a phase of the step: "G", "D" or "R1"."""
+        # The 2 keeps them apart from the loader's streams; numpy takes a key [a, b] for the same as [a, b, 0].
+        key = [self.config.seed, 2, self.step, ("G", "D", "R1").index(phase), piece]
+        self.rng = np.random.default_rng(key)
+        for generator, seed in zip((self.host, self.on_device), self.rng.integers(2**62, size=2)):
+            generator.manual_seed(int(seed))
+
+    def shares(self, phase):
+        """The pieces of the batch that are this process's, by number; their streams start as they come."""
+        count = self.config.batch_split // distributed.size()
+        for piece in range(distributed.rank() * count, (distributed.rank() + 1) * count):
+            self.start(phase, piece)
+            yield piece
 
     def autocast(self):
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16")
 
     def pieces(self, real):
-        """A real batch in batch_split pieces of (frames float [N, 3, H, W], t [B, T], label one-hot or None)."""
+        """This process's real clips in pieces of (frames float [N, 3, H, W], t [B, T], label one-hot or None)."""
         frames = real.frames.float() / 127.5 - 1
         return [(f.flatten(0, 1), t, self.one_hot(label))
                 for f, t, label in zip(*(x.split(self.rows) for x in (frames, real.t, real.label)))]
@@ -234,14 +260,19 @@ def make_adam(module, lr, interval):
     return torch.optim.Adam(module.parameters(), lr * c, betas=(0.0, 0.99**c), eps=1e-8, fused=True)
 
 
-def optimize(adam, stats):
-    """One Adam step. As the release does, NaN → 0 and ±inf → ±1e5 in gradients; here it is counted and said."""
-    grads = [p.grad for group in adam.param_groups for p in group["params"] if p.grad is not None]
-    stats.add_count(gradient_anomalies=(~torch.stack(torch._foreach_norm(grads)).isfinite()).sum())
-    for grad in grads:
-        grad.nan_to_num_(nan=0.0, posinf=1e5, neginf=-1e5)
+def optimize(adam, phase, loss, stats, *also):
+    """An Adam step by the gradients of all processes; left out, and counted, if the loss or a gradient is not finite.
+
+    loss, also: float32 tensors, added up over all processes together with the gradients. Returns 1.0 if left out, else
+    0.0, as a tensor: nothing waits for it, since fused Adam itself does nothing where found_inf is 1.
+    """
+    parameters = [p for group in adam.param_groups for p in group["params"]]
+    distributed.sum_([*(p.grad for p in parameters if p.grad is not None), loss, *also])
+    adam.found_inf = stats.skips.count(phase, loss, parameters)
+    stats.add_count(skipped_steps=adam.found_inf)
     adam.step()
     adam.zero_grad(set_to_none=True)
+    return adam.found_inf
 
 
 @torch.no_grad()
@@ -278,6 +309,19 @@ def with_labels(config, clips):
     return dataclasses.replace(config, model=model)
 
 
+def with_shares(config):
+    """The batch in pieces enough for every process to have as many; see distributed.py."""
+    processes = distributed.size()
+    if config.batch_clips % processes:
+        raise UserError(f"{processes} processes cannot share a batch of {config.batch_clips} clips: "
+                        "choose --batch-clips to be a multiple")
+    split = next(split for split in range(config.batch_split, config.batch_clips + 1)
+                 if config.batch_clips % split == 0 and split % processes == 0)
+    if split != config.batch_split:
+        distributed.say(f"batch_split is {split} instead of {config.batch_split}, for {processes} processes to share")
+    return dataclasses.replace(config, batch_split=split)
+
+
 def new_state(config, device):
     torch.manual_seed(config.seed)
     G, D = Generator(config.model).to(device), Discriminator(config.model).to(device)
@@ -287,49 +331,20 @@ def new_state(config, device):
     return State(G, D, ema, adam_G, make_adam(D, config.discriminator_lr, config.r1_interval))
 
 
-def save_state(run, state):
-    """Save a checkpoint of everything. Returns its path."""
-    tensors = {}
-    for name in ("G", "D"):
-        tensors |= {f"{name}.{key}": value for key, value in getattr(state, name).state_dict().items()}
-        for i, moments in getattr(state, f"adam_{name}").state_dict()["state"].items():
-            tensors |= {f"adam_{name}.{i}.{key}": value for key, value in moments.items()}
-    scalars = {key: getattr(state, key) for key in ("step", "frames", "seconds", "ada_p")}
-    return checkpoint.save(run, state.step, state.ema, tensors, scalars | {"ada_sign": float(state.ada_sign)})
-
-
-def load_state(state, path):
-    """Continue from the checkpoint at path."""
-    tensors, scalars = checkpoint.read_training(path)
-    checkpoint.load_state(state.ema, checkpoint.read_tensors(path / "model.safetensors"), path)
-    for name in ("G", "D"):
-        of = {key.removeprefix(f"{name}."): value for key, value in tensors.items() if key.startswith(f"{name}.")}
-        checkpoint.load_state(getattr(state, name), of, path)
-        adam = getattr(state, f"adam_{name}")
-        moments = {}
-        for key, value in tensors.items():
-            if key.startswith(f"adam_{name}."):
-                _, i, moment = key.split(".")
-                moments.setdefault(int(i), {})[moment] = value
-        adam.load_state_dict(adam.state_dict() | {"state": moments})
-    for key, value in scalars.items():
-        setattr(state, key, value)
-
-
 def print_start(config, clips, run, device, state):
     millions = [sum(p.numel() for p in module.parameters()) / 1e6 for module in (state.G, state.D)]
     where = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    print(f"{run}: preset {config.preset}, {config.model.resolution}², on {where}, {config.precision}, "
+    distributed.say(f"{run}: preset {config.preset}, {config.model.resolution}², on {where}, {config.precision}, "
           f"{'compiled' if config.compile else 'not compiled'}, kernels: {kernels.chosen(device)}")
-    print(f"data: {clips.path}, {len(clips)} clips of {clips.lengths.min()} to {clips.lengths.max()} frames")
+    distributed.say(f"data: {clips.path}, {len(clips)} clips of {clips.lengths.min()} to {clips.lengths.max()} frames")
     if clips.builtin:
-        print("warning: there is no data/sky, so this trains on the built-in procedural sky; "
+        distributed.say("warning: there is no data/sky, so this trains on the built-in procedural sky; "
               "put real clips into data/sky or name them with --data")
-    print(f"generator {millions[0]:.1f} M parameters, discriminator {millions[1]:.1f} M; "
+    distributed.say(f"generator {millions[0]:.1f} M parameters, discriminator {millions[1]:.1f} M; "
           f"{config.total_kframes:g} k frames in steps of {config.batch_clips} clips × {config.model.frames_per_clip}")
     if config.preset == "tiny":
         minutes = max(1, round((config.total_kframes - state.frames / 1000) / 5))
-        print(f"the tiny preset takes about {minutes} min for this on two cores; Ctrl-C saves and stops")
+        distributed.say(f"the tiny preset takes about {minutes} min for this on two cores; Ctrl-C saves and stops")
 
 
 @dataclass(frozen=True)
@@ -338,28 +353,31 @@ class Options:
     out: Path | None = None
     """run folder; default runs/<n>-<dataset>-<preset>"""
     resume: Path | None = None
-    """go on from this run or checkpoint; --resume alone: from the newest"""
+    """go on with this run, or from this checkpoint; alone: with the run in --out or a new one there, else the newest"""
 
 
 def parse(args):
-    """Command line → Options: a preset, or the resumed run's config, with any field overridden."""
+    """Command line → Options and Resume or None: a preset, or the resumed run's config, with any field overridden."""
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("--preset", default="paper256" if torch.cuda.is_available() else "tiny")
     early.add_argument("--dataset", default="sky")
+    early.add_argument("--out", type=Path)
     early.add_argument("--resume", nargs="?", const="")
     known, _ = early.parse_known_args(args)
-    resume = None if known.resume is None else checkpoint.find(known.resume or None)
-    config = train_preset(known.preset, known.dataset) if resume is None else read_config(resume.parent)
+    resume = what_to_resume(known.out, known.resume)
+    config = train_preset(known.preset, known.dataset) if resume is None else read_config(resume.run)
     if known.resume == "":
         args = [arg for arg in args if arg != "--resume"]
     options = tyro.cli(Annotated[Options, tyro.conf.arg(name="")], default=Options(config), args=args,
                        description=__doc__, config=(tyro.conf.OmitArgPrefixes,))
-    return dataclasses.replace(options, resume=resume)
+    return options, resume
 
 
 if __name__ == "__main__":
     try:
-        options = parse(sys.argv[1:])
-        train(options.config, options.out, options.resume)
-    except UserError as error:
+        distributed.start()
+        options, resume = parse(sys.argv[1:])
+        train(options.config, options.out, resume)
+        distributed.finish()
+    except (UserError, OSError) as error:
         sys.exit(f"train.py: {error}")

@@ -1,9 +1,15 @@
 """What the benchmarks share: the device's name, seconds of a call, and its ceilings measured in the same run."""
 
+import importlib.abc
+import importlib.machinery
+import importlib.util
 import statistics
 import subprocess
+import sys
 import time
+import types
 from datetime import date
+from unittest.mock import MagicMock
 
 import torch
 
@@ -44,3 +50,30 @@ def copy_rate(device, repeats=5):
     source = torch.empty(2**30 if device.type == "cuda" else 2**27, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     return 2 * source.numel() / seconds(lambda: target.copy_(source), device, repeats)
+
+
+class _Absent(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Finds a module that is not installed, and finds anything in it."""
+
+    def __init__(self, names):
+        self.names = names
+
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in self.names:
+            return importlib.machinery.ModuleSpec(name, self, is_package=True)
+        return None
+
+    def create_module(self, spec):
+        module = types.ModuleType(spec.name)
+        module.__getattr__ = lambda attribute: MagicMock()
+        return module
+
+    def exec_module(self, module):
+        pass
+
+
+def do_without(*names):
+    """Let `import` succeed for packages that are not installed and that a benchmark imports but does not use: a machine
+    lent for an hour may have PyTorch and little else."""
+    missing = [name for name in names if importlib.util.find_spec(name) is None]
+    sys.meta_path.append(_Absent(missing))

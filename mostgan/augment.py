@@ -266,10 +266,30 @@ def _resample_turned(frames: Tensor, fine: Tensor, up: list[Tensor], down: list[
     if not transposed:
         image = torch.einsum("bchw,byh,bxw->bcyx", frames, up_y, up_x)
         return down[0] @ torch.ops.aten.grid_sampler_2d(image, grid, 0, 0, False) @ down[1].T
-    image = frames.new_zeros(()).expand(*frames.shape[:2], *window.flip(0).tolist())  # only its shape matters
-    grad = down[0].T @ frames @ down[1]
-    image = torch.ops.aten.grid_sampler_2d_backward(grad, image, grid, 0, 0, False, (True, False))[0]
+    grad, size = down[0].T @ frames @ down[1], window.flip(0).tolist()
+    if torch.are_deterministic_algorithms_enabled():
+        image = _spread(grad, grid, size)
+    else:
+        image = frames.new_zeros(()).expand(*frames.shape[:2], *size)  # only its shape matters
+        image = torch.ops.aten.grid_sampler_2d_backward(grad, image, grid, 0, 0, False, (True, False))[0]
     return torch.einsum("bcyx,byh,bxw->bchw", image, up_y, up_x)
+
+
+def _spread(values: Tensor, grid: Tensor, size: list[int]) -> Tensor:
+    """Transpose of bilinear grid_sampler_2d: values [B, C, h, w] at grid [B, h, w, 2] → images [B, C, *size].
+
+    By scatter_add, which has a deterministic form on a GPU, as grid_sampler_2d's own backward has not."""
+    height, width = size
+    x, y = ((grid[..., i] + 1) * n / 2 - 0.5 for i, n in enumerate((width, height)))
+    image = values.new_zeros(*values.shape[:2], height * width)
+    for dx, dy in ((0, 0), (1, 0), (0, 1), (1, 1)):
+        column, row = x.floor() + dx, y.floor() + dy
+        weight = (1 - (x - column).abs()) * (1 - (y - row).abs())
+        weight = weight * ((column >= 0) & (column < width) & (row >= 0) & (row < height))
+        index = (row.clamp(0, height - 1) * width + column.clamp(0, width - 1)).long()
+        image.scatter_add_(2, index.flatten(1)[:, None].expand(-1, values.shape[1], -1),
+                           (values * weight[:, None]).flatten(2))
+    return image.unflatten(2, size)
 
 
 def _centred(n: int, like: Tensor) -> Tensor:

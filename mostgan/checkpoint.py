@@ -1,62 +1,190 @@
 """Checkpoints: safetensors and JSON only, complete or absent. Released state names → ours (spec §10).
 
 A checkpoint is a folder: model.safetensors (the averaged generator) and config.json (its ModelConfig) are all that
-sampling needs; training.safetensors and training.json hold the rest of the training state.
+sampling needs; training.safetensors and training.json hold the rest of the training state, checksums.json the size and
+SHA-256 of each of them. best.json beside the checkpoints of a run names the best by a metric, if one was computed.
 """
 
 import dataclasses
+import hashlib
 import json
+import math
 import os
 import re
 import shutil
 import uuid
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from mostgan.config import ModelConfig, UserError
 from mostgan.model import Generator
 
 CHECKPOINT_NAME = "checkpoint-{:06d}"
+MODEL_FILES = ("config.json", "model.safetensors")
+FILES = (*MODEL_FILES, "training.json", "training.safetensors")
 
 
-def save(folder, step, ema, tensors, scalars, keep=2):
-    """Write checkpoint `step` into folder, whole or not at all, and drop all but the newest `keep`. Returns its path.
+def save(folder, step, config, model, tensors, scalars, keep=2, metric=None):
+    """Write checkpoint `step` into folder, whole or not at all; drop all but the newest `keep` and the best.
 
-    ema: the averaged generator; tensors: name → tensor and scalars: JSON values, the rest of the training state.
+    config: the generator's ModelConfig; model: its averaged state, name → tensor; tensors: name → tensor and scalars:
+    JSON values, the rest of the training state; metric: see mark_best. Returns the checkpoint's path.
+    Raises OSError if it cannot be written (a full disk); all older checkpoints are then still there.
     """
     folder = Path(folder)
     path, temporary = folder / CHECKPOINT_NAME.format(step), folder / f".saving-{uuid.uuid4().hex}"
-    temporary.mkdir()
     try:
-        save_file({k: v.contiguous() for k, v in ema.state_dict().items()}, temporary / "model.safetensors")
-        save_file({k: v.contiguous() for k, v in tensors.items()}, temporary / "training.safetensors")
-        (temporary / "config.json").write_text(json.dumps(dataclasses.asdict(ema.config), indent=2) + "\n")
-        (temporary / "training.json").write_text(json.dumps(scalars, indent=2) + "\n")
-        for file in [*temporary.iterdir(), temporary]:
+        temporary.mkdir()
+        for name, state in (("model", model), ("training", tensors)):
+            _write_tensors(temporary / f"{name}.safetensors", state)
+        for name, values in (("config", dataclasses.asdict(config)), ("training", scalars)):
+            _write_json(temporary / f"{name}.json", values)
+        _write_json(temporary / "checksums.json", {name: _checksum(temporary / name) for name in FILES})
+        for file in [*temporary.iterdir(), temporary]:  # on the disk before it gets its name, or a power cut could …
             _fsync(file)
-        if path.exists():  # the same step, saved again after a resume: the same content
-            shutil.rmtree(path)
+        if path.exists():
+            _remove(path)
         temporary.rename(path)
-        _fsync(folder)
+        _fsync(folder)  # … leave the name without the content
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+    if metric is not None:
+        mark_best(path, metric)
+    best = best_checkpoint(folder)
     for old in _checkpoints(folder)[:-keep]:
-        shutil.rmtree(old)
+        if old != best:
+            _remove(old)
     return path
+
+
+def mark_best(path, metric):
+    """Note that the checkpoint at path scored `metric`, lower being better as for FVD. A run's best is never dropped.
+
+    Returns whether it is the best so far. Call it whenever the score is known, or pass it to `save`.
+    """
+    path = Path(path)
+    note = path.parent / "best.json"
+    if not math.isfinite(metric) or best_checkpoint(path.parent) and _read(note, json.loads)["metric"] <= metric:
+        return False
+    temporary = note.with_name(".best.json.partial")
+    _write_json(temporary, {"checkpoint": path.name, "metric": float(metric)})
+    _fsync(temporary)
+    temporary.replace(note)
+    _fsync(note.parent)
+    return True
+
+
+def best_checkpoint(run):
+    """The best checkpoint of a run by the metric given to mark_best, or None."""
+    try:
+        path = Path(run) / json.loads((Path(run) / "best.json").read_text())["checkpoint"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return path if path.is_dir() else None
+
+
+def _write_tensors(path, tensors):
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+        path.chmod(0o644)  # safetensors makes files that only their owner reads
+    except SafetensorError as error:  # a full disk, most likely: what it says is all there is to know
+        raise OSError(str(error).removeprefix("Error while serializing: ")) from None
+
+
+def _write_json(path, values):
+    path.write_text(json.dumps(values, indent=2) + "\n")
+
+
+def _checksum(path):
+    digest, size = hashlib.sha256(), 0
+    with open(path, "rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+            size += len(block)
+    return {"bytes": size, "sha256": digest.hexdigest()}
 
 
 def _fsync(path):
     handle = os.open(path, os.O_RDONLY)
-    os.fsync(handle)
-    os.close(handle)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
-def _checkpoints(run):
-    """Complete checkpoints in a run folder, oldest first."""
-    return sorted(p for p in run.glob("checkpoint-*") if (p / "model.safetensors").exists())
+def _remove(path):
+    """Remove a checkpoint so that, killed at any moment, none is left that looks whole and is not."""
+    doomed = path.with_name(f".removing-{uuid.uuid4().hex}")
+    path.rename(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def tidy(run):
+    """Remove what killed processes left half-written or half-removed in a run folder."""
+    for leftover in [*run.glob(".saving-*"), *run.glob(".removing-*")]:
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def set_aside(run, step):
+    """Rename the checkpoints of a run after `step`, which training from there will make anew. Returns the new paths.
+
+    Else, after the next interruption, the newest would be one of a course that was abandoned, or a damaged one.
+    """
+    moved = []
+    for path in _checkpoints(run):
+        if _step(path) > step:
+            target = path.with_name(f"aside-{path.name}")
+            shutil.rmtree(target, ignore_errors=True)
+            moved.append(path.rename(target))
+    return moved
+
+
+def _step(path):
+    return int(path.name.removeprefix("checkpoint-"))
+
+
+def _checkpoints(run, file=""):
+    """The checkpoints in a run folder that hold `file`, oldest first."""
+    named = (p for p in Path(run).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name))
+    return sorted((p for p in named if (p / file).exists()), key=_step)
+
+
+def damage(path, names=FILES):
+    """What is wrong with the named files of the checkpoint at path, or None: every byte is as it was saved."""
+    try:
+        saved = json.loads((path / "checksums.json").read_text())
+        for name in names:
+            if not (path / name).exists():
+                return f"{name} is missing"
+            now = _checksum(path / name)
+            if now["bytes"] != saved[name]["bytes"]:
+                return f"{name} has {now['bytes']} bytes of {saved[name]['bytes']}"
+            if now["sha256"] != saved[name]["sha256"]:
+                return f"{name} is not what was saved (its checksum differs)"
+    except OSError as error:
+        return f"{Path(error.filename or path).name} cannot be read ({error.strerror})"
+    except (ValueError, KeyError, TypeError):
+        return "checksums.json is damaged"
+    return None
+
+
+def newest_whole(run, warn=print):
+    """The newest undamaged checkpoint of a run, or None if it has none at all; damaged ones are named and passed over.
+
+    Raises UserError if all of them are damaged.
+    """
+    found = _checkpoints(run)
+    for path in reversed(found):
+        wrong = damage(path)
+        if wrong is None:
+            return path
+        warn(f"warning: {path} is damaged and passed over: {wrong}")
+    if found:
+        raise UserError(f"every checkpoint of {run} is damaged: remove them to start over")
+    return None
 
 
 def find(path=None, runs="runs"):
@@ -65,7 +193,7 @@ def find(path=None, runs="runs"):
     Raises UserError if there is none.
     """
     if path is None:
-        newest = sorted((c for run in Path(runs).glob("*") for c in _checkpoints(run)[-1:]),
+        newest = sorted((c for run in Path(runs).glob("*") for c in _checkpoints(run, "model.safetensors")[-1:]),
                         key=lambda checkpoint: checkpoint.stat().st_mtime)
         if not newest:
             raise UserError(f"no checkpoint in {runs}/: make one with `python train.py --dataset sky`, "
@@ -76,9 +204,9 @@ def find(path=None, runs="runs"):
         path = path.parent
     if (path / "model.safetensors").exists():
         return path
-    if not path.is_dir() or not _checkpoints(path):
+    if not path.is_dir() or not _checkpoints(path, "model.safetensors"):
         raise UserError(f"{path} is neither a checkpoint (a folder with model.safetensors) nor a run that has one")
-    return _checkpoints(path)[-1]
+    return _checkpoints(path, "model.safetensors")[-1]
 
 
 def load(path=None, device="cpu"):
@@ -87,6 +215,8 @@ def load(path=None, device="cpu"):
     Raises UserError on a missing, damaged or wrong checkpoint.
     """
     path = find(path)
+    if (path / "checksums.json").exists() and (wrong := damage(path, MODEL_FILES)):
+        raise UserError(f"{path} is damaged: {wrong}")
     generator = Generator(_read(path / "config.json", lambda text: ModelConfig(**json.loads(text))))
     load_state(generator, read_tensors(path / "model.safetensors"), path)
     return generator.to(device).eval().requires_grad_(False)
@@ -143,7 +273,7 @@ _RENAMED_DISCRIMINATOR = [
 ]
 
 
-def from_released_names(state: dict[str, torch.Tensor], discriminator=False) -> dict[str, torch.Tensor]:
+def from_released_names(state: dict[str, Tensor], discriminator=False) -> dict[str, Tensor]:
     """A released generator's (or discriminator's) state dict under our names; load it with strict=True."""
     renamed = {}
     for name, tensor in state.items():

@@ -143,7 +143,7 @@ class TrainConfig:
     """length of the training, in thousands of real frames"""
     batch_clips: int = 64
     batch_split: int = 4
-    """pieces a batch is computed in, to fit memory (gradient accumulation)"""
+    """pieces a batch is computed in, to fit memory (gradient accumulation); several processes share them"""
     generator_lr: float = 0.0025
     discriminator_lr: float = 0.0025
     r1_gamma: float = 10.0
@@ -166,6 +166,14 @@ class TrainConfig:
     """frames, in thousands, between two lines of stats.jsonl"""
     snapshot_kframes: float = 200.0
     """frames, in thousands, between two sample grids and checkpoints"""
+    save_minutes: float = 10.0
+    """save a checkpoint after so many minutes without one, too"""
+    keep_checkpoints: int = 2
+    """newest checkpoints to keep, besides the best one if a metric was computed"""
+    skip_limit: int = 20
+    """stop when more than so many optimizer steps in a row were left out, a loss or gradient not being finite"""
+    deterministic: bool = False
+    """on a GPU: only algorithms that give the same bits every time; slower"""
     precision: str = "bf16"
     """bf16 (autocast with float32 master weights; needs a GPU) or float32"""
     compile: bool = True
@@ -182,7 +190,8 @@ class TrainConfig:
         if self.model.frames_per_clip < 2:
             raise UserError("frames_per_clip is 1, but the discriminator needs at least 2 frames of a clip")
         for name in ("total_kframes", "batch_clips", "batch_split", "generator_lr", "discriminator_lr", "r1_interval",
-                     "ema_half_life_kclips", "ada_interval", "ada_kclips", "log_kframes", "snapshot_kframes"):
+                     "ema_half_life_kclips", "ada_interval", "ada_kclips", "log_kframes", "snapshot_kframes",
+                     "save_minutes", "keep_checkpoints", "skip_limit"):
             if not getattr(self, name) > 0:
                 raise UserError(f"{name} is {getattr(self, name)}, but must be more than 0")
         if self.batch_clips % self.batch_split:

@@ -1,13 +1,17 @@
 """Packed clips → batches of frames and times: opening, frame sampling (spec §8), an endless reproducible loader.
 
 Sample number i of a run is a pure function of (seed, i), so a run resumed at batch k goes on exactly as if it had never
-stopped. Of `world` processes, the one of this rank takes the samples rank, rank + world, …: together they make the run
-that one process would make with batches `world` times as large.
+stopped. Of `world` processes, each takes its part of every batch, in the order of their ranks: together they make the
+run that one process would make with batches `world` times as large.
 """
 
+import functools
 import itertools
+import multiprocessing
 import os
+import signal
 import threading
+import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -183,14 +187,15 @@ class _Batches:
         self.seed, self.mirror, self.max_num_frames, self.sampling = seed, mirror, max_num_frames, sampling
         self.rank, self.world = rank, world
         self.usable = np.flatnonzero(clips.lengths >= num_frames)
+        self.reading = None  # [workers, 2]: each worker process's id and the clip that it is reading
         if not len(self.usable):
             longest = clips.lengths.max()
             raise UserError(f"{clips.path}: no clip has {num_frames} frames (the longest has {longest})")
 
     def __getitem__(self, k):
         clips, samples, orders = self.clips, [], {}
-        first = k * self.batch_size * self.world
-        for i in range(first + self.rank, first + self.batch_size * self.world, self.world):
+        first = (k * self.world + self.rank) * self.batch_size
+        for i in range(first, first + self.batch_size):
             epoch, place = divmod(i, len(self.usable))
             if epoch not in orders:
                 orders[epoch] = np.random.default_rng([self.seed, 0, epoch]).permutation(self.usable)
@@ -199,6 +204,8 @@ class _Batches:
         t = np.empty((self.batch_size, self.num_frames), np.float32)
         label = np.zeros(self.batch_size, np.int64)
         for b, (clip, rng) in enumerate(samples):
+            if self.reading is not None:
+                self.reading[torch.utils.data.get_worker_info().id, 1] = int(clip)
             indices, t[b] = sample_real(clips.lengths[clip], self.num_frames, rng, self.max_num_frames, self.sampling)
             images = clips.frames(clip, indices)
             frames[b] = images[..., ::-1] if self.mirror and rng.random() < 0.5 else images
@@ -215,7 +222,8 @@ def batches(
     Each pass over the data takes every clip once, in an order that depends on (seed, pass). mirror: half of the clips
     are flipped left to right, all frames alike. sampling: "spans" (spec §8) or "uniform" (any frames of the clip).
     workers: processes that decode ahead; 0 uses one thread, enough for small models. rank, world: this process and how
-    many there are; they share each pass. Raises UserError where no clip has num_frames frames.
+    many there are; each has its own batch_size clips of a batch. Raises UserError where no clip has num_frames frames,
+    a clip is damaged, or a worker process dies.
     """
     if sampling not in SAMPLINGS or not 0 <= rank < world:
         raise ValueError(f"sampling {sampling!r} of {list(SAMPLINGS)}, rank {rank} of {world}")
@@ -262,6 +270,7 @@ def _by_thread(source, start, pin):
 
 
 def _by_processes(source, start, workers, pin):
+    source.reading = torch.zeros(workers, 2, dtype=torch.int64).share_memory_()
     loader = torch.utils.data.DataLoader(
         _Reporting(source),
         batch_size=None,
@@ -269,11 +278,51 @@ def _by_processes(source, start, workers, pin):
         num_workers=workers,
         pin_memory=pin,
         generator=torch.Generator(),  # else starting the loader would advance the global one, and resuming change a run
+        worker_init_fn=functools.partial(_begin_worker, source.reading),
     )
-    for batch in loader:
-        if isinstance(batch, Exception):
-            raise batch
-        yield batch
+    on_child = signal.getsignal(signal.SIGCHLD)
+    iterator = iter(loader)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, on_child)  # the loader's own would raise errors in the middle of a training step
+    try:
+        while True:
+            try:
+                batch = next(iterator)
+            except (RuntimeError, OSError, EOFError) as error:  # what the loader says when a worker is gone
+                raise _dead_worker(source) or error from None
+            if isinstance(batch, Exception):
+                raise batch
+            yield batch
+    finally:
+        iterator = None  # ends the workers even if an exception's traceback keeps this frame
+
+
+def _begin_worker(reading, worker):
+    """Signals that reach a whole process group or job are the training process's: it needs the workers to go on."""
+    reading[worker, 0] = os.getpid()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent():
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
+
+
+def _dead_worker(source):
+    """The UserError for a worker process that is gone, or None if all of them live."""
+    for _ in range(20):  # a dying process closes its connections a moment before it is gone
+        alive = {child.pid for child in multiprocessing.active_children()}
+        clips = [clip for process, clip in source.reading.tolist() if process and process not in alive]
+        if clips:
+            return UserError(f"{source.clips.path}: a loader process died (killed, or short of memory) while reading "
+                             f"the clip {source.clips.names[clips[0]]}: try fewer --workers, or 0 for none")
+        time.sleep(0.05)
+    return None
 
 
 class _Reporting(torch.utils.data.Dataset):

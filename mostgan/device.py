@@ -23,6 +23,14 @@ def pick_device():
     return torch.device("cpu")
 
 
+def make_deterministic():
+    """Have PyTorch choose algorithms that give the same bits in every run, or fail where it knows of none."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it is first used
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.backends.cudnn.benchmark = False
+
+
 def peak_memory_mb(device):
     """Most memory held so far, in MB (10⁶ bytes): of the GPU's allocator, or resident on a CPU."""
     if device.type == "cuda":

@@ -21,11 +21,15 @@ from mostgan.config import UserError
 ROOT = Path(__file__).parent.parent
 
 
+def save(folder, generator):
+    checkpoint.save(folder, 0, generator.config, generator.state_dict(), {}, {})
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """A run folder with a checkpoint of random weights; without config.json, so at 25 frames per second."""
     folder = tmp_path_factory.mktemp("run")
-    checkpoint.save(folder, 0, make(), {}, {})
+    save(folder, make())
     return folder
 
 
@@ -127,7 +131,7 @@ def test_content_moves_and_styles_are_scaled(sample):
 
 
 def test_labels(tmp_path, sample):
-    checkpoint.save(tmp_path, 0, make(num_labels=3), {}, {})
+    save(tmp_path, make(num_labels=3))
     frames = [sample(checkpoint=tmp_path, frames=2, label=label) for label in (0, 2)]
     assert not np.array_equal(*frames)
 
@@ -240,7 +244,7 @@ print("growth", max(seen[len(seen) // 20 :]) - early, early - min(seen[len(seen)
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads Linux's account of memory")
 def test_memory_stays_flat_over_20000_frames(tmp_path):
     small = {"channel_base": 64, "channel_max": 4, "motion_styles": 2, "motion_resolutions": (16,)}
-    checkpoint.save(tmp_path, 0, make(**small), {}, {})
+    save(tmp_path, make(**small))
     command = [sys.executable, "-c", MEMORY, tmp_path, tmp_path / "a.mp4"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     up, down = (float(x) for x in done.stdout.splitlines()[-1].split()[1:])

@@ -105,7 +105,7 @@ def test_batch_split_gives_the_same_gradients(packed):
             loss = generator_loss(state.D(frames, t, label)) / split
             loss.backward(inputs=list(state.D.parameters()))
         gradients.append(torch.cat([p.grad.flatten() for p in state.D.parameters() if p.grad is not None]))
-        training.optimize(state.adam_D, stats)
+        training.optimize(state.adam_D, "D", loss.detach(), stats)
     assert (gradients[0] - gradients[1]).norm() < 1e-5 * gradients[0].norm()
 
 
@@ -128,18 +128,6 @@ def test_adam_has_the_lazy_correction(packed):
     G, D = state.adam_G.param_groups[0], state.adam_D.param_groups[0]
     assert G["lr"] == pytest.approx(0.0025 * 8 / 9) and G["betas"][1] == pytest.approx(0.99 ** (8 / 9))
     assert D["lr"] == pytest.approx(0.0025 * 16 / 17) and D["betas"][1] == pytest.approx(0.99 ** (16 / 17))
-
-
-def test_broken_gradients_are_mended_and_counted(packed):
-    state, stats = training.new_state(make_config(packed), CPU), Stats(Path("."), CPU)
-    for p in state.D.parameters():
-        p.grad = torch.zeros_like(p)
-    first, second = state.D.b4.out.weight, state.D.b4.fc.weight
-    first.grad[0, 0], second.grad[0, 0] = float("nan"), float("inf")
-    old = first.detach().clone(), second.detach().clone()
-    training.optimize(state.adam_D, stats)
-    assert stats.counts["gradient_anomalies"] == 2
-    assert torch.equal(first, old[0]) and second[0, 0] < old[1][0, 0]
 
 
 def test_ada_moves_p_by_the_sign(packed):
@@ -176,7 +164,7 @@ def test_train_resume_and_sample_from_the_command_line(packed, tmp_path):
     lines = [json.loads(line) for line in (tmp_path / "halves" / "stats.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
     assert {"loss_G", "loss_D", "D_real", "D_fake", "ada_p", "frames_per_second", "peak_memory_mb",
-            "gradient_anomalies"} <= set(lines[0]) and "r1" in lines[0]
+            "skipped_steps"} <= set(lines[0]) and "r1" in lines[0]
     assert read_config(tmp_path / "whole").model.motion_styles == 2
     for pattern in ("real.png", "real.mp4", "samples-*.mp4", "samples-*.png", "shared-motion-*.mp4"):
         assert list((tmp_path / "whole").glob(pattern)), pattern

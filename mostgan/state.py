@@ -1,0 +1,117 @@
+"""The training state, and saving it while training goes on."""
+
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch
+
+from mostgan import checkpoint, distributed
+from mostgan.config import UserError
+from mostgan.model import Generator
+
+RETRY_SECONDS = 60  # until the next try after a save that failed
+LAST_TRIES, LAST_RETRY_SECONDS = 3, 5  # of the last save of a run, which nothing comes after
+
+
+@dataclass
+class State:
+    """All that a resumed run needs. Random numbers need no state: each step has streams keyed by (seed, step)."""
+
+    G: Generator
+    D: torch.nn.Module
+    ema: Generator
+    adam_G: torch.optim.Optimizer
+    adam_D: torch.optim.Optimizer
+    step: int = 0  # also the loader's position
+    frames: int = 0
+    seconds: float = 0.0
+    ada_p: float = 0.0
+    ada_sign: float = 0.0  # sum over steps of mean sign(D(real)), since ADA's last adjustment
+
+
+def snapshot(state):
+    """Copies on the host: (averaged generator's tensors, all other tensors, JSON values), as checkpoint.save takes."""
+    tensors = {}
+    for name in ("G", "D"):
+        tensors |= {f"{name}.{key}": value for key, value in getattr(state, name).state_dict().items()}
+        for i, moments in getattr(state, f"adam_{name}").state_dict()["state"].items():
+            tensors |= {f"adam_{name}.{i}.{key}": value for key, value in moments.items()}
+    scalars = {key: getattr(state, key) for key in ("step", "frames", "seconds", "ada_p")}
+    scalars["ada_sign"] = float(state.ada_sign)
+    copies = [{key: value.detach().to("cpu", copy=True) for key, value in of.items()}
+              for of in (state.ema.state_dict(), tensors)]
+    return *copies, scalars
+
+
+def load_state(state, path):
+    """Continue from the checkpoint at path. Raises UserError if it does not fit."""
+    tensors, scalars = checkpoint.read_training(path)
+    checkpoint.load_state(state.ema, checkpoint.read_tensors(path / "model.safetensors"), path)
+    for name in ("G", "D"):
+        of = {key.removeprefix(f"{name}."): value for key, value in tensors.items() if key.startswith(f"{name}.")}
+        checkpoint.load_state(getattr(state, name), of, path)
+        adam = getattr(state, f"adam_{name}")
+        moments = {}
+        for key, value in tensors.items():
+            if key.startswith(f"adam_{name}."):
+                _, i, moment = key.split(".")
+                moments.setdefault(int(i), {})[moment] = value
+        adam.load_state_dict(adam.state_dict() | {"state": moments})
+    for key, value in scalars.items():
+        setattr(state, key, value)
+
+
+class Saver:
+    """Saves checkpoints of a run: the state is copied to the host at once, and written by a thread, one at a time.
+
+    A save that fails is said (by `say`) and tried again later; the checkpoints before it stay. saved: the newest
+    checkpoint known to be whole, or None. Only the main process saves.
+    """
+
+    def __init__(self, run, saved, minutes, keep, say):
+        self.run, self.saved, self.seconds, self.keep, self.say = run, saved, minutes * 60, keep, say
+        self.thread, self.pending, self.failed = ThreadPoolExecutor(1), None, False
+        self.next = time.monotonic() + self.seconds
+
+    def due(self):
+        """Whether it is time to save: so many minutes after the last time, sooner after a failure."""
+        if self.pending is not None and self.pending.done():
+            self.finish()
+        return distributed.main() and self.pending is None and time.monotonic() >= self.next
+
+    def start(self, state, metric=None):
+        """Save the state as it is now; waits only for the save before it. metric: see checkpoint.mark_best."""
+        if distributed.main():
+            self.finish()
+            self.next = time.monotonic() + self.seconds
+            self.pending = self.thread.submit(self._write, state.step, state.ema.config, *snapshot(state), metric)
+
+    def _write(self, step, config, model, tensors, scalars, metric):
+        broken = [name for name, value in (model | tensors).items() if not value.isfinite().all()]
+        if broken:
+            raise OSError(f"the state is not finite ({broken[0]})")  # not to be kept in a good checkpoint's place
+        return checkpoint.save(self.run, step, config, model, tensors, scalars, self.keep, metric)
+
+    def finish(self):
+        """Wait for the save that is under way. Returns whether the last one succeeded."""
+        if self.pending is not None:
+            try:
+                self.saved, self.failed = self.pending.result(), False
+            except OSError as error:
+                self.failed, self.next = True, time.monotonic() + min(self.seconds, RETRY_SECONDS)
+                self.say(f"warning: could not save: {error}; training goes on and tries again later; "
+                         f"the last checkpoint is {self.saved}")
+            self.pending = None
+        return not self.failed
+
+    def last(self, state):
+        """Save for the last time. Raises UserError if that fails, several times."""
+        for _ in range(LAST_TRIES):
+            if self.finish():
+                return
+            time.sleep(LAST_RETRY_SECONDS)
+            self.start(state)
+        if not self.finish():
+            raise UserError(f"could not save step {state.step} in {self.run}; its last checkpoint is {self.saved}: "
+                            f"make room and go on with: python train.py --resume {self.run}")

@@ -22,7 +22,7 @@ from mostgan.data import Clips
 from mostgan.frechet import add_features, frechet_distance, mean_and_covariance
 from mostgan.model import Generator
 from mostgan.run import Resume
-from mostgan.video import VideoWriter
+from mostgan.video_writer import VideoWriter
 
 ROOT = Path(__file__).parent.parent
 MODEL = ModelConfig(

@@ -26,9 +26,10 @@ from mostgan import checkpoint, commands, unpickle
 from mostgan.config import ModelConfig, UserError
 from mostgan.discriminator import Discriminator
 from mostgan.export import export_file
-from mostgan.model import Generator, to_uint8
+from mostgan.model import Generator
 from mostgan.motion import content_latent, motion_noise
 from mostgan.released import from_released_names, read_released
+from mostgan.render import to_uint8
 
 ROOT = Path(__file__).parent.parent
 HALF = (32,)  # of generator_release: the resolution that the authors' model ran in half precision

@@ -25,6 +25,7 @@ import torch
 import tyro
 from tqdm import tqdm
 
+import kernels
 from mostgan import checkpoint
 from mostgan.config import DATASETS, UserError
 from mostgan.device import peak_memory_mb, pick_device
@@ -75,6 +76,12 @@ class Options:
     """what the clips of a row have in common"""
     columns: Shared = "nothing"
     """what the clips of a column have in common"""
+    precision: Literal["bf16", "float32"] = "bf16" if torch.cuda.is_available() else "float32"
+    """of the convolutions"""
+    compile: bool = torch.cuda.is_available()
+    """torch.compile the synthesis network: a minute or so before the first frame, and faster from there on"""
+    kernels: Literal["triton", "reference"] = "reference"
+    """what the ops of kernels/ run as on a GPU"""
 
 
 def sample(options: Options):
@@ -91,6 +98,10 @@ def sample(options: Options):
     video = VideoWriter(out, fps, options.crf, describe(options, path))
     device = pick_device()
     generator = checkpoint.load(path, device)
+    kernels.use(options.kernels)
+    if options.compile:  # with CUDA graphs: windows all have one shape
+        mode = "reduce-overhead" if device.type == "cuda" else "default"
+        generator.synthesis.compile(fullgraph=True, dynamic=False, mode=mode)
     content, motion = grid_seeds(options, rows, columns)
     windows = generator.render(content, options.start, frames, rows * columns, motion, options.label, options.psi,
                                content_frames=exact(options.content_seconds) * exact(rate),
@@ -100,7 +111,8 @@ def sample(options: Options):
 
     done, rendering, transfer, started = 0, 0.0, 0.0, time.perf_counter()
     bar = tqdm(total=frames, unit="frame", disable=None, delay=0.3)
-    with BackgroundWriter(video) as writer:
+    half = torch.autocast(device.type, torch.bfloat16, enabled=options.precision == "bf16")
+    with BackgroundWriter(video) as writer, half:
         while not stop.is_set():
             before = time.perf_counter()
             window = next(windows, None)
@@ -122,7 +134,8 @@ def sample(options: Options):
     print(f"{out}: {done} frames of {rows * columns} clip{'s' * (rows * columns > 1)} from {path}")
     print(f"{seconds * per_frame:.2f} ms/frame: rendering {rendering * per_frame:.2f}, transfer "
           f"{transfer * per_frame:.2f}, and beside them encoding {writer.seconds * per_frame:.2f}; "
-          f"peak memory {peak_memory_mb(device):.0f} MB, on {device}")
+          f"peak memory {peak_memory_mb(device):.0f} MB, on {device}, {options.precision}, "
+          f"{'compiled' if options.compile else 'not compiled'}, kernels: {kernels.chosen(device)}")
     return done == frames
 
 

@@ -14,6 +14,7 @@ it, beside the same frames rendered only.
 """
 
 import argparse
+import importlib.util
 import json
 import statistics
 import sys
@@ -29,7 +30,6 @@ from bench.timing import copy_rate, describe, matmul_rate, seconds
 from mostgan.config import ModelConfig
 from mostgan.device import peak_memory_mb, pick_device
 from mostgan.model import Generator
-from mostgan.video_writer import BackgroundWriter, VideoWriter
 
 GFLOP_PER_FRAME, MB_PER_FRAME = 30.8, 100
 VARIANTS = {  # name → kernels, torch.compile's mode (None: eager)
@@ -71,6 +71,8 @@ def measure(variant, frames, device, dtype, repeats, config):
 
 def end_to_end(variant, window, device, dtype, repeats, config):
     """A video of four windows (a GPU: of 1,024 frames at least), rendered only and to a finished mp4, in turn."""
+    from mostgan.video_writer import BackgroundWriter, VideoWriter  # here: the rest does without PyAV
+
     generator = make_generator(variant, device, config)
     frames = window * (4 if device.type == "cpu" else max(4, 1024 // window))
     times = []
@@ -131,10 +133,13 @@ def main():
         sys.exit("ms_per_frame.py: every variant failed")
     result |= dict(matmul_gflop_per_s=sum(rates) / len(rates) / 1e9, copy_gb_per_s=bandwidth / 1e9, rows=rows)
     best = min(measured, key=lambda row: row["ms_per_frame"])
-    video = end_to_end(best["variant"], best["frames_per_window"], device, dtype, args.repeats, config)
-    result["end_to_end"] = video
-    print(f"{video['frames']} frames to a finished mp4, {video['variant']}: {video['mp4_fps']:.2f} frames/s, rendered "
-          f"only {video['render_fps']:.2f}; encoding beside it {video['encoding_ms_per_frame']:.2f} ms/frame")
+    if importlib.util.find_spec("av"):
+        video = end_to_end(best["variant"], best["frames_per_window"], device, dtype, args.repeats, config)
+        result["end_to_end"] = video
+        print(f"{video['frames']} frames to a finished mp4, {video['variant']}: {video['mp4_fps']:.2f} frames/s, "
+              f"rendered only {video['render_fps']:.2f}; encoding {video['encoding_ms_per_frame']:.2f} ms/frame")
+    else:
+        print("PyAV is not installed: nothing is written to an mp4")
     print(f"matrix product {result['matmul_gflop_per_s']:.0f} GFLOP/s, copy {bandwidth / 1e9:.0f} GB/s")
     if args.out:
         args.out.write_text(json.dumps(result, indent=2) + "\n")

@@ -1,79 +1,222 @@
-"""Sample video from a checkpoint, streamed in constant memory.
+"""Sample video from a checkpoint, streamed in constant memory. Options that fit together may be combined.
 
     python sample.py --frames 1024                      # the newest run's newest checkpoint → samples/<run>-seed0.mp4
-    python sample.py --checkpoint runs/00000-sky-tiny --seed 7 --clips 4 --psi 0.8 --out four.gif
-    python sample.py --start 10000000 --frames 256      # a window of an endless video, rendered alone
+    python sample.py --start 10000000 --frames 256      # a stretch of an endless video, rendered alone
+    python sample.py --loop 10 --out loop.gif           # 10 seconds that repeat without a seam
+    python sample.py --start 500 --speed -0.25          # from frame 500 backwards, in slow motion
+    python sample.py --grid 4x4 --rows motion --columns content         # all of a column look, of a row move alike
+    python sample.py --content-seeds 1 2 3 --motion-seed 7              # content changes while the motion runs on
+    python sample.py --motion-style 0=0 3=2             # without style 0, style 3 twice as strong
 """
 
+import dataclasses
+import hashlib
+import json
+import re
+import signal
 import sys
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
+import torch
 import tyro
 from tqdm import tqdm
 
+import kernels
 from mostgan import checkpoint
 from mostgan.config import DATASETS, UserError
 from mostgan.device import peak_memory_mb, pick_device
+from mostgan.render import exact, loop_step
 from mostgan.run import read_config
-from mostgan.video import VideoWriter, grid
+from mostgan.video_writer import BackgroundWriter, VideoWriter, grid
+
+Shared = Literal["content", "motion", "nothing"]
 
 
 @dataclass(frozen=True)
 class Options:
     checkpoint: Path | None = None
     """a run folder or one checkpoint in it; default: the newest checkpoint in runs/"""
-    frames: int = 256
-    """length of the video in frames"""
+    out: Path | None = None
+    """.mp4, .gif, .webp, .npy, or no suffix for a folder of PNGs; default samples/<run>-seed<seed>.mp4"""
+    force: bool = False
+    """write over a file that is there"""
+    crf: int = 17
+    """quality of an mp4, from 0 (best) to 51"""
+    frames: int | None = None
+    """length of the video; default 256, or one loop"""
     seed: int = 0
-    """of the first clip; clip i has seed + i"""
-    clips: int = 1
-    """how many clips, side by side in one video"""
+    """of content and motion; in a grid, of the first clip"""
+    motion_seed: int | None = None
+    """of the motion, if it is another"""
+    content_seeds: tuple[int, ...] = ()
+    """seeds through which the content moves, and round again"""
+    content_seconds: float = 4.0
+    """time from one of them to the next; in a loop, all of them take one loop"""
     psi: float = 1.0
     """truncation: 1 none, towards 0 more typical and less diverse"""
-    start: float = 0.0
-    """first frame, up to 100,000,000"""
     label: int | None = None
     """class, for a conditional model"""
+    motion_style: tuple[str, ...] = ()
+    """k=GAIN: scales the share of motion style k (from 0); 0 removes it"""
+    start: float = 0.0
+    """time of the first frame, in frames of the dataset, from -100,000,000 to 100,000,000"""
+    speed: float = 1.0
+    """of time; 0.25 is slow motion, negative is backwards"""
     fps: float | None = None
-    """default: the dataset's"""
-    out: Path | None = None
-    """.mp4, .gif, or no suffix for a folder of PNGs; default samples/<run>-seed<seed>.mp4"""
-    window: int = 16
-    """frames rendered at a time"""
+    """frames per second of the video, whose pace stays the same; default: the dataset's"""
+    loop: float | None = None
+    """seconds after which the video repeats; its pace is adapted so that it closes"""
+    grid: str = "1x1"
+    """clips side by side: ROWSxCOLUMNS; clip i has seed + i, unless rows or columns share"""
+    rows: Shared = "nothing"
+    """what the clips of a row have in common"""
+    columns: Shared = "nothing"
+    """what the clips of a column have in common"""
+    precision: Literal["bf16", "float32"] = "bf16" if torch.cuda.is_available() else "float32"
+    """of the convolutions"""
+    compile: bool = torch.cuda.is_available()
+    """torch.compile the synthesis network: a minute or so before the first frame, and faster from there on"""
+    kernels: Literal["triton", "reference"] = "reference"
+    """what the ops of kernels/ run as on a GPU"""
 
 
 def sample(options: Options):
-    device = pick_device()
+    """Render and write a video. Returns whether it is complete: Ctrl-C ends it early. Raises UserError."""
+    stop = stop_signal()
     path = checkpoint.find(options.checkpoint)
+    name = path.parent.name if path.name.startswith("checkpoint-") else path.name  # of the run, if it is of one
+    out = options.out or Path("samples", f"{name}-seed{options.seed}.mp4")
+    if out.exists() and not options.force:
+        raise UserError(f"{out} is there already: choose another --out, or write over it with --force")
+    rate = dataset_fps(path)
+    rows, columns = parse_grid(options.grid)
+    fps, frames, way = way_through_time(options, rate)
+    video = VideoWriter(out, fps, options.crf, describe(options, path))
+    device = pick_device()
     generator = checkpoint.load(path, device)
-    out = options.out or Path("samples", f"{path.parent.name}-seed{options.seed}.mp4")
-    columns = 1
-    while columns**2 < options.clips:
-        columns += 1
-    rows = -(-options.clips // columns)
-    windows = generator.render(options.seed, options.start, options.frames, options.clips, label=options.label,
-                               psi=options.psi, window=options.window)
-    rendering, started = 0.0, time.perf_counter()
-    bar = tqdm(total=options.frames, unit="frame", disable=None)
-    with VideoWriter(out, options.fps or dataset_fps(path)) as video:
-        while True:
+    kernels.use(options.kernels)
+    if options.compile:  # with CUDA graphs: windows all have one shape
+        mode = "reduce-overhead" if device.type == "cuda" else "default"
+        generator.synthesis.compile(fullgraph=True, dynamic=False, mode=mode)
+    content, motion = grid_seeds(options, rows, columns)
+    windows = generator.render(content, options.start, frames, rows * columns, motion, options.label, options.psi,
+                               content_frames=exact(options.content_seconds) * exact(rate),
+                               style_gain=parse_gains(options.motion_style), **way)
+    if options.loop is not None:
+        print_loop(generator.config, fps, exact(rate), **way)
+
+    done, rendering, transfer, started = 0, 0.0, 0.0, time.perf_counter()
+    bar = tqdm(total=frames, unit="frame", disable=None, delay=0.3)
+    half = torch.autocast(device.type, torch.bfloat16, enabled=options.precision == "bf16")
+    with BackgroundWriter(video) as writer, half:
+        while not stop.is_set():
             before = time.perf_counter()
             window = next(windows, None)
-            if window is not None:
-                window = window.cpu()  # waits for the device, so that the time is the rendering's
-            rendering += time.perf_counter() - before
             if window is None:
                 break
-            video.write(grid(window, rows, columns))
-            bar.update(window.shape[1])
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            between = time.perf_counter()
+            picture = grid(window.cpu(), rows, columns)
+            rendering, transfer = rendering + between - before, transfer + time.perf_counter() - between
+            writer.write(picture)
+            done += len(picture)
+            bar.update(len(picture))
+        if not done:
+            raise KeyboardInterrupt
     bar.close()
     seconds = time.perf_counter() - started
-    per_frame = 1000 / (options.frames * options.clips)
-    print(f"{out}: {options.frames} frames of {options.clips} clip{'s' * (options.clips > 1)} from {path}")
-    print(f"{rendering * per_frame:.2f} ms/frame rendering, {seconds * per_frame:.2f} ms/frame with writing, "
-          f"peak memory {peak_memory_mb(device):.0f} MB, on {device}")
+    per_frame = 1000 / (done * rows * columns)
+    print(f"{out}: {done} frames of {rows * columns} clip{'s' * (rows * columns > 1)} from {path}")
+    print(f"{seconds * per_frame:.2f} ms/frame: rendering {rendering * per_frame:.2f}, transfer "
+          f"{transfer * per_frame:.2f}, and beside them encoding {writer.seconds * per_frame:.2f}; "
+          f"peak memory {peak_memory_mb(device):.0f} MB, on {device}, {options.precision}, "
+          f"{'compiled' if options.compile else 'not compiled'}, kernels: {kernels.chosen(device)}")
+    return done == frames
+
+
+def stop_signal():
+    """An event that Ctrl-C or SIGTERM sets. A second one is a KeyboardInterrupt, which leaves no video."""
+    stop = threading.Event()
+
+    def handle(number, frame):
+        if stop.is_set():
+            raise KeyboardInterrupt
+        stop.set()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, handle)
+    return stop
+
+
+def way_through_time(options, rate):
+    """--speed, --fps, --loop → (frames per second, frames in all, render's step and loop). rate: the dataset's fps."""
+    for name in ("fps", "loop", "content_seconds"):
+        value = getattr(options, name)
+        if value is not None and not 0 < value < 1e9:
+            raise UserError(f"--{name.replace('_', '-')} is {value}, but must be more than 0")
+    fps = exact(rate if options.fps is None else options.fps)
+    loop = None if options.loop is None else max(1, round(exact(options.loop) * fps))
+    frames = options.frames if options.frames is not None else loop or 256
+    return fps, frames, {"step": exact(options.speed) * exact(rate) / fps, "loop": loop}
+
+
+def print_loop(config, fps, rate, step, loop):
+    pace, anchors = loop_step(config, step, loop)
+    print(f"a loop of {loop} frames ({float(loop / fps):g} s) goes through {anchors} motion "
+          f"anchor{'s' * (anchors > 1)}, {config.motion_distance} frames apart: speed {float(pace * fps / rate):.4g}")
+
+
+def parse_grid(text):
+    """'4x3' → (4, 3): rows and columns."""
+    match = re.fullmatch(r"([1-9]\d{0,2})x([1-9]\d{0,2})", text)
+    if match is None:
+        raise UserError(f"--grid is {text!r}, but must be ROWSxCOLUMNS, such as 4x3")
+    return int(match[1]), int(match[2])
+
+
+def grid_seeds(options, rows, columns):
+    """Content and motion seeds of the clips, row by row, as `render` takes them."""
+
+    def numbers(what):  # which content, or motion, each clip shows: by its row, its column, neither or both
+        by_row, by_column = options.rows == what, options.columns == what
+        return [(r if not by_column else 0) if by_row else c if by_column else r * columns + c
+                for r in range(rows) for c in range(columns)]
+
+    motion = [(options.seed if options.motion_seed is None else options.motion_seed) + i for i in numbers("motion")]
+    path = options.content_seeds
+    if path:  # each clip starts at a seed of its own
+        return [tuple(path[(i + k) % len(path)] for k in range(len(path))) for i in numbers("content")], motion
+    return [options.seed + i for i in numbers("content")], motion
+
+
+def parse_gains(texts):
+    """['0=0', '3=2'] → {0: 0.0, 3: 2.0}."""
+    gains = {}
+    for text in texts:
+        match = re.fullmatch(r"(\d+)=([-+.\de]+)", text)
+        try:
+            gains[int(match[1])] = float(match[2])
+        except (TypeError, ValueError):
+            raise UserError(f"--motion-style {text}: write k=GAIN, such as 3=0 or 0=1.5") from None
+    return gains
+
+
+def describe(options, path):
+    """What the file remembers of its making: the checkpoint's name and hash, and every option that decides a frame."""
+    with open(path / "model.safetensors", "rb") as file:
+        digest = hashlib.sha256()
+        while block := file.read(1 << 20):
+            digest.update(block)
+    chosen = dataclasses.asdict(options)
+    for key in ("checkpoint", "out", "force"):
+        del chosen[key]
+    return json.dumps({"program": "MoStGAN-V", "checkpoint": f"{path.resolve().parent.name}/{path.name}",
+                       "model.safetensors sha256": digest.hexdigest(), "options": chosen})
 
 
 def dataset_fps(path):
@@ -86,8 +229,11 @@ def dataset_fps(path):
 
 if __name__ == "__main__":
     try:
-        sample(tyro.cli(Options, description=__doc__))
+        if not sample(tyro.cli(Options, description=__doc__)):
+            sys.exit("sample.py: interrupted; the video ends with what was rendered")
     except UserError as error:
         sys.exit(f"sample.py: {error}")
+    except torch.OutOfMemoryError:
+        sys.exit("sample.py: the GPU's memory is too small for so many clips at once: choose a smaller --grid")
     except KeyboardInterrupt:
         sys.exit("sample.py: interrupted; nothing was written")

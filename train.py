@@ -23,7 +23,7 @@ import tyro
 from tqdm import tqdm
 
 import kernels
-from mostgan import augment, distributed
+from mostgan import augment, distributed, metrics
 from mostgan.config import DATASETS, TrainConfig, UserError, train_preset
 from mostgan.data import batches, open_data, sample_fake
 from mostgan.device import make_deterministic, pick_device
@@ -57,6 +57,9 @@ def train(config: TrainConfig, out: Path | None = None, resume: Resume | None = 
     kernels.use(config.kernels)
     clips = distributed.in_turn(lambda: open_data(config.data, config.dataset, config.model.resolution, config.cache))
     config = with_shares(with_labels(config, clips))
+    detectors = None
+    if config.eval_every:
+        detectors = metrics.open_detectors(config.eval_detector, config.eval_frame_detector, device)
     run, saved = open_run(out, resume, config, clips), resume.checkpoint if resume else None
     fps = DATASETS[config.dataset].fps
     state = new_state(config, device)
@@ -99,10 +102,16 @@ def train(config: TrainConfig, out: Path | None = None, resume: Resume | None = 
         # Read once, and the same in every process: a signal after this line waits for the next step to be saved.
         stopping, overdue = distributed.any_of(stop.requested, saver.due())
         shown = passes(state, config, config.snapshot_kframes) or state.frames >= total
-        saves = shown or stopping or overdue
+        scores = {}
+        if detectors and passes(state, config, config.eval_every) and not stopping:
+            scores = metrics.evaluate(state.ema, clips, detectors, config.eval_clips, config.eval_frames,
+                                      config.eval_long_clips)
+            if main:
+                bar.write(f"{state.frames / 1000:.1f} k frames: {metrics.in_a_line(scores)}")
+        saves = bool(shown or stopping or overdue or scores)
         if passes(state, config, config.log_kframes) or saves:
             line = stats.write(state.frames - logged, step=state.step, frames=state.frames,
-                               seconds=round(state.seconds, 1), ada_p=round(state.ada_p, 5))
+                               seconds=round(state.seconds, 1), ada_p=round(state.ada_p, 5), **scores)
             if line["skipped_steps"] and main:
                 bar.write(f"warning: {line['skipped_steps']} optimizer steps before step {state.step} were left out: "
                           "a loss or gradient was not finite")
@@ -110,7 +119,7 @@ def train(config: TrainConfig, out: Path | None = None, resume: Resume | None = 
             bar.set_postfix_str(f"G {line['loss_G']:.2f} D {line['loss_D']:.2f} ada {state.ada_p:.3f}")
             logged = state.frames
         if saves:
-            saver.start(state)
+            saver.start(state, next(iter(scores.values()), None))  # the best by FVD16 is kept
         if shown and main:
             save_grids(run, state.ema, state.frames, fps, bar.write)
     bar.close()

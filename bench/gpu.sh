@@ -23,10 +23,12 @@ part() {  # name, seconds it may take, command
     [ "$status" = 0 ] || failed+=("$name (exit $status, see $out/logs/$name.log)")
 }
 
-part tests 120 python3 -m pytest -q tests/test_kernels.py -p no:cacheprovider
-part train_step 140 python3 bench/train_step.py --out "$out/logs/train_step.json"
-part ms_per_frame 130 python3 bench/ms_per_frame.py --repeats 3 --out "$out/logs/ms_per_frame.json"
-part kernels 130 python3 bench/kernels.py --frames 64 --out "$out/logs/kernels.json"
+part tests 110 python3 -m pytest -q tests/test_kernels.py -p no:cacheprovider
+part train_step 120 python3 bench/train_step.py --kernels triton --out "$out/logs/train_step.json"
+part ms_per_frame 120 python3 bench/ms_per_frame.py --frames 64 --repeats 3 --out "$out/logs/ms_per_frame.json"
+part small_windows 70 python3 bench/ms_per_frame.py --frames 1 16 --repeats 3 \
+    --variants eager "triton compiled, CUDA graphs" --out "$out/logs/small_windows.json"
+part kernels 110 python3 bench/kernels.py --frames 64 --out "$out/logs/kernels.json"
 
 python3 - "$out" <<'PYTHON'
 import json

@@ -8,11 +8,18 @@ traffic (100 MB, the lower estimate of the performance plan) at that of a large 
 the fraction does not depend on how fast the machine is today. Weights are random: speed does not depend on them.
 
 On a GPU in bfloat16, and all variants by default; on a CPU in float32, and eager: compiling takes minutes there.
+
+Below the rows: a video by the fastest of them, from the first latent to the finished mp4, written as sample.py writes
+it, beside the same frames rendered only.
 """
 
 import argparse
+import importlib.util
 import json
+import statistics
 import sys
+import tempfile
+import time
 from pathlib import Path
 
 import torch
@@ -62,6 +69,28 @@ def measure(variant, frames, device, dtype, repeats, config):
     return per_frame, peak_memory_mb(device)
 
 
+def end_to_end(variant, window, device, dtype, repeats, config):
+    """A video of four windows (a GPU: of 1,024 frames at least), rendered only and to a finished mp4, in turn."""
+    from mostgan.video_writer import BackgroundWriter, VideoWriter  # here: the rest does without PyAV
+
+    generator = make_generator(variant, device, config)
+    frames = window * (4 if device.type == "cpu" else max(4, 1024 // window))
+    times = []
+    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32), tempfile.TemporaryDirectory() as folder:
+        for _ in range(repeats + 1):
+            started = time.perf_counter()
+            for pictures in generator.render(seed=0, frames=frames, window=window):
+                pictures.cpu()
+            rendered = time.perf_counter()
+            with BackgroundWriter(VideoWriter(Path(folder, "sample.mp4"), 25)) as video:
+                for pictures in generator.render(seed=0, frames=frames, window=window):
+                    video.write(pictures[0].cpu())
+            times.append((rendered - started, time.perf_counter() - rendered, video.seconds))
+    render_only, to_mp4, encoding = (statistics.median(column) for column in zip(*times[1:]))  # the first is a warm-up
+    return dict(variant=variant, frames=frames, render_fps=frames / render_only, mp4_fps=frames / to_mp4,
+                encoding_ms_per_frame=encoding / frames * 1e3)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--frames", type=int, nargs="+", help="frames of a window (default 16; on a GPU 1 16 64)")
@@ -103,6 +132,14 @@ def main():
     if not measured:
         sys.exit("ms_per_frame.py: every variant failed")
     result |= dict(matmul_gflop_per_s=sum(rates) / len(rates) / 1e9, copy_gb_per_s=bandwidth / 1e9, rows=rows)
+    best = min(measured, key=lambda row: row["ms_per_frame"])
+    if importlib.util.find_spec("av"):
+        video = end_to_end(best["variant"], best["frames_per_window"], device, dtype, args.repeats, config)
+        result["end_to_end"] = video
+        print(f"{video['frames']} frames to a finished mp4, {video['variant']}: {video['mp4_fps']:.2f} frames/s, "
+              f"rendered only {video['render_fps']:.2f}; encoding {video['encoding_ms_per_frame']:.2f} ms/frame")
+    else:
+        print("PyAV is not installed: nothing is written to an mp4")
     print(f"matrix product {result['matmul_gflop_per_s']:.0f} GFLOP/s, copy {bandwidth / 1e9:.0f} GB/s")
     if args.out:
         args.out.write_text(json.dumps(result, indent=2) + "\n")

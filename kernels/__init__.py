@@ -62,17 +62,17 @@ def _working_dtype(x):
     return torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x.dtype
 
 
-def mostatt(content_weight, motion_style):
-    if _by_triton(content_weight):
+def mostatt(content_weight, motion_style, style_gain=None):
+    if _by_triton(content_weight) and style_gain is None:  # gains are for looking at styles, and have no kernel
         return mostatt_demod(content_weight, motion_style)[:2]
-    return reference.mostatt(content_weight, motion_style)
+    return reference.mostatt(content_weight, motion_style, style_gain)
 
 
-def mostatt_demod(content_weight, motion_style, clip_style=None, dtype=None, want_weight=True):
-    if _by_triton(content_weight):
+def mostatt_demod(content_weight, motion_style, clip_style=None, dtype=None, want_weight=True, style_gain=None):
+    if _by_triton(content_weight) and style_gain is None:
         dtype = dtype or _working_dtype(content_weight)
         return _mostatt.mostatt(content_weight, motion_style, clip_style, dtype, want_weight)
-    return reference.mostatt_demod(content_weight, motion_style, clip_style, dtype, want_weight)
+    return reference.mostatt_demod(content_weight, motion_style, clip_style, dtype, want_weight, style_gain)
 
 
 def conv2d_per_frame(x, weight, up=1):

@@ -125,11 +125,12 @@ def motion_modulation(motion_style, in_channels, kernel_size):
     return (a.transpose(2, 3) @ bc).flatten(2) / math.sqrt(rank)
 
 
-def mostatt(content_weight, motion_style):
+def mostatt(content_weight, motion_style, style_gain=None):
     """Motion style attention (MoStAtt, spec §5, Eq. 2): one modulated weight per frame.
 
     content_weight: [B, O, I, k, k], W of Eq. 2; frame n uses row n // (N / B), so frames of a clip share theirs.
-    motion_style: [N, K, R, I + k + k].
+    motion_style: [N, K, R, I + k + k]. style_gain: [K], scales each style's share of P by hand (paper B.1); the maximum
+    that P is divided by stays that of the whole P, so that what other styles do stays as it was.
     Returns weight W' [N, O, I, k, k] and the pre-softmax score [N, O, K].
     """
     clips, _, in_channels, kernel_size, _ = content_weight.shape
@@ -144,6 +145,8 @@ def mostatt(content_weight, motion_style):
     # leaky_relu(P), and any divisor gives the 0 wanted.
     peak = torch.maximum(P.amax(dim=(1, 2), keepdim=True), -P.amin(dim=(1, 2), keepdim=True))
     peak = torch.where(peak > 0, peak, 1)
+    if style_gain is not None:
+        P = (A * style_gain) @ M
     P_hat = (F.leaky_relu(P, LEAKY_SLOPE) / peak).unflatten(0, (clips, -1))
     W = W.unsqueeze(1)
     weight = torch.addcmul(W, W, P_hat)  # W · (1 + P_hat)
@@ -171,7 +174,7 @@ def conv2d_per_frame(x, weight, up=1):
     On a CPU one call per frame is two to four times faster than one grouped convolution. But PyTorch gives a single
     small frame (up to 20,480 numbers) to a slower library than oneDNN: those go in groups of a few.
     """
-    if not x.is_cpu:
+    if not x.is_cpu or torch.compiler.is_exporting():  # a loop would fix an exported program's number of frames
         return _conv2d_grouped(x, weight, up).contiguous(memory_format=torch.channels_last)
     group = 1 if x[0].numel() > 20480 else 8
     if group == 1:
@@ -194,15 +197,16 @@ def _conv2d_grouped(x, weight, up):
 
 
 
-def mostatt_demod(content_weight, motion_style, clip_style=None, dtype=None, want_weight=True):
+def mostatt_demod(content_weight, motion_style, clip_style=None, dtype=None, want_weight=True, style_gain=None):
     """MoStAtt with all that its kernel gives in one go: `mostatt`, then the clip's style, then `demodulation`.
 
     clip_style: [B', I] multiplies the modulated weight of frame n by row n // (N / B') (strategy ii of paper 4.3).
+    style_gain: as `mostatt` takes it.
     Returns weight W' [N, O, I, k, k] in dtype (empty if not want_weight), score [N, O, K], demod [N, O].
     """
-    weight, score = mostatt(content_weight, motion_style)
+    weight, score = mostatt(content_weight, motion_style, style_gain)
     if clip_style is not None:
-        clip_style = clip_style.repeat_interleave(len(weight) // len(clip_style), dim=0)
+        clip_style = clip_style.repeat_interleave(weight.shape[0] // len(clip_style), dim=0)
         weight = weight * clip_style[:, None, :, None, None]
     demod = demodulation(weight)
     return weight.to(dtype or weight.dtype) if want_weight else weight.new_empty(0), score, demod

@@ -5,9 +5,18 @@
         ...
 """
 
-from mostgan.checkpoint import load
 from mostgan.config import ModelConfig, TrainConfig, UserError
 from mostgan.discriminator import Discriminator
 from mostgan.model import Generator
 
 __all__ = ["Discriminator", "Generator", "ModelConfig", "TrainConfig", "UserError", "load"]
+
+
+def load(path=None, device="cpu"):
+    """The generator of a checkpoint, ready to sample. path: a checkpoint or run folder; None: the newest of runs/.
+
+    Raises UserError on a missing, damaged or wrong checkpoint.
+    """
+    from mostgan import checkpoint  # not above: `python -m mostgan.checkpoint` wants it not yet imported
+
+    return checkpoint.load(path, device)

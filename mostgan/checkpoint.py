@@ -1,4 +1,4 @@
-"""Checkpoints: safetensors and JSON only, complete or absent. Released state names → ours (spec §10).
+"""Checkpoints: safetensors and JSON only, complete or absent.
 
 A checkpoint is a folder: model.safetensors (the averaged generator) and config.json (its ModelConfig) are all that
 sampling needs; training.safetensors and training.json hold the rest of the training state, checksums.json the size and
@@ -17,10 +17,14 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from mostgan.config import ModelConfig, UserError
+from mostgan.discriminator import Discriminator
 from mostgan.model import Generator
+from mostgan.released import from_released_names
+
+__all__ = ["find", "from_released_names", "load", "load_discriminator", "load_state", "read_tensors", "read_training",
+           "save"]  # fmt: skip
 
 CHECKPOINT_NAME = "checkpoint-{:06d}"
 MODEL_FILES = ("config.json", "model.safetensors")
@@ -39,16 +43,16 @@ def save(folder, step, config, model, tensors, scalars, keep=2, metric=None):
     try:
         temporary.mkdir()
         for name, state in (("model", model), ("training", tensors)):
-            _write_tensors(temporary / f"{name}.safetensors", state)
+            write_tensors(temporary / f"{name}.safetensors", state)
         for name, values in (("config", dataclasses.asdict(config)), ("training", scalars)):
-            _write_json(temporary / f"{name}.json", values)
-        _write_json(temporary / "checksums.json", {name: _checksum(temporary / name) for name in FILES})
+            write_json(temporary / f"{name}.json", values)
+        write_json(temporary / "checksums.json", {name: _checksum(temporary / name) for name in FILES})
         for file in [*temporary.iterdir(), temporary]:  # on the disk before it gets its name, or a power cut could …
-            _fsync(file)
+            fsync(file)
         if path.exists():
             _remove(path)
         temporary.rename(path)
-        _fsync(folder)  # … leave the name without the content
+        fsync(folder)  # … leave the name without the content
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     if metric is not None:
@@ -67,13 +71,13 @@ def mark_best(path, metric):
     """
     path = Path(path)
     note = path.parent / "best.json"
-    if not math.isfinite(metric) or best_checkpoint(path.parent) and _read(note, json.loads)["metric"] <= metric:
+    if not math.isfinite(metric) or best_checkpoint(path.parent) and read_file(note, json.loads)["metric"] <= metric:
         return False
     temporary = note.with_name(".best.json.partial")
-    _write_json(temporary, {"checkpoint": path.name, "metric": float(metric)})
-    _fsync(temporary)
+    write_json(temporary, {"checkpoint": path.name, "metric": float(metric)})
+    fsync(temporary)
     temporary.replace(note)
-    _fsync(note.parent)
+    fsync(note.parent)
     return True
 
 
@@ -86,7 +90,7 @@ def best_checkpoint(run):
     return path if path.is_dir() else None
 
 
-def _write_tensors(path, tensors):
+def write_tensors(path, tensors):
     try:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
         path.chmod(0o644)  # safetensors makes files that only their owner reads
@@ -94,7 +98,7 @@ def _write_tensors(path, tensors):
         raise OSError(str(error).removeprefix("Error while serializing: ")) from None
 
 
-def _write_json(path, values):
+def write_json(path, values):
     path.write_text(json.dumps(values, indent=2) + "\n")
 
 
@@ -107,7 +111,7 @@ def _checksum(path):
     return {"bytes": size, "sha256": digest.hexdigest()}
 
 
-def _fsync(path):
+def fsync(path):
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -217,7 +221,7 @@ def load(path=None, device="cpu"):
     path = find(path)
     if (path / "checksums.json").exists() and (wrong := damage(path, MODEL_FILES)):
         raise UserError(f"{path} is damaged: {wrong}")
-    generator = Generator(_read(path / "config.json", lambda text: ModelConfig(**json.loads(text))))
+    generator = Generator(read_file(path / "config.json", lambda text: ModelConfig(**json.loads(text))))
     load_state(generator, read_tensors(path / "model.safetensors"), path)
     return generator.to(device).eval().requires_grad_(False)
 
@@ -244,46 +248,30 @@ def read_training(path):
     path = find(path)
     if not (path / "training.json").exists():
         raise UserError(f"{path} holds a model but no training state: it can be sampled from, not resumed")
-    return read_tensors(path / "training.safetensors"), _read(path / "training.json", json.loads)
+    return read_tensors(path / "training.safetensors"), read_file(path / "training.json", json.loads)
 
 
-def _read(path, parse):
+def read_file(path, parse):
     try:
         return parse(path.read_text())
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"cannot read {path}: {error}") from None
 
 
-_COMPUTED = re.compile(r"(resample_filter|\.freqs|\.phase_scales|\.fourier_coefs)$")  # follow from the config
-_RENAMED = [  # released name → ours
-    (r"^mapping\.(fc\d+)", r"mapping.layers.\1"),
-    (r"^synthesis\.motion_encoder\.conv\.(\d)\.weight", r"motion_codes.conv\1"),
-    (r"^synthesis\.motion_encoder\.conv\.(\d)\.bias", r"motion_codes.conv\1_bias"),
-    (r"^synthesis\.motion_encoder\.time_encoder\.periods_predictor", "motion_codes.period"),
-    (r"^synthesis\.motion_encoder\.time_encoder\.phase_predictor", "motion_codes.phase"),
-    (r"^synthesis\.motion_encoder\.time_encoder\.aligners_predictor", "motion_codes.aligner"),
-    (r"^synthesis\.multimotionmap\.(\d)", r"motion_network.fc\1"),
-    (r"^(synthesis\.b\d+\.conv\d)\.hypernet\.conv0", r"\1.hypernetwork"),
-    (r"^synthesis\.b4\.input\.input\.const", "synthesis.b4.const"),
-]
-_RENAMED_DISCRIMINATOR = [
-    (r"^mapping\.embed", "time_condition.embed"),
-    (r"^mapping\.(fc\d+)", r"time_condition.layers.\1"),
-    (r"^time_encoder\.const_embed", "time_condition.table"),
-]
+def load_discriminator(path, device="cpu"):
+    """The discriminator beside an imported generator, or of a training checkpoint. UserError if there is none."""
+    path = find(path)
+    discriminator = Discriminator(load(path).config)
+    if (path / "discriminator.safetensors").exists():
+        state = read_tensors(path / "discriminator.safetensors")
+    else:
+        tensors, _ = read_training(path)
+        state = {name.removeprefix("D."): value for name, value in tensors.items() if name.startswith("D.")}
+    load_state(discriminator, state, path)
+    return discriminator.to(device)
 
 
-def from_released_names(state: dict[str, Tensor], discriminator=False) -> dict[str, Tensor]:
-    """A released generator's (or discriminator's) state dict under our names; load it with strict=True."""
-    renamed = {}
-    for name, tensor in state.items():
-        if _COMPUTED.search(name):
-            continue
-        for pattern, ours in _RENAMED_DISCRIMINATOR if discriminator else _RENAMED:
-            name = re.sub(pattern, ours, name)
-        if name.endswith("hypernetwork.weight"):
-            tensor = tensor[:, :, 0, 0]  # stored as a convolution of kernel size 1
-        if name == "synthesis.b4.const":
-            tensor = tensor[0]
-        renamed[name] = tensor
-    return renamed
+if __name__ == "__main__":  # python -m mostgan.checkpoint import | export | show
+    from mostgan.commands import main
+
+    main()

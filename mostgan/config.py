@@ -174,6 +174,19 @@ class TrainConfig:
     """stop when more than so many optimizer steps in a row were left out, a loss or gradient not being finite"""
     deterministic: bool = False
     """on a GPU: only algorithms that give the same bits every time; slower"""
+    eval_every: float = 0.0
+    """frames, in thousands, between two evaluations of the averaged generator (metrics.py), the best of which is kept;
+    0 is never"""
+    eval_clips: int = 256
+    """clips that an evaluation compares; FVD is of 2,048"""
+    eval_frames: int = 16
+    """longest clips that it compares: 16, or 128 for FVD128 too"""
+    eval_long_clips: int = 0
+    """videos of 1,024 frames that it searches for repetition"""
+    eval_detector: str | None = None
+    """TorchScript file that FVD is computed with; default a random network, whose scores are called proxy"""
+    eval_frame_detector: str | None = None
+    """the same for FID"""
     precision: str = "bf16"
     """bf16 (autocast with float32 master weights; needs a GPU) or float32"""
     compile: bool = True
@@ -194,6 +207,9 @@ class TrainConfig:
                      "save_minutes", "keep_checkpoints", "skip_limit"):
             if not getattr(self, name) > 0:
                 raise UserError(f"{name} is {getattr(self, name)}, but must be more than 0")
+        for name, least in (("eval_every", 0), ("eval_clips", 2), ("eval_frames", 2), ("eval_long_clips", 0)):
+            if getattr(self, name) < least:
+                raise UserError(f"{name} is {getattr(self, name)}, but must be at least {least}")
         if self.batch_clips % self.batch_split:
             raise UserError(f"batch_clips is {self.batch_clips}, not a multiple of batch_split {self.batch_split}")
         piece, group = self.batch_clips // self.batch_split, self.model.mbstd_group

@@ -11,9 +11,10 @@ import torch
 from torch import nn
 
 import kernels
-from mostgan.config import ModelConfig, UserError
+from mostgan.config import ModelConfig
 from mostgan.layers import Linear, Mapping, full_precision
-from mostgan.motion import MotionCodes, MotionNetwork, content_latent, motion_noise
+from mostgan.motion import MotionCodes, MotionNetwork
+from mostgan.render import render
 
 
 class ContentMapping(nn.Module):
@@ -44,6 +45,7 @@ class LayerContent(NamedTuple):
     style: torch.Tensor  # content style s, [B, I]
     weight: torch.Tensor | None  # raw_weight · s, [B, O, I, 3, 3], where it is used
     demod: torch.Tensor | None  # [B, O], in layers without motion styles
+    style_gain: torch.Tensor | None = None  # [K], where motion styles are scaled by hand (paper B.1)
 
 
 class SynthesisLayer(nn.Module):
@@ -65,8 +67,8 @@ class SynthesisLayer(nn.Module):
             self.hypernetwork = Linear(config.motion_vector_dim, factors, bias=False, lrelu=True)
 
     @full_precision
-    def content(self, w):
-        """What all frames of a clip share in this layer. w: [B, w_dim]."""
+    def content(self, w, style_gain=None):
+        """What all frames of a clip share in this layer. w: [B, w_dim]; style_gain: as `kernels.mostatt` takes it."""
         weight, style = self.weight, self.affine(w)
         if self.prenorm:
             weight = weight / (weight.abs().amax(dim=(1, 2, 3), keepdim=True) * math.sqrt(weight[0].numel()))
@@ -76,14 +78,14 @@ class SynthesisLayer(nn.Module):
             content_weight = weight * style[:, None, :, None, None]
         if self.hypernetwork is None:  # Σ (weight · s)² over inputs and taps is a matrix product
             demod = (style.square() @ weight.square().sum(dim=(2, 3)).t() + 1e-8).rsqrt()
-        return LayerContent(weight, style, content_weight, demod)
+        return LayerContent(weight, style, content_weight, demod, style_gain)
 
     def forward(self, x, content, motion_vectors=None):
         """x: [N, I, H, W], content: of `content(w)`, motion_vectors: [N, K, motion_vector_dim].
 
         Returns features [N, O, up·H, up·W] and MoStAtt's score [N, O, K], None without motion styles.
         """
-        frames_per_clip = len(x) // len(content.style)
+        frames_per_clip = x.shape[0] // len(content.style)  # not len(x): torch.export keeps a shape open
         score = frame_weight = None
         if self.hypernetwork is None:
             demod = content.demod.repeat_interleave(frames_per_clip, dim=0)
@@ -105,7 +107,8 @@ class SynthesisLayer(nn.Module):
         weight, style = content.weight, None  # strategy i
         if not self.content_first:  # strategy ii
             weight, style = content.raw_weight.unsqueeze(0), content.style
-        return kernels.mostatt_demod(weight, motion_style, style, want_weight=not self.demod_only)
+        return kernels.mostatt_demod(weight, motion_style, style, want_weight=not self.demod_only,
+                                     style_gain=content.style_gain)
 
 
 class ToRGB(nn.Module):
@@ -161,16 +164,16 @@ class Synthesis(nn.Module):
             block = getattr(self, f"b{resolution}")
             yield ([block.conv0] if resolution > 4 else []) + [block.conv1], block.torgb
 
-    def content(self, w):
+    def content(self, w, style_gain=None):
         """Per clip, what every layer needs of w [B, w_dim]: as `layers`, but their contents."""
-        return [([conv.content(w) for conv in convs], torgb.content(w)) for convs, torgb in self.layers()]
+        return [([conv.content(w, style_gain) for conv in convs], torgb.content(w)) for convs, torgb in self.layers()]
 
     def forward(self, content, motion_code, motion_vectors):
         """content: of `content(w)`; motion_code: [N, motion_code_dim]; motion_vectors: [N, K, …] or None.
 
         Returns frames [N, 3, H, W] and the scores of every MoStAtt layer, each [N, O, K].
         """
-        const = self.b4.const.expand(len(motion_code), -1, -1, -1)
+        const = self.b4.const.expand(motion_code.shape[0], -1, -1, -1)
         x = torch.cat([const, motion_code[:, :, None, None].expand(-1, -1, 4, 4)], dim=1)
         x = x.contiguous(memory_format=torch.channels_last)
         image, scores = None, []
@@ -223,33 +226,11 @@ class Generator(nn.Module):
         if first_anchor is None:
             first_anchor = torch.zeros(rows, dtype=torch.long, device=noise.device)
         if label is not None:
-            label = label.repeat_interleave(rows // len(w), dim=0)
+            label = label.repeat_interleave(rows // len(label), dim=0)
         motion_code = self.motion_codes(t.double().reshape(rows, -1), noise, first_anchor, label)
         return motion_code, self.motion_network(w, motion_code) if self.motion_network is not None else None
 
-    @torch.inference_mode()
-    def render(self, seed, start=0, frames=16, clips=1, motion_seed=None, label=None, psi=1.0, window=16):
-        """Stream a video: yields uint8 [clips, n, 3, H, W] for consecutive windows of n ≤ window frames.
-
-        seed: of the first clip; clip i has seed + i. motion_seed: if given, all clips move by it. start: first frame
-        (any real ≥ 0); frames: how many, at steps of 1. label: class index, or one per clip, for a conditional model.
-        Memory does not depend on start or frames, and frame n is the same in whatever window it is rendered. Raises
-        UserError on arguments that the model cannot serve.
-        """
-        config, device = self.config, self.mapping.w_avg.device
-        check_render(config, seed, start, frames, clips, label, window)
-        seeds = [seed + i for i in range(clips)]
-        motion_seeds = seeds if motion_seed is None else [motion_seed] * clips
-        one_hot = None
-        if label is not None:
-            one_hot = torch.eye(config.num_labels, device=device)[torch.as_tensor(label)].expand(clips, -1)
-        w = self.content_code(content_latent(seeds, config.z_dim).to(device), one_hot, psi)
-        content = self.synthesis.content(w)
-        for first in range(0, frames, window):
-            t = start + torch.arange(first, min(first + window, frames), dtype=torch.float64).expand(clips, -1)
-            noise, first_anchor = motion_noise(motion_seeds, t, config)
-            motion = self.motion(w, t.to(device), noise.to(device), first_anchor.to(device), one_hot)
-            yield to_uint8(self.render_window(content, *motion)).unflatten(0, t.shape)
+    render = render  # generator.render(seed, …): mostgan/render.py
 
     def render_window(self, content, motion_code, motion_vectors):
         """The synthesis of a window. On a CPU one frame of each clip at a time: its kernels and features then stay in
@@ -264,22 +245,3 @@ class Generator(nn.Module):
             for i in pick
         ]
         return torch.stack(frames, dim=1).flatten(0, 1)
-
-
-def to_uint8(frames):
-    """Float frames in [-1, 1] → uint8, as spec §0 evaluates them."""
-    return (frames * 127.5 + 128).clamp(0, 255).to(torch.uint8)
-
-
-def check_render(config, seed, start, frames, clips, label, window):
-    """Raise UserError on arguments that `render` cannot serve."""
-    if not 0 <= seed < 2**63 or clips < 1 or frames < 1 or window < 1:
-        raise UserError(f"seed {seed}, clips {clips}, frames {frames}, window {window}: "
-                        "seed must be 0 or more, the others at least 1")
-    if not 0 <= start <= 1e8:
-        raise UserError(f"start is {start}, but must be from 0 to 10⁸ frames")
-    labels = [label] if label is None or isinstance(label, int) else label
-    if config.num_labels and not all(n is not None and 0 <= n < config.num_labels for n in labels):
-        raise UserError(f"the model is conditional: give a label from 0 to {config.num_labels - 1}, not {label}")
-    if not config.num_labels and label is not None:
-        raise UserError(f"label is {label}, but the model was trained without labels: leave it out")

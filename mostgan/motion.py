@@ -18,10 +18,11 @@ def _normal(seed, stream, first, count):
     """Normal numbers first … first+count−1 of a stream: float32 [count].
 
     Counter-based (Philox 4x64, four numbers a counter step; Box-Muller), so that any stretch is drawn alone; numpy
-    promises these raw bits for ever, as it does not for its own normal().
+    promises these raw bits for ever, as it does not for its own normal(). first may be negative: the counter, of 256
+    bits, goes round.
     """
     start, skip = divmod(first, 4)
-    bits = np.random.Philox(key=[seed, stream], counter=start).random_raw(-(-(count + skip) // 4) * 4)
+    bits = np.random.Philox(key=[seed, stream], counter=start % 2**256).random_raw(-(-(count + skip) // 4) * 4)
     uniform = ((bits >> np.uint64(11)) + 0.5) * 2.0**-53  # strictly inside (0, 1)
     radius, angle = np.sqrt(-2 * np.log(uniform[0::2])), 2 * np.pi * uniform[1::2]
     normal = np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=1).reshape(-1)
@@ -33,11 +34,20 @@ def content_latent(seeds, dim):
     return torch.stack([_normal(seed, _CONTENT_STREAM, 0, dim) for seed in seeds])
 
 
-def motion_noise(seeds, t, config):
-    """Exactly the motion noise that frames at times t [B, T] need, clip b from seeds[b].
+def _anchor_noise(seed, first, rows, dim, loop):
+    """Rows z_j of anchors j = first … first+rows−1: float32 [rows, dim]. loop: z_j is z_{j mod loop}; None: no loop."""
+    if loop is None:
+        return _normal(seed, _MOTION_STREAM, first * dim, rows * dim).view(rows, dim)
+    return torch.stack([_normal(seed, _MOTION_STREAM, j % loop * dim, dim) for j in range(first, first + rows)])
+
+
+def motion_noise(seeds, t, config, loop=None):
+    """Exactly the motion noise that frames at times t [B, T] need, clip b from seeds[b]. Times may be negative.
 
     Row z_j is a function of (seed, j) alone: any window of an endless video has its noise in memory for that window
-    only. Returns noise float32 [G, J, motion_noise_dim] and the anchor index of each first row, int64 [G], for G = B;
+    only. loop: z_j = z_{j mod loop}: motion closes to a loop of so many anchors, if t is taken modulo its length too.
+    At an anchor v(t) is that anchor's aligner (spec §2.6) whatever the waves did, so there time may go back to 0.
+    Returns noise float32 [G, J, motion_noise_dim] and the anchor index of each first row, int64 [G], for G = B;
     or G = N = B·T where the frames of a clip lie so far apart that noise per frame is less.
     """
     anchor = torch.floor(t.double().cpu() / config.motion_distance).long()
@@ -46,7 +56,7 @@ def motion_noise(seeds, t, config):
         seeds = [seed for seed in seeds for _ in range(t.shape[1])]
         anchor, rows = anchor.reshape(-1, 1), FRAME_ANCHORS
     first, dim = anchor.amin(1), config.motion_noise_dim
-    noise = [_normal(s, _MOTION_STREAM, int(j) * dim, rows * dim).view(rows, dim) for s, j in zip(seeds, first)]
+    noise = [_anchor_noise(s, int(j), rows, dim, loop) for s, j in zip(seeds, first)]
     return torch.stack(noise).to(t.device), first.to(t.device)
 
 
@@ -123,6 +133,6 @@ class MotionNetwork(nn.Module):
     @full_precision
     def forward(self, w, motion_code):
         """w: [B, w_dim], motion_code: [N, motion_code_dim] → motion vectors [N, K, motion_vector_dim]."""
-        w = w.repeat_interleave(len(motion_code) // len(w), dim=0)
+        w = w.repeat_interleave(motion_code.shape[0] // len(w), dim=0)
         vectors = self.fc1(self.fc0(torch.cat([w, motion_code], dim=1)))
         return vectors.unflatten(1, (self.motion_styles, -1))

@@ -17,7 +17,7 @@ from mostgan import checkpoint, distributed
 from mostgan.config import ModelConfig, TrainConfig, UserError
 from mostgan.device import peak_memory_mb
 from mostgan.faults import Skips
-from mostgan.video import VideoWriter, grid, write_png
+from mostgan.video_writer import VideoWriter, grid, write_png
 
 GRID_SIDE, GRID_FRAMES = 4, 32  # a snapshot shows 4 × 4 clips of 32 frames …
 STRIP_FRAMES = 8  # … and its png these many frames of each, in a row

@@ -1,20 +1,16 @@
-"""Reading and writing video, through PyAV: frames in, square crops, single-frame coding, mp4/gif/PNG out, grids.
+"""Reading video, through PyAV: frames in, square crops, and coding single frames. (video_writer.py writes.)
 
 Images are uint8 RGB: [H,W,3] while they are single frames on their way in, [3,H,W] once packed.
 """
 
 import os
-import shutil
 from fractions import Fraction
-from pathlib import Path
 
 import av
 import numpy as np
 import torch
 import torch.nn.functional as F
-from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc, Interpolation, VideoReformatter
-
-from mostgan.config import UserError
+from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
 
 # swscale's defaults trade chroma resolution and rounding for speed; these flags do not.
 EXACT = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT | Interpolation.FULL_CHR_H_INP
@@ -222,155 +218,6 @@ class FrameDecoder:
         return out
 
 
-# writing
-
-
-class VideoWriter:
-    """Writes frames to `path` as they come, in constant memory; the suffix decides: .mp4, .gif, none: a folder of PNGs.
-
-        with VideoWriter("sky.mp4", fps=25) as video:
-            video.write(frames)                         # uint8 [n,H,W,3] or [n,3,H,W], numpy or torch
-
-    The result appears under its name only when the block ends well; an exception leaves an older file as it was.
-    crf: H.264 quality, 0 (lossless) to 51. An odd side is made even by repeating its last row or column (mp4 only).
-    """
-
-    def __init__(self, path, fps, crf=17):
-        self.path, self.fps, self.crf = Path(path), Fraction(fps).limit_denominator(100_000), crf
-        if self.path.suffix not in ("", ".mp4", ".gif"):
-            raise UserError(f"{path}: cannot write '{self.path.suffix}'; use .mp4, .gif, or none (a folder of PNGs)")
-        if self.fps <= 0:
-            raise UserError(f"{path}: frames per second must be positive, not {fps}")
-        in_the_way = self.path.is_dir() and not (self.path.suffix == "" and _holds_only_frames(self.path))
-        if in_the_way or (self.path.suffix == "" and self.path.is_file()):
-            raise UserError(f"{path} is there already and holds other things; choose another name")
-        self.temporary = self.path.with_name(f".{self.path.name}.partial-{os.getpid()}")
-        self.sink, self.shape, self.count = None, None, 0
-
-    def __enter__(self):
-        return self
-
-    def write(self, frames):
-        """Appends uint8 [n,H,W,3] or [n,3,H,W]; every frame has the size of the first."""
-        frames = frames.detach().cpu().numpy() if torch.is_tensor(frames) else np.asarray(frames)
-        if frames.dtype != np.uint8 or frames.ndim != 4 or 3 not in (frames.shape[1], frames.shape[3]):
-            raise ValueError(f"expected uint8 [n,H,W,3] or [n,3,H,W], got {frames.dtype} {list(frames.shape)}")
-        if frames.shape[3] != 3:
-            frames = frames.transpose(0, 2, 3, 1)
-        for image in frames:
-            if self.sink is None:
-                self._open(image.shape)
-            if image.shape != self.shape:
-                raise ValueError(f"frame {self.count} is {image.shape}, the ones before are {self.shape}")
-            self.sink.write(np.ascontiguousarray(image))
-            self.count += 1
-
-    def _open(self, shape):
-        sink = {".mp4": _Mp4, ".gif": _Gif, "": _PngFolder}[self.path.suffix]
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.shape, self.sink = shape, sink(self.temporary, shape[:2], self.fps, self.crf)
-        except OSError as error:
-            raise UserError(f"cannot write {self.path}: {error.strerror or error}") from error
-
-    def __exit__(self, kind, error, trace):
-        try:
-            if self.sink is not None:
-                self.sink.close()
-                if kind is None:
-                    _replace(self.temporary, self.path)
-            elif kind is None:
-                raise UserError(f"{self.path}: there were no frames to write")
-        finally:
-            _remove(self.temporary)
-
-
-class _Mp4:
-    def __init__(self, path, size, fps, crf):
-        height, width = size
-        self.pad = ((0, height % 2), (0, width % 2), (0, 0))
-        self.container = av.open(str(path), "w", format="mp4", options={"movflags": "+faststart"})
-        self.stream = self.container.add_stream("libx264", rate=fps, options={"crf": str(crf)})
-        self.stream.width, self.stream.height, self.stream.pix_fmt = width + width % 2, height + height % 2, "yuv420p"
-        # Convert with the matrix that we tag: players otherwise guess, and colours shift.
-        context = self.stream.codec_context
-        context.colorspace, context.color_range = Colorspace.ITU709, ColorRange.MPEG
-        context.color_primaries, context.color_trc = ColorPrimaries.BT709, ColorTrc.BT709
-        self.reformatter, self.count = VideoReformatter(), 0
-
-    def write(self, image):
-        if any(self.pad[0] + self.pad[1]):
-            image = np.pad(image, self.pad, mode="edge")
-        frame = self.reformatter.reformat(
-            av.VideoFrame.from_ndarray(image, format="rgb24"), format="yuv420p", interpolation=EXACT,
-            dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG,
-            dst_color_primaries=ColorPrimaries.BT709, dst_color_trc=ColorTrc.BT709,
-        )  # fmt: skip
-        frame.pts, frame.time_base = self.count, 1 / self.stream.codec_context.framerate
-        self.count += 1
-        self.container.mux(self.stream.encode(frame))
-
-    def close(self):
-        with self.container:
-            self.container.mux(self.stream.encode(None))
-
-
-class _Gif:
-    """Each frame gets a palette of its own: a shared one would need every frame before the first could be written."""
-
-    def __init__(self, path, size, fps, crf):
-        height, width = size
-        self.container = av.open(str(path), "w", format="gif", options={"loop": "0"})
-        # No flags: FFmpeg's savings on unchanged areas compare palette indices, which mean other colours in each frame.
-        self.stream = self.container.add_stream("gif", rate=fps, options={"gifflags": "0"})
-        self.stream.width, self.stream.height, self.stream.pix_fmt = width, height, "pal8"
-        self.graph, self.time_base, self.count = av.filter.Graph(), 1 / fps, 0
-        source = self.graph.add_buffer(width=width, height=height, format=av.VideoFormat("rgb24"), time_base=1 / fps)
-        split = self.graph.add("split")
-        palette = self.graph.add("palettegen", "stats_mode=single:reserve_transparent=0")
-        use, sink = self.graph.add("paletteuse", "new=1:dither=sierra2_4a"), self.graph.add("buffersink")
-        source.link_to(split)
-        split.link_to(use, 0, 0)
-        split.link_to(palette, 1, 0)
-        palette.link_to(use, 0, 1)
-        use.link_to(sink)
-        self.graph.configure()
-
-    def write(self, image):
-        frame = av.VideoFrame.from_ndarray(image, format="rgb24")
-        frame.pts, frame.time_base = self.count, self.time_base
-        self.count += 1
-        self.graph.push(frame)
-        self._drain()
-
-    def _drain(self):
-        while True:
-            try:
-                frame = self.graph.pull()
-            except (av.BlockingIOError, av.EOFError):
-                return
-            self.container.mux(self.stream.encode(frame))
-
-    def close(self):
-        with self.container:
-            self.graph.push(None)
-            self._drain()
-            self.container.mux(self.stream.encode(None))
-
-
-class _PngFolder:
-    def __init__(self, path, size, fps, crf):
-        self.path, self.count = path, 0
-        path.mkdir()
-
-    def write(self, image):
-        (self.path / f"{self.count:06d}.png").write_bytes(png(image))
-        self.count += 1
-
-    def close(self):
-        pass
-
-
 def png(image):
     """uint8 [H,W,3] → the bytes of a PNG file."""
     context = av.CodecContext.create("png", "w")
@@ -378,47 +225,3 @@ def png(image):
     context.pix_fmt, context.time_base, context.thread_count = "rgb24", Fraction(1, 25), 1
     context.options = {"pred": "mixed"}
     return _only_packet(context, av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24"))
-
-
-def write_png(path, image):
-    """Writes uint8 [3,H,W] or [H,W,3] (numpy or torch) to `path`, whole or not at all."""
-    image = image.detach().cpu().numpy() if torch.is_tensor(image) else np.asarray(image)
-    path, image = Path(path), image if image.shape[-1] == 3 else image.transpose(1, 2, 0)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    try:
-        temporary.write_bytes(png(image))
-        os.replace(temporary, path)
-    finally:
-        _remove(temporary)
-
-
-def grid(clips, rows, cols):
-    """Tiles clips, row by row: uint8 [n,T,3,H,W] → [T,3,rows·H,cols·W], numpy or torch; missing clips are black."""
-    n, t, c, h, w = clips.shape
-    if n > rows * cols:
-        raise ValueError(f"{n} clips do not fit into {rows} x {cols}")
-    zeros = torch.zeros if torch.is_tensor(clips) else np.zeros
-    out = zeros((t, c, rows * h, cols * w), dtype=clips.dtype)
-    for i in range(n):
-        y, x = i // cols * h, i % cols * w
-        out[:, :, y : y + h, x : x + w] = clips[i]
-    return out
-
-
-def _holds_only_frames(folder):
-    return all(f.suffix == ".png" and f.stem.isdigit() for f in folder.iterdir())
-
-
-def _replace(temporary, path):
-    """Renames a file or folder into place, over an older one."""
-    if path.is_dir():
-        shutil.rmtree(path)
-    os.replace(temporary, path)
-
-
-def _remove(path):
-    if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
-    elif path.exists():
-        path.unlink()

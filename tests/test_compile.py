@@ -105,3 +105,16 @@ for t in ([[0, 1], [5, 9]], [[0.25, 1.5], [100.75, 101]], [[3, 3], [4, 1e-3]]):
     torch.testing.assert_close(frames, state.G(z, t, noise), rtol=1e-4, atol=1e-5)
 assert graphs() == 4
 """, tmp_path)
+
+
+def test_rendering_compiles_once(tmp_path):
+    """Windows whole and cut off, at any time and pace, by one graph; and they show what the eager ones do."""
+    run_script("""
+G = training.new_state(config, cpu).ema
+ways = dict(start=0, frames=11), dict(start=12345.5, frames=3, step=-0.25), dict(start=0, frames=9, loop=6)
+eager = [torch.cat(list(G.render(3, clips=2, window=4, **way)), dim=1).float() for way in ways]
+G.synthesis.compile(fullgraph=True, dynamic=False, backend=BACKEND)
+for frames, way in zip(eager, ways):
+    assert (torch.cat(list(G.render(3, clips=2, window=4, **way)), dim=1) - frames).abs().max() <= 1
+assert graphs() == 1
+""", tmp_path)

@@ -19,7 +19,8 @@ from mostgan.config import UserError
 from mostgan.data import SPANS, Clips, batches, open_data, sample_fake, sample_real, sample_span
 from mostgan.prepare import pack
 from mostgan.sources import find_sources
-from mostgan.video import VideoWriter, center_crop_resize, png, read_frames
+from mostgan.video import center_crop_resize, png, read_frames
+from mostgan.video_writer import VideoWriter
 
 
 def moving(n, height=40, width=48, seed=0):

@@ -7,8 +7,9 @@ import torch
 
 import kernels
 from mostgan.config import ModelConfig, UserError
-from mostgan.model import Generator, to_uint8
+from mostgan.model import Generator
 from mostgan.motion import content_latent, motion_noise
+from mostgan.render import to_uint8
 
 TINY = ModelConfig(
     resolution=32, channel_base=512, channel_max=24, z_dim=32, w_dim=32, motion_noise_dim=32, motion_code_dim=32,
@@ -138,8 +139,13 @@ def test_impossible_configurations_are_named(changes, word):
 
 
 @pytest.mark.parametrize("options, word", [
-    ({"start": -1}, "start"), ({"start": 2e8}, "start"), ({"frames": 0}, "frames"), ({"clips": 0}, "clips"),
+    ({"start": -2e8}, "start"), ({"start": 2e8}, "start"), ({"frames": 0}, "frames"), ({"clips": 0}, "clips"),
+    ({"start": 1e8, "frames": 2}, "last frame"), ({"step": 0}, "speed"), ({"loop": 0}, "loop"),
+    ({"window": 0}, "window"),
+    ({"seed": -1}, "seed"), ({"motion_seed": 2**63}, "seed"), ({"seed": [1, 2]}, "per clip"),
+    ({"seed": [()]}, "per clip"), ({"content_frames": 0}, "content_frames"), ({"style_gain": {8: 0.0}}, "0 to 7"),
+    ({"style_gain": {0: float("nan")}}, "finite"),
 ])
 def test_impossible_renders_are_named(options, word):
     with pytest.raises(UserError, match=word):
-        next(make().render(0, **options))
+        next(make().render(**{"seed": 0} | options))

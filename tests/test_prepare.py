@@ -23,7 +23,8 @@ from mostgan.data import Clips, open_data
 from mostgan.packing import pack
 from mostgan.prepare import check
 from mostgan.sources import Framing, cadence, find_sources, square_around
-from mostgan.video import VideoWriter, png, read_frames
+from mostgan.video import png, read_frames
+from mostgan.video_writer import VideoWriter
 
 ROOT = Path(prepare.__file__).parents[1]
 

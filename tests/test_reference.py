@@ -61,3 +61,23 @@ def test_public_mostatt_on_a_cpu_is_the_plain_one(k, rank, styles):
     W, style = torch.randn(2, 7, 5, k, k), torch.randn(6, styles, rank, 5 + 2 * k)
     for ours, plain in zip(kernels.mostatt(W, style), reference.mostatt(W, style)):
         assert torch.equal(ours, plain)
+
+
+@pytest.mark.parametrize("rank, styles", [(1, 1), (2, 5)])
+def test_style_gain_scales_a_share_of_P(rank, styles):
+    """Written out from Eq. 2 with style 0's share scaled; the maximum that P is divided by is the whole P's."""
+    W, style = torch.randn(2, 7, 5, 3, 3).double(), torch.randn(6, styles, rank, 5 + 6).double()
+    M = reference.motion_modulation(style, 5, 3).unflatten(2, (5, 3, 3))
+    plain, score = reference.mostatt(W, style)
+    A = score.softmax(2)
+    for gain in (0.0, 0.3, 1.0, 4.0):
+        gains = torch.ones(styles).double()
+        gains[0] = gain
+        weight, same_score = kernels.mostatt(W, style, gains)
+        whole = torch.einsum("nok,nkiyx->noiyx", A, M)
+        P = whole + (gain - 1) * torch.einsum("no,niyx->noiyx", A[:, :, 0], M[:, 0])
+        P_hat = F.leaky_relu(P / whole.abs().amax(dim=(1, 2, 3, 4), keepdim=True), 0.2)
+        assert torch.allclose(weight, W.repeat_interleave(3, 0) * (1 + P_hat)) and torch.equal(score, same_score)
+        assert torch.equal(kernels.mostatt_demod(W, style, style_gain=gains)[0], weight)
+    weight, _ = kernels.mostatt(W, style, torch.zeros(styles).double())
+    assert torch.equal(weight, W.repeat_interleave(3, 0))

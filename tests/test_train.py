@@ -169,7 +169,7 @@ def test_train_resume_and_sample_from_the_command_line(packed, tmp_path):
     for pattern in ("real.png", "real.mp4", "samples-*.mp4", "samples-*.png", "shared-motion-*.mp4"):
         assert list((tmp_path / "whole").glob(pattern)), pattern
 
-    result = run("sample.py", "--checkpoint", "whole", "--frames", 5, "--clips", 3, "--out", "frames", cwd=tmp_path)
+    result = run("sample.py", "--checkpoint", "whole", "--frames", 5, "--grid", "1x3", "--out", "frames", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert "ms/frame" in result.stdout and len(list((tmp_path / "frames").glob("*.png"))) == 5
 

@@ -1,23 +1,13 @@
-"""video.py: reading upright and in true colours, resizing, single-frame coding, writing mp4, gif and PNG folders."""
+"""video.py: reading upright and in true colours, resizing, single-frame coding."""
 
 from fractions import Fraction
 
 import av
 import numpy as np
 import pytest
-import torch
 
-from mostgan.config import UserError
-from mostgan.video import (
-    FrameDecoder,
-    FrameEncoder,
-    VideoWriter,
-    center_crop_resize,
-    frame_rate,
-    grid,
-    read_frames,
-    write_png,
-)
+from mostgan.video import FrameDecoder, FrameEncoder, center_crop_resize, read_frames
+from mostgan.video_writer import VideoWriter
 
 COLORS = [(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255), (0, 0, 0), (128, 128, 128), (200, 30, 90)]
 
@@ -190,103 +180,3 @@ def test_damaged_data_raises():
     with pytest.raises(ValueError):
         FrameDecoder(32).decode(data)
 
-
-# writing
-
-
-@pytest.mark.parametrize("size", [(64, 64), (47, 33), (2, 2)])
-@pytest.mark.parametrize("fps", [25, 29.97, 7.5])
-def test_mp4_has_every_frame_and_true_colors(tmp_path, size, fps):
-    frames = solid(*size, 3)
-    with VideoWriter(tmp_path / "new" / "a.mp4", fps) as video:
-        for chunk in np.array_split(frames, 4):
-            video.write(chunk)
-    decoded = np.stack(list(read_frames(tmp_path / "new" / "a.mp4")))
-    assert decoded.shape[:3] == (len(frames), size[0] + size[0] % 2, size[1] + size[1] % 2)
-    assert error_to(decoded[:, : size[0], : size[1]], frames) <= 2
-    assert frame_rate(tmp_path / "new" / "a.mp4") == pytest.approx(fps, rel=1e-3)
-    with av.open(str(tmp_path / "new" / "a.mp4")) as container:
-        context = container.streams.video[0].codec_context
-        assert (context.colorspace, context.color_range, context.pix_fmt) == (1, 1, "yuv420p")
-
-
-@pytest.mark.parametrize("count", [1, 2, 61])
-def test_mp4_frame_count(tmp_path, count):
-    with VideoWriter(tmp_path / "a.mp4", 25) as video:
-        video.write(smooth(count))
-    assert len(list(read_frames(tmp_path / "a.mp4"))) == count
-
-
-def test_mp4_quality(tmp_path):
-    frames = smooth(20)
-    with VideoWriter(tmp_path / "a.mp4", 25) as video:
-        video.write(torch.from_numpy(frames.transpose(0, 3, 1, 2).copy()))  # channels first, torch
-    error = np.mean((np.stack(list(read_frames(tmp_path / "a.mp4"))).astype(float) - frames) ** 2)
-    assert 10 * np.log10(255**2 / error) > 38
-
-
-@pytest.mark.parametrize("size", [(64, 64), (33, 47)])
-def test_gif(tmp_path, size):
-    frames = np.concatenate([solid(*size), solid(*size)[::-1]])
-    with VideoWriter(tmp_path / "a.gif", 25) as video:
-        video.write(frames)
-    assert error_to(list(read_frames(tmp_path / "a.gif")), frames) <= 2
-    assert frame_rate(tmp_path / "a.gif") == 25
-
-
-def test_png_folder_is_exact_and_replaced_by_a_second_run(tmp_path):
-    for seed, count in ((0, 5), (1, 3)):
-        frames = np.random.default_rng(seed).integers(0, 256, (count, 20, 31, 3), dtype=np.uint8)
-        with VideoWriter(tmp_path / "frames", 25) as video:
-            video.write(frames)
-        files = sorted((tmp_path / "frames").iterdir())
-        assert [file.name for file in files] == [f"{i:06d}.png" for i in range(count)]
-        assert error_to([next(read_frames(file)) for file in files], frames) == 0
-
-
-@pytest.mark.parametrize("name", ["a.mp4", "a.gif", "frames"])
-def test_an_exception_leaves_nothing_new(tmp_path, name):
-    with pytest.raises(KeyboardInterrupt):
-        with VideoWriter(tmp_path / name, 25) as video:
-            video.write(smooth())
-            raise KeyboardInterrupt
-    assert list(tmp_path.iterdir()) == []
-    with VideoWriter(tmp_path / name, 25) as video:
-        video.write(smooth(4))
-    with pytest.raises(ValueError, match="are"):
-        with VideoWriter(tmp_path / name, 25) as video:
-            video.write(smooth(2))
-            video.write(smooth(2, size=32))  # of another size
-    assert [path.name for path in tmp_path.iterdir()] == [name]
-    left = tmp_path / name
-    assert len(list(left.iterdir() if left.is_dir() else read_frames(left))) == 4
-
-
-def test_writer_errors_are_the_users_to_mend(tmp_path):
-    with pytest.raises(UserError, match=r"\.xyz"):
-        VideoWriter(tmp_path / "a.xyz", 25)
-    with pytest.raises(UserError, match="positive"):
-        VideoWriter(tmp_path / "a.mp4", 0)
-    (tmp_path / "folder").mkdir()
-    (tmp_path / "folder" / "precious.txt").write_text("keep me")
-    with pytest.raises(UserError, match="folder"):
-        VideoWriter(tmp_path / "folder", 25)
-    with pytest.raises(UserError, match="no frames"):
-        with VideoWriter(tmp_path / "a.mp4", 25):
-            pass
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot write"):
-        with VideoWriter(tmp_path / "file" / "a.mp4", 25) as video:
-            video.write(smooth(1))
-
-
-def test_write_png_and_grid(tmp_path):
-    clips = np.random.default_rng(0).integers(0, 256, (5, 2, 3, 8, 10), dtype=np.uint8)
-    sheet = grid(clips, rows=2, cols=3)
-    assert sheet.shape == (2, 3, 16, 30)
-    assert (sheet[1, :, 8:, 10:20] == clips[4, 1]).all() and (sheet[:, :, 8:, 20:] == 0).all()
-    assert (grid(torch.from_numpy(clips), 2, 3).numpy() == sheet).all()
-    with pytest.raises(ValueError):
-        grid(clips, 2, 2)
-    write_png(tmp_path / "new" / "a.png", torch.from_numpy(sheet[0]))
-    assert (next(read_frames(tmp_path / "new" / "a.png")).transpose(2, 0, 1) == sheet[0]).all()

@@ -1,0 +1,285 @@
+"""The two sets that are compared, packed clips and a generator's; measuring one; keeping what was measured (spec §9).
+
+Several processes share a set batch by batch, so each batch is computed as one process alone would compute it.
+"""
+
+import hashlib
+import json
+import os
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+import safetensors.torch
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError
+from tqdm import tqdm
+
+from mostgan import distributed, frechet, motion_statistics
+from mostgan.config import UserError
+from mostgan.data import Clips
+from mostgan.frechet import Detector, Sums
+from mostgan.model import Generator
+
+VIDEO_METRICS = {16: {"fvd16": 1}, 128: {"fvd128": 1, "fvd128_every8": 8}}  # frames of a clip → name → frame stride
+FRAME_METRIC = {16: "fid"}  # over all frames of FVD16's clips
+CACHE_VERSION = 1  # raise it when what is collected changes, or how frames are decoded
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """What besides the two sets, the detectors and the seed decides the numbers."""
+
+    clips: int = 2048
+    """most clips of either set; of generated ones, exactly so many"""
+    frames: int = 128
+    """longest clips to look at"""
+    long_clips: int = 16
+    """videos of up to 1,024 frames that are searched for repetition"""
+    batch: int = 8
+    """clips rendered at a time; another number changes the last digits"""
+    precision: Literal["float32", "bf16"] = "float32"
+    """of the generator; detectors compute in float32"""
+
+    def __post_init__(self):
+        if self.clips < 2 or self.frames < 2 or self.long_clips < 0 or self.batch < 1:
+            raise UserError(f"clips {self.clips}, frames {self.frames}, long clips {self.long_clips}, "
+                            f"batch {self.batch}: clips and frames must be at least 2, batch 1, long clips 0")
+
+
+# --------------------------------------------------------------------------------------------------------- the two sets
+
+
+@dataclass(frozen=True)
+class ClipSet:
+    """Packed clips. from_start: take each clip's first frames, as a generator's, instead of a random window."""
+
+    clips: Clips
+    protocol: Protocol
+    seed: int
+    from_start: bool = False
+
+    def lengths(self):
+        return self.clips.lengths
+
+    def windows(self, frames):
+        """(clip, first frame) of one window of `frames` frames for each clip that has as many; for a random part of
+        them if that is more than the protocol's number of clips. Random numbers are keyed by (seed, frames, clip)."""
+        usable = np.flatnonzero(self.clips.lengths >= frames)
+        if len(usable) > self.protocol.clips:
+            usable = np.random.default_rng([self.seed, frames]).permutation(usable)[: self.protocol.clips]
+        starts = [0 if self.from_start else np.random.default_rng([self.seed, frames, clip]).integers(spare + 1)
+                  for clip, spare in zip(usable, self.clips.lengths[usable] - frames)]  # fmt: skip
+        return list(zip(usable.tolist(), map(int, starts)))
+
+    def batches(self, frames, rank, world):
+        """Yields uint8 [b, frames, 3, R, R]: every world-th batch of the windows."""
+        windows, size = self.windows(frames), self.protocol.batch
+
+        def read(window):
+            return self.clips.frames(window[0], np.arange(window[1], window[1] + frames))
+
+        with ThreadPoolExecutor(min(size, len(os.sched_getaffinity(0)))) as pool:
+            for first in range(rank * size, len(windows), world * size):
+                yield torch.from_numpy(np.stack(list(pool.map(read, windows[first : first + size]))))
+
+    def long_videos(self):
+        """Yields, for each of the longest clips, a function that yields its frames uint8 [n, 3, R, R], up to 1,024."""
+        order = np.argsort(-self.clips.lengths, kind="stable")[: self.protocol.long_clips]
+        for clip in order[self.clips.lengths[order] >= motion_statistics.SHORTEST_LONG]:
+            frames = np.arange(min(self.clips.lengths[clip], motion_statistics.LONG))
+            yield lambda clip=clip, frames=frames: (torch.from_numpy(self.clips.frames(clip, part))
+                                                    for part in np.array_split(frames, -(-len(frames) // 16)))
+
+    def describe(self):
+        settings = self.clips.info.get("settings", {})
+        return {"data": str(self.clips.path), "checksum": data_checksum(self.clips), "total": len(self.clips),
+                "resolution": self.clips.resolution, "fps": self.clips.fps, "builtin": self.clips.builtin,
+                "crop": settings.get("crop", "center"), "split": settings.get("split"), "settings": settings,
+                "window": "its first n frames" if self.from_start else "n frames at random"}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class GeneratedSet:
+    """A generator's clips, at times 0, 1, …; clip i has seed (run's seed) · 2³² + i and a label drawn from `labels`."""
+
+    generator: Generator
+    protocol: Protocol
+    seed: int
+    labels: np.ndarray | None = None
+
+    def lengths(self):
+        return np.array([self.protocol.frames] * self.protocol.clips)
+
+    def _render(self, first, count, frames):
+        label = None
+        if self.generator.config.num_labels:
+            rngs = [np.random.default_rng([self.seed, i]) for i in range(first, first + count)]
+            label = [int(rng.choice(self.labels)) for rng in rngs]
+        return self.generator.render((self.seed << 32) + first, 0, frames, count, label=label)
+
+    def _autocast(self):
+        kind = self.generator.mapping.w_avg.device.type
+        return torch.autocast(kind, torch.bfloat16, enabled=self.protocol.precision == "bf16")
+
+    def batches(self, frames, rank, world):
+        """Yields uint8 [b, frames, 3, R, R]: every world-th batch."""
+        size, count = self.protocol.batch, self.protocol.clips
+        for first in range(rank * size, count, world * size):
+            with self._autocast():  # for the rendering alone, not for what is done with clips that were yielded
+                clips = torch.cat(list(self._render(first, min(size, count - first), frames)), dim=1)
+            yield clips
+
+    def long_videos(self):
+        """As ClipSet's: of the first clips, 1,024 frames."""
+        for index in range(self.protocol.long_clips):
+            yield lambda index=index: self._long(index)
+
+    def _long(self, index):
+        windows = self._render(index, 1, motion_statistics.LONG)
+        while True:
+            with self._autocast():  # likewise
+                window = next(windows, None)
+            if window is None:
+                return
+            yield window[0]
+
+    def describe(self):
+        config = self.generator.config
+        return {"total": self.protocol.clips, "resolution": config.resolution, "num_labels": config.num_labels,
+                "psi": 1.0, "times": "0 to n − 1", "seeds": "clip i of a run: (the run's seed) · 2³² + i",
+                "precision": f"{self.protocol.precision} (the release: half in its four highest resolutions)"}
+
+
+def data_checksum(clips):
+    """SHA-256 over what the clips are (resolution, names, lengths, CRCs of coded frames), not over where they lie."""
+    rows = [[clip["name"], clip["start"], clip["frames"], clip["label"], clip["crc32"]] for clip in clips.info["clips"]]
+    return hashlib.sha256(json.dumps([clips.resolution, rows]).encode()).hexdigest()
+
+
+# ------------------------------------------------------------------------------------------------------------ measuring
+
+
+class Detectors(NamedTuple):
+    video: Detector
+    frame: Detector
+    device: torch.device
+
+
+def open_detectors(video, frame, device):
+    """The detectors in these files; the proxy for both where none is given. With one of them alone, the other's metrics
+    are by the proxy, and say so."""
+    return Detectors(frechet.video_detector(video, device), frechet.frame_detector(frame, device), device)
+
+
+def add_batch(sums: Sums, batch, detectors):
+    """Take in clips uint8 [B, n, 3, H, W]: motion always, features where a metric is defined for clips of n frames."""
+    motion_statistics.add_motion(sums, batch)
+    clips = batch.transpose(1, 2)
+    for name, stride in VIDEO_METRICS.get(batch.shape[1], {}).items():
+        frechet.add_features(sums, name, detectors.video.features(clips[:, :, ::stride].contiguous()))
+    if batch.shape[1] in FRAME_METRIC:
+        frechet.add_features(sums, FRAME_METRIC[batch.shape[1]], detectors.frame.features(batch.flatten(0, 1)))
+
+
+def measure(clip_set, lengths, detectors, bar):
+    """Sums over a set's clips of each of these lengths: {n: Sums}. A clip is rendered once, for all lengths."""
+    rank, world = distributed.rank(), distributed.size()
+    sums = {n: {} for n in lengths}
+    for batch in clip_set.batches(max(lengths), rank, world):
+        batch = batch.to(detectors.device)
+        for n in lengths:
+            add_batch(sums[n], batch[:, :n], detectors)
+        bar.update(len(batch) * world)
+    return {n: all_together(sums[n]) for n in lengths}
+
+
+def measure_long(clip_set, detectors, bar):
+    """Sums over a set's long videos; empty if it has none."""
+    rank, world = distributed.rank(), distributed.size()
+    sums, videos = {}, list(clip_set.long_videos())
+    for index in range(rank, len(videos), world):
+        with closing(videos[index]()) as windows:
+            rows = torch.cat([motion_statistics.thumbnails(window.to(detectors.device)) for window in windows])
+        motion_statistics.add_long(sums, index, len(videos), rows)
+        bar.update(world)
+    return all_together(sums)
+
+
+def measure_once(clip_set: ClipSet, n, detectors, show):
+    """Sums over packed clips of n frames, or "long" ones: those in the cache, else measured now and put there."""
+    file = cache_file(clip_set, n, detectors)
+    sums = from_rank_0(lambda: read_sums(file))
+    if sums is not None:
+        return sums
+    if n == "long":
+        with progress("long videos", len(list(clip_set.long_videos())), show) as bar:
+            sums = measure_long(clip_set, detectors, bar)
+    else:
+        with progress(f"{clip_set.clips.path.name}, {n} frames", len(clip_set.windows(n)), show) as bar:
+            sums = measure(clip_set, [n], detectors, bar)[n]
+    from_rank_0(lambda: write_sums(file, sums))
+    return sums
+
+
+# ------------------------------------------------------------------------------------------------- processes, the cache
+
+
+def all_together(sums: Sums) -> Sums:
+    """The sums of all processes, added up in their order, on the CPU."""
+    sums, parts = {name: value.cpu() for name, value in sums.items()}, [None] * distributed.size()
+    if len(parts) == 1:
+        return sums
+    dist.all_gather_object(parts, sums)
+    whole = {}
+    for part in parts:
+        for name, value in part.items():
+            frechet.add(whole, name, value)
+    return whole
+
+
+def from_rank_0(function):
+    """function(), called in the first process alone, for all of them."""
+    rank, world = distributed.rank(), distributed.size()
+    result = [function() if rank == 0 else None]
+    if world > 1:
+        dist.broadcast_object_list(result, src=0)
+    return result[0]
+
+
+def cache_file(clip_set, n, detectors):
+    """Where the sums of packed clips are kept: ~/.cache/mostgan/metrics (or below $XDG_CACHE_HOME), under a name made
+    of all that they depend on: the data's checksum, the protocol, the detectors."""
+    protocol = clip_set.protocol
+    key = [CACHE_VERSION, data_checksum(clip_set.clips), clip_set.from_start, n, clip_set.seed, detectors.device.type]
+    key += [protocol.long_clips] if n == "long" else [protocol.clips]
+    key += [detectors.video.sha256] * (n in VIDEO_METRICS) + [detectors.frame.sha256] * (n in FRAME_METRIC)
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(home, "mostgan", "metrics", hashlib.sha256(json.dumps(key).encode()).hexdigest()[:24] + ".safetensors")
+
+
+def read_sums(file):
+    try:
+        return safetensors.torch.load_file(file)
+    except (OSError, SafetensorError):
+        return None  # not there, or damaged: it is only a cache
+
+
+def write_sums(file, sums):
+    temporary = file.with_name(f".{file.name}.partial-{os.getpid()}")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        safetensors.torch.save_file({name: value.contiguous() for name, value in sums.items()}, temporary)
+        temporary.replace(file)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        tqdm.write(f"warning: cannot keep the statistics in {file.parent}: {error.strerror}", file=sys.stderr)
+
+
+def progress(text, total, show):
+    return tqdm(desc=text, total=total, unit="clip", disable=None if show and distributed.main() else True)

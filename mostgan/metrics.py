@@ -1,0 +1,359 @@
+"""Scores of generated clips against real ones, with the protocol that makes the numbers mean something (spec §9).
+
+    python -m mostgan.metrics runs/00000-sky-paper256 --data data/sky --detector i3d_torchscript.pt --runs 3
+    python -m mostgan.metrics data/sky other-systems-clips --detector i3d_torchscript.pt
+    torchrun --nproc-per-node 8 -m mostgan.metrics runs/00000-sky-paper256      # the same numbers, sooner
+
+Fréchet video distances FVD16, FVD128 and FVD128 of every 8th frame, and FID over the frames of FVD16's clips, as far as
+the clips are long enough (frechet.py); how clips move, without a network (motion_statistics.py).
+
+Real: one random window of each clip that has n frames. Generated: frames 0 … n−1 of each clip. At most --clips of both.
+"""
+
+import datetime
+import hashlib
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import tyro
+
+from mostgan import checkpoint, distributed, frechet, motion_statistics
+from mostgan.clip_sets import (
+    FRAME_METRIC,
+    VIDEO_METRICS,
+    ClipSet,
+    Detectors,
+    GeneratedSet,
+    Protocol,
+    from_rank_0,
+    measure,
+    measure_long,
+    measure_once,
+    open_detectors,
+    progress,
+)
+from mostgan.config import UserError
+from mostgan.data import Clips, open_data
+from mostgan.device import pick_device
+from mostgan.packing import digest_of
+from mostgan.run import read_config, write_text
+
+LABELS = {
+    "fvd16": "FVD16", "fvd128": "FVD128", "fvd128_every8": "FVD128, every 8th frame", "fid": "FID of FVD16's frames",
+    "spectrum_distance_db": "temporal spectrum distance (dB)", "static_rate": "static clips",
+    "real_static_rate": "  of the real", "repeating_rate": "long videos that repeat", "recurrence": "mean recurrence",
+    "period": "  median period (frames)", "real_repeating_rate": "real long videos that repeat",
+    "real_recurrence": "  mean recurrence", "real_period": "  median period (frames)",
+}  # fmt: skip
+
+
+class Scores(NamedTuple):
+    values: dict  # name → float
+    skipped: dict  # name → why it is not among the values
+    notes: list  # what to know before comparing the values
+    samples: dict  # name → [real, generated]: how many samples
+    spectra: dict  # real, generated: power of pixel differences in levels², lags 1, 2, …
+
+
+def score(real: ClipSet, generated: ClipSet | GeneratedSet, protocol, detectors, show=True) -> Scores:
+    """All that can be measured between two sets, of which each clip is long enough or left out. Raises UserError."""
+    # Motion is measured in clips as long as at least half of those of each set are.
+    motion_frames = min(protocol.frames, *(int(np.median(s.lengths())) for s in (real, generated)))
+    enough = [n for n in VIDEO_METRICS if n <= protocol.frames
+              and all((s.lengths() >= n).sum() >= 2 for s in (real, generated))]  # fmt: skip
+    lengths = sorted({*enough, motion_frames})
+    kinds = [*lengths, "long"] if protocol.long_clips else lengths
+    real_sums = {n: measure_once(real, n, detectors, show) for n in kinds}
+    if isinstance(generated, ClipSet):
+        made_sums = {n: measure_once(generated, n, detectors, show) for n in kinds}
+    else:
+        with progress("generated clips", protocol.clips, show) as bar:
+            made_sums = measure(generated, lengths, detectors, bar)
+        with progress("generated long videos", protocol.long_clips, show) as bar:
+            made_sums["long"] = measure_long(generated, detectors, bar)
+
+    scores = Scores({}, {}, [], {}, {})
+    for n, names in VIDEO_METRICS.items():
+        for name in [*names, *([FRAME_METRIC[n]] if n in FRAME_METRIC else [])]:
+            detector = detectors.video if name in names else detectors.frame
+            key = "proxy_" + name if detector.proxy else name
+            if n in enough:
+                add_distance(scores, key, name, real_sums[n], made_sums[n])
+            elif n > protocol.frames:
+                scores.skipped[key] = f"only clips of up to {protocol.frames} frames were asked for"
+            else:
+                scores.skipped[key] = f"fewer than 2 clips of a set have {n} frames"
+    add_differences(scores, enough, protocol, real, generated)
+    add_spectrum(scores, motion_frames, real_sums[motion_frames], made_sums[motion_frames])
+    if protocol.long_clips:
+        add_repetition(scores, "", made_sums["long"])
+        add_repetition(scores, "real_", real_sums["long"])
+    return scores
+
+
+def add_distance(scores, key, name, real, made):
+    """The Fréchet distance, the numbers of samples, and a note where they are too few for their features."""
+    scores.values[key] = frechet.distance(real, made, name)
+    counts, features = [int(sums[f"{name}.count"]) for sums in (real, made)], len(real[f"{name}.sum"])
+    scores.samples[key] = counts
+    few = [f"{count:,} {which}" for which, count in zip(("real", "generated"), counts) if count <= features]
+    if few:
+        scores.notes.append(f"{label(key)}: {' and '.join(few)} samples for {features} features: a covariance of less "
+                            "than full rank, so the value is biased; compare it only at the same numbers of samples")
+
+
+def add_differences(scores, enough, protocol, real, generated):
+    """Notes where a set of clips has fewer than were asked for, and where frame rates differ."""
+    for which, s in (("real", real), ("generated", generated)):
+        for n in enough:
+            count = int((s.lengths() >= n).sum())
+            if count < protocol.clips:
+                scores.notes.append(f"{count:,} {which} clips of {n} frames, not {protocol.clips:,}: there are no more")
+    if isinstance(generated, ClipSet) and abs(real.clips.fps - generated.clips.fps) > 0.01:
+        scores.notes.append(f"the real clips have {real.clips.fps:g} frames/s, the others {generated.clips.fps:g}: "
+                            "a frame apart is not as long in both, so no value but the FID compares like with like")
+
+
+def add_spectrum(scores, frames, real, made):
+    """Spectrum distance and static clips, by clips of so many frames."""
+    lags = min(motion_statistics.LAGS, frames - 1)
+    scores.values["spectrum_distance_db"] = motion_statistics.spectrum_distance(real, made, lags)
+    scores.values["static_rate"] = motion_statistics.static_rate(made)
+    scores.values["real_static_rate"] = motion_statistics.static_rate(real)
+    for name in ("spectrum_distance_db", "static_rate"):
+        scores.samples[name] = [int(real["clips"]), int(made["clips"])]
+    for which, sums in (("real", real), ("generated", made)):
+        scores.spectra[which] = motion_statistics.spectrum(sums, lags).tolist()
+    if lags < motion_statistics.LAGS:
+        scores.notes.append(f"motion is measured in clips of {frames} frames, as half of a set's clips have no more or "
+                            f"no more were asked for: lags 1 to {lags}, not {motion_statistics.LAGS}")
+
+
+def add_repetition(scores, prefix, sums):
+    """How far long videos repeat themselves; prefix: "real_" for the real set's."""
+    if not sums:
+        scores.skipped[f"{prefix}repeating_rate"] = f"no videos of {motion_statistics.SHORTEST_LONG} frames or more"
+        return
+    rate, recurrence, period = motion_statistics.repetition(sums)
+    scores.values.update({f"{prefix}repeating_rate": rate, f"{prefix}recurrence": recurrence})
+    scores.samples[f"{prefix}repeating_rate"] = [len(sums["periodicity"])]
+    if period is not None:
+        scores.values[f"{prefix}period"] = period
+
+
+@torch.no_grad()
+def evaluate(generator, clips, detectors: Detectors, most=256, frames=16, long_clips=0, seed=0) -> dict[str, float]:
+    """Scores of a generator against packed clips, as training logs them: name → value, FVD16 first.
+
+    most: clips of each set; frames: 16, or 128 for FVD128 too; long_clips: videos searched for repetition. No random
+    state is touched. With torch.distributed running, every process must call it, and all get the same. May raise
+    UserError.
+    """
+    protocol = Protocol(most, frames, long_clips)
+    sets = ClipSet(clips, protocol, seed), GeneratedSet(generator, protocol, seed, clips.labels)
+    return score(*sets, protocol, detectors, show=False).values
+
+
+# ------------------------------------------------------------------------------------------------------------ telling
+
+
+def in_a_line(values):
+    return ", ".join(f"{label(key)} {value:.4g}" for key, value in values.items() if not key.startswith("real_"))
+
+
+def label(key):
+    """A value's name in the table."""
+    bare = key.removeprefix("proxy_")
+    return ("proxy " if bare != key else "") + LABELS[bare]
+
+
+def summarize(runs: list[Scores]):
+    """The scores of several runs → {name: {"mean", "std", "runs"}}; std with n − 1, None for one run."""
+    results = {}
+    for key in runs[0].values:
+        values = [run.values[key] for run in runs if key in run.values]
+        std = float(np.std(values, ddof=1)) if len(values) > 1 else None
+        results[key] = {"mean": float(np.mean(values)), "std": std, "runs": values}
+    return results
+
+
+def table(results, runs: list[Scores]):
+    """The results in lines: value ± std, and how many real and generated samples it is of."""
+    lines = [f"{'':32}{'value':>12}{'±':>10}   samples, real and generated"]
+    for key, result in results.items():
+        std = "" if result["std"] is None else f"{result['std']:.3g}"
+        samples = ", ".join(f"{count:,}" for count in runs[0].samples.get(key, []))
+        lines.append(f"{label(key):32}{result['mean']:>12.5g}{std:>10}   {samples}".rstrip())
+    lines += [f"{label(key):32}{'—':>12}{'':10}   {reason}" for key, reason in runs[0].skipped.items()]
+    lines += [f"note: {note}" for note in runs[0].notes]
+    if any(key.startswith("proxy_") for key in results):
+        lines.append("note: proxy: features of a random network, as no detector was given (--detector, "
+                     "--frame-detector); good only for comparing runs with one another")
+    return "\n".join(lines)
+
+
+def protocol_lines(protocol):
+    """The protocol of a report in a few lines; the JSON file has all of it."""
+    lines = []
+    for which in ("real", "generated"):
+        described = protocol[which]
+        text = f"{described.get('data') or described.get('checkpoint')}, {described['total']:,} clips of "
+        text += f"{described['resolution']}²"
+        if "data" in described:
+            split = f"{described['split']} split" if described["split"] else "no split"
+            text += f", {described['fps']:g} frames/s, crop {described['crop']}, {split}; of each, "
+            text += f"{described['window']}; checksum {described['checksum'][:12]}"
+        else:
+            text += f" from {described['times']}, in {protocol['precision']}; sha256 {described['sha256'][:12]}"
+        lines.append(f"{which:10}{text}")
+    for which in ("video", "frame"):
+        lines.append(f"{which:10}{protocol[which + '_detector']['name']}, sha256 "
+                     f"{protocol[which + '_detector']['sha256'][:12]}")  # fmt: skip
+    lines.append(f"seeds     {protocol['seed']} to {protocol['seed'] + protocol['runs'] - 1}")
+    return "\n".join(lines)
+
+
+def describe_detector(detector):
+    return {"name": detector.name, "sha256": detector.sha256, "proxy": detector.proxy}
+
+
+def report(runs, results, sets, protocol, detectors: Detectors, seed):
+    """All that the JSON file says: the results and the whole protocol."""
+    cuda = detectors.device.type == "cuda"
+    return {
+        "format": "mostgan-metrics", "version": 1, "date": datetime.date.today().isoformat(),
+        "results": results, "not_measured": runs[0].skipped, "notes": runs[0].notes, "samples": runs[0].samples,
+        "temporal_spectra": [run.spectra for run in runs],
+        "protocol": asdict(protocol) | {
+            "real": sets[0].describe(), "generated": sets[1].describe(), "runs": len(runs), "seed": seed,
+            "seeds": "run r draws windows, latents and labels anew, keyed by seed + r",
+            "frame_strides": {name: stride for names in VIDEO_METRICS.values() for name, stride in names.items()},
+            "video_detector": describe_detector(detectors.video), "frame_detector": describe_detector(detectors.frame),
+            "detector_precision": "float32", "statistics_precision": "float64", "covariance": "population",
+            "tf32_convolutions": cuda and torch.backends.cudnn.allow_tf32,
+            "device": torch.cuda.get_device_name() if cuda else "cpu", "processes": distributed.size(),
+            "torch": torch.__version__,
+        },
+    }  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------------- command line
+
+
+def open_checkpoint(path, data, device):
+    """(generator, its path, real clips): the data named, or what the checkpoint's run was trained on."""
+    path = checkpoint.find(path)
+    generator = checkpoint.load(path, device)
+    if device.type == "cuda":
+        generator.synthesis.compile()  # minutes on a CPU, for nothing
+    if data is None:
+        try:
+            data = read_config(path.parent).data
+        except UserError:
+            raise UserError(f"{path} does not lie in a run: say which real clips with --data") from None
+    resolution, classes = generator.config.resolution, generator.config.num_labels
+    clips = from_rank_0(lambda: open_data(data, "sky", resolution))
+    if classes and clips.num_labels > classes or classes and clips.labels is None:
+        raise UserError(f"{path} has {classes} classes, but {clips.path} has {clips.num_labels}: evaluate it on "
+                        "labelled clips of the data that it was trained on")
+    return generator, path, clips
+
+
+def open_two(first, second, resolution):
+    """Two sets of clips at one resolution: of the packed one, if either is packed, else as asked, else 256."""
+    packed = [Clips(path) for path in (first, second) if (path / "index.json").exists()]
+    resolution = resolution or (packed[0].resolution if packed else 256)
+    return [from_rank_0(lambda path=path: open_data(path, "", resolution)) for path in (first, second)]
+
+
+def run(
+    first: tyro.conf.Positional[Path],
+    second: tyro.conf.Positional[Path | None] = None,
+    /,
+    *,
+    data: Path | None = None,
+    detector: Path | None = None,
+    frame_detector: Path | None = None,
+    runs: int = 1,
+    seed: int = 0,
+    protocol: Protocol = Protocol(),  # noqa: B008
+    resolution: int | None = None,
+    random_windows: bool = False,
+    out: Path | None = None,
+):
+    """Scores generated clips against real ones: FVD, FID, and how they move.
+
+    Args:
+        first: a checkpoint or run; or, before SECOND, the real clips: a folder or zip of videos or frames, or a packed
+            folder.
+        second: another system's clips, in any of these forms.
+        data: the real clips to score a checkpoint against. Default: those it was trained on.
+        detector: the TorchScript file of I3D, for FVD. Default: a random network, called proxy.
+        frame_detector: the TorchScript file of Inception, for FID. Default: likewise.
+        runs: repeat with other latents and other windows of the real clips; gives mean and standard deviation.
+        seed: of the first run.
+        protocol: what else decides the numbers.
+        resolution: of two folders of videos, which are center-cropped and packed at it. Default: the packed one's,
+            else 256.
+        random_windows: of SECOND, too, take a window at random from each clip, not its first frames: for real clips.
+        out: the JSON file. Default: metrics-….json beside the checkpoint; of two folders, in the current folder.
+    """
+    if runs < 1 or not 0 <= seed < 2**30:
+        raise UserError(f"runs {runs}, seed {seed}: runs must be at least 1, the seed from 0 to 2³⁰")
+    if second is not None and data is not None:
+        raise UserError("give a CHECKPOINT and --data, or two folders of clips, not all of them")
+    if second is None and (random_windows or resolution):
+        raise UserError("--random-windows and --resolution are for two folders of clips; a checkpoint has its own")
+    distributed.start()
+    device = pick_device()
+    detectors = open_detectors(detector, frame_detector, device)
+    if second is None:
+        generator, path, clips = open_checkpoint(first, data, device)
+        folder, name = path.parent, path.name
+    else:
+        clips, other = open_two(first, second, resolution)
+        folder, name = Path("."), f"{first.resolve().stem}-{second.resolve().stem}"
+    scores = []
+    for number in range(seed, seed + runs):
+        made = (GeneratedSet(generator, protocol, number, clips.labels) if second is None
+                else ClipSet(other, protocol, number, from_start=not random_windows))  # fmt: skip
+        sets = ClipSet(clips, protocol, number), made
+        scores.append(score(*sets, protocol, detectors))
+    if not distributed.main():
+        return
+    results = summarize(scores)
+    told = report(scores, results, sets, protocol, detectors, seed)
+    if second is None:
+        told["protocol"]["generated"] |= {"checkpoint": str(path), "sha256": digest_of(path / "model.safetensors")}
+    if out is None:
+        key = hashlib.sha256(json.dumps(told["protocol"]).encode()).hexdigest()[:8]
+        out = folder / f"metrics-{name}-{key}.json"
+    print(protocol_lines(told["protocol"]))
+    print(table(results, scores))
+    try:
+        write_text(out, json.dumps(told, indent=1) + "\n")
+    except OSError as error:
+        raise UserError(f"cannot write {out}: {error.strerror}; choose another place with --out") from None
+    print(f"the whole protocol is in {out}")
+
+
+def main():
+    try:
+        tyro.cli(run, config=(tyro.conf.OmitArgPrefixes,), description=__doc__)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit("interrupted; what is in the cache need not be computed again")
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()  # not distributed.finish: after an error, nobody waits
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,222 @@
+"""Rendering: seeds and a way through time → windows of frames, in constant memory and constant time per frame.
+
+A video is a function of time t (in frames of the training data) alone: its motion is v(t), its content is fixed or a
+function of t too. So any stretch of it can be rendered alone, slower, faster, backwards or in a circle.
+"""
+
+import math
+from fractions import Fraction
+from numbers import Integral
+
+import torch
+
+from mostgan.config import UserError
+from mostgan.device import memory_bytes
+from mostgan.motion import content_latent, motion_noise
+
+FARTHEST = 10**8  # frames from 0, either way: so far float64 tells phases apart to eight digits
+
+
+@torch.inference_mode()
+def render(generator, seed, start=0, frames=16, clips=1, motion_seed=None, label=None, psi=1.0, window=None, step=1,
+           loop=None, content_frames=100, style_gain=None):
+    """Stream a video: yields uint8 [clips, n, 3, H, W] for consecutive windows of n ≤ window frames.
+
+    seed: of the first clip, clip i having seed + i; or a list with, per clip, a seed, or a tuple of seeds through which
+    its content moves smoothly and round again, content_frames of time from one to the next. motion_seed: of all clips,
+    or a list; None: as the content (of a tuple the first). label: class index, or one per clip.
+    start: time of the first frame; step: time between frames, negative for backwards. Times are from −10⁸ to 10⁸.
+    loop: frames after which the video repeats exactly; `loop_step` says at what pace. The way through a tuple of seeds
+    then takes one loop. style_gain: {style: gain}, scales motion styles by hand (paper B.1; 0 removes one).
+    window: frames of a clip rendered at once; None: what suits the device. Start and step are taken as decimals.
+
+    Memory does not depend on start or frames, and a frame is the same in whatever stretch it is rendered: to the bit
+    on a CPU (windows lie on a fixed raster of frames, so that the same numbers meet in the same products), elsewhere if
+    the windows are equally long. Raises UserError on arguments that the model cannot serve.
+    """
+    config, device = generator.config, generator.mapping.w_avg.device
+    start, step = exact(start), exact(step)
+    check_render(config, start, step, frames, clips, label, psi, window, loop, content_frames)
+    window = window or choose_window(config, clips, frames, device)
+    seeds, motion_seeds = clip_seeds(seed, motion_seed, clips)
+    gain = gains(config, style_gain, device)
+    one_hot = None
+    if label is not None:
+        one_hot = torch.eye(config.num_labels, device=device)[torch.as_tensor(label)].expand(clips, -1)
+    stops = content_stops(generator, seeds, one_hot, psi)  # [clips, stops, w_dim]
+    moving, content = stops.shape[1] > 1, None
+    if not moving:
+        content = generator.synthesis.content(stops[:, 0], gain)
+
+    anchors = period = None
+    if loop is not None:
+        step, anchors = loop_step(config, step, loop)
+        period = anchors * config.motion_distance
+        content_frames = Fraction(period, stops.shape[1])
+    index = math.floor(start / step)  # of the first frame on the raster of times offset + index · step
+    offset = start - index * step
+    while frames > 0:
+        index = index % loop if loop is not None else index
+        lead = index % window  # frames of this window that come before the wanted ones
+        count = min(window - lead, frames, loop - index if loop is not None else frames)
+        t = frame_times(offset, step, index - lead, window, period).expand(clips, -1)
+        noise, first_anchor = motion_noise(motion_seeds, t, config, anchors)
+        w = content_at(stops, t / float(content_frames)).flatten(0, 1) if moving else stops[:, 0]
+        motion = generator.motion(w, t.to(device), noise.to(device), first_anchor.to(device), one_hot)
+        wanted = slice(lead, lead + count)
+        made = slice(0, window) if device.type == "cuda" else wanted  # a GPU always renders windows of one shape
+        motion = [pick(of_frames, clips, made) for of_frames in motion]
+        if moving:
+            rendered = moving_window(generator, pick(w, clips, made), motion, gain, clips)
+        else:
+            rendered = generator.render_window(content, *motion)
+        yield to_uint8(pick(rendered, clips, slice(wanted.start - made.start, wanted.stop - made.start), flat=False))
+        index, frames = index + count, frames - count
+
+
+def moving_window(generator, w, motion, gain, clips):
+    """Frames [clips · n, 3, H, W] whose content differs from frame to frame: each is a clip of its own.
+
+    w: [clips · n, w_dim]; motion: codes and vectors; gain: of `gains`. On a CPU one frame of each clip at a time, as
+    render_window does it, and for memory: a frame's content weights are as large as the model.
+    """
+    n = len(w) // clips
+    frames = []
+    for some in [slice(0, n)] if w.is_cuda else [slice(i, i + 1) for i in range(n)]:
+        content = generator.synthesis.content(pick(w, clips, some), gain)
+        rendered = generator.render_window(content, *(pick(of_frames, clips, some) for of_frames in motion))
+        frames.append(rendered.unflatten(0, (clips, -1)))
+    return torch.cat(frames, dim=1).flatten(0, 1)
+
+
+def pick(of_frames, clips, wanted, flat=True):
+    """The wanted frames of each clip: [clips · window, …] → [clips · n, …], [clips, n, …] if not flat; None stays."""
+    if of_frames is None:
+        return None
+    picked = of_frames.unflatten(0, (clips, -1))[:, wanted]
+    return picked.flatten(0, 1) if flat else picked
+
+
+# time
+
+
+def exact(number):
+    """A number as the fraction that its decimal digits state: 0.1 is 1/10, whatever its binary form."""
+    try:
+        return Fraction(str(number))
+    except ValueError:
+        raise UserError(f"a time, speed or rate is {number}, but must be a finite number") from None
+
+
+def loop_step(config, step, loop):
+    """(step, anchors) of a loop of so many frames at about the pace `step`.
+
+    Motion closes at anchors (motion_noise), motion_distance apart: so a loop is the nearest whole number of them, at
+    least one, and its pace is what makes them last `loop` frames exactly.
+    """
+    anchors = max(1, round(loop * abs(step) / config.motion_distance))
+    pace = Fraction(anchors * config.motion_distance, loop)
+    return (pace if step > 0 else -pace), anchors
+
+
+def frame_times(offset, step, first, count, period=None):
+    """Times offset + i · step of frames i = first … first+count−1, modulo period: float64 [count], rounded once."""
+    times = [offset + i * step for i in range(first, first + count)]
+    return torch.tensor([float(t if period is None else t % period) for t in times], dtype=torch.float64)
+
+
+# content
+
+
+def clip_seeds(seed, motion_seed, clips):
+    """Seeds per clip: content as tuples, all of one length, and motion, as `render` takes them."""
+    seeds = [seed + i for i in range(clips)] if isinstance(seed, Integral) else list(seed)
+    seeds = [(s,) if isinstance(s, Integral) else tuple(s) for s in seeds]
+    motion_seeds = [s[0] for s in seeds if s] if motion_seed is None else motion_seed
+    motion_seeds = [motion_seeds] * clips if isinstance(motion_seeds, Integral) else list(motion_seeds)
+    if len(seeds) != clips or len(motion_seeds) != clips or len({len(s) for s in seeds}) != 1 or not seeds[0]:
+        raise UserError(f"{len(seeds)} content seeds and {len(motion_seeds)} motion seeds for {clips} clips: give one "
+                        "of each per clip, or tuples of content seeds, all equally long")
+    for s in [s for of_clip in seeds for s in of_clip] + motion_seeds:
+        if not 0 <= s < 2**63:
+            raise UserError(f"seed {s}: a seed must be 0 or more, and less than 2⁶³")
+    return seeds, motion_seeds
+
+
+def content_stops(generator, seeds, one_hot, psi):
+    """w of the seeds that each clip's content goes through: [clips, stops, w_dim]."""
+    z = content_latent([s for of_clip in seeds for s in of_clip], generator.config.z_dim)
+    z = z.to(generator.mapping.w_avg)
+    label = None if one_hot is None else one_hot.repeat_interleave(len(seeds[0]), dim=0)
+    return generator.content_code(z, label, psi).unflatten(0, (len(seeds), -1))
+
+
+def content_at(stops, u):
+    """Content on its way round: the closed Catmull-Rom spline, smooth in velocity too; at u = 0, 1, … it is at stop u.
+
+    stops: w [clips, S, w_dim]; u: float64 [clips, T], in stops → [clips, T, w_dim].
+    """
+    before = u.floor()
+    x = (u - before).unsqueeze(2).to(stops)
+    clip = torch.arange(len(stops)).unsqueeze(1)
+    p = [stops[clip, (before.long() + i) % stops.shape[1]] for i in (-1, 0, 1, 2)]
+    cubic = 3 * (p[1] - p[2]) + p[3] - p[0]
+    return p[1] + x / 2 * (p[2] - p[0] + x * (2 * p[0] - 5 * p[1] + 4 * p[2] - p[3] + x * cubic))
+
+
+def gains(config, style_gain, device):
+    """{style: gain} → one gain per style [K], or None."""
+    if not style_gain:
+        return None
+    gain = torch.ones(config.motion_styles, device=device)
+    for style, value in style_gain.items():
+        if not 0 <= style < config.motion_styles:
+            have = f"has styles 0 to {config.motion_styles - 1}" if config.motion_styles else "has none"
+            raise UserError(f"motion style {style}: the model {have}")
+        if not math.isfinite(value):
+            raise UserError(f"motion style {style}: its gain is {value}, but must be a finite number")
+        gain[style] = value
+    return gain
+
+
+# windows
+
+
+def choose_window(config, clips, frames, device):
+    """Frames of each clip to render at once: a power of two, from the device's memory in all, not from what is free,
+    so that the same command gives the same windows.
+
+    On a CPU, frames are synthesized one by one: a window costs little and is short only so that the first frames of
+    many clips come soon. On a GPU: as many as a quarter of the memory holds, up to 64, and no more than are asked for.
+    """
+    if device.type == "cuda":
+        of_layer = [4 * config.channels(r) * (r * r + 9 * config.channels(r)) * 4 for r in config.resolutions]
+        limit = min(64, memory_bytes(device) // 4 // (clips * max(of_layer)), 2 ** math.ceil(math.log2(frames)))
+    else:
+        limit = min(max(4, 16 // clips), memory_bytes(device) // 8 // (clips * 3 * 8 * config.resolution**2))
+    return 2 ** int(math.log2(max(1, limit)))
+
+
+def to_uint8(frames):
+    """Float frames in [-1, 1] → uint8, as spec §0 evaluates them."""
+    return (frames * 127.5 + 128).clamp(0, 255).to(torch.uint8)
+
+
+def check_render(config, start, step, frames, clips, label, psi, window, loop, content_frames):
+    """Raise UserError on arguments that `render` cannot serve."""
+    for name, value in (("clips", clips), ("frames", frames), ("window", window), ("loop", loop)):
+        if value is not None and value < 1:
+            raise UserError(f"{name} is {value}, but must be at least 1")
+    if step == 0 or content_frames <= 0:
+        raise UserError("a step of no time shows one frame for ever: the speed must not be 0, nor may content_frames")
+    if not math.isfinite(psi):
+        raise UserError(f"psi is {psi}, but must be a finite number")
+    last = start if loop is not None else start + (frames - 1) * step
+    if max(abs(start), abs(last)) > FARTHEST:
+        raise UserError(f"start is {float(start):g} and the last frame is at {float(last):g}, but both must be "
+                        "from −10⁸ to 10⁸ frames")
+    labels = [label] if label is None or isinstance(label, int) else label
+    if config.num_labels and not all(n is not None and 0 <= n < config.num_labels for n in labels):
+        raise UserError(f"the model is conditional: give a label from 0 to {config.num_labels - 1}, not {label}")
+    if not config.num_labels and label is not None:
+        raise UserError(f"label is {label}, but the model was trained without labels: leave it out")

@@ -1,0 +1,198 @@
+"""render.py: any stretch of a video alone, any pace, loops, moving content, motion styles by hand."""
+
+from fractions import Fraction
+
+import pytest
+import torch
+from test_model import TINY, frames_of, make
+
+from mostgan.config import UserError
+from mostgan.render import choose_window, content_at, content_stops, exact, frame_times, loop_step
+
+
+def render(generator, seed=3, **options):
+    return torch.cat(list(generator.render(seed, **options)), dim=1)
+
+
+def assert_close(frames, expected):
+    """The same numbers up to rounding, which at the edge between two levels of uint8 may show."""
+    difference = (frames.int() - expected.int()).abs()
+    assert difference.max() <= 1 and (difference > 0).float().mean() < 2e-3
+
+
+def mean_steps(frames):
+    """How much each frame differs from the one before, [n - 1], over all clips and pixels."""
+    return (frames[:, 1:].float() - frames[:, :-1].float()).abs().mean(dim=(0, 2, 3, 4))
+
+
+# any stretch
+
+
+@pytest.mark.parametrize("options", [
+    {}, {"start": 10_000_000}, {"start": -20}, {"start": 0.1, "step": 0.7}, {"start": 99.5, "step": -0.25},
+    {"step": 1000.5}, {"loop": 21}, {"loop": 40, "step": -1, "start": 5}, {"seed": [(1, 2, 3), (2, 3, 1)]},
+    {"seed": [(1, 2), (5, 6)], "loop": 30}, {"window": 4}, {"label": 1},
+], ids=str)  # fmt: skip
+def test_a_stretch_alone_is_the_same_to_the_bit(options):
+    """What several machines render in pieces, joined, is what one renders."""
+    generator = make(num_labels=2 * ("label" in options))
+    options = {"clips": 2, "start": 0, "step": 1} | options
+    whole = render(generator, frames=50, **options)
+    assert whole.shape == (2, 50, 3, 32, 32) and whole.dtype == torch.uint8
+    assert len(torch.unique(whole[0].flatten(1), dim=0)) == min(50, options.get("loop", 50))
+    step = exact(options["step"])
+    if "loop" in options:
+        step, _ = loop_step(TINY, step, options["loop"])
+    for first, count in ((0, 1), (1, 20), (17, 16), (21, 29), (49, 1)):
+        piece = render(generator, frames=count, **options | {"start": exact(options["start"]) + first * step})
+        assert torch.equal(piece, whole[:, first : first + count])
+
+
+def test_other_windows_give_the_same_up_to_rounding():
+    generator = make()
+    whole = render(generator, frames=40, clips=2, window=16)
+    for window in (1, 7, 64):
+        assert_close(render(generator, frames=40, clips=2, window=window), whole)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("t", [0.0, 1e7, -1e7, 1e8 - 8])
+def test_far_frames_match_float64(t):
+    generator = make()
+    times = t + torch.arange(4, dtype=torch.float64)[None] * 1.25
+    near = frames_of(generator, [5], times - t)
+    single = frames_of(generator, [5], times)
+    double = frames_of(generator.double(), [5], times)
+    assert (single - double).norm() / double.norm() < 1e-4
+    moved, moved_near = ((x[1:] - x[:-1]).norm() for x in (double, near))
+    assert 0.2 < moved / moved_near < 5  # as much as near 0: phases that were rounded would jump
+
+
+def test_times_are_decimals_rounded_once():
+    start, step = exact(0.1), exact(0.7)
+    assert (start, step) == (Fraction(1, 10), Fraction(7, 10)) and exact(Fraction(1, 3)) == Fraction(1, 3)
+    assert frame_times(start, step, 17, 3).tolist() == [12.0, 12.7, 13.4]  # 0.1 + 17 · 0.7 in floats is 11.999…
+    assert frame_times(exact(1e7), -step, 0, 2, period=32).tolist() == [0.0, 31.3]
+
+
+def test_windows_are_powers_of_two_that_fit():
+    device = torch.device("cpu")
+    assert [choose_window(TINY, clips, 1000, device) for clips in (1, 2, 3, 9, 100)] == [16, 8, 4, 4, 4]
+
+
+# pace
+
+
+def test_pace():
+    generator = make()
+    plain = render(generator, frames=33, start=8)
+    slow = render(generator, frames=65, start=8, step=0.5)
+    assert_close(slow[:, ::2], plain)
+    assert (mean_steps(slow) > 0).all() and mean_steps(slow).mean() < 0.75 * mean_steps(plain).mean()
+    assert_close(render(generator, frames=11, start=8, step=3), plain[:, ::3][:, :11])
+    assert_close(render(generator, frames=33, start=40, step=-1), plain.flip(1))
+
+
+def test_time_runs_through_zero_without_a_seam():
+    """Frame 0 is like any other: time has no beginning."""
+    steps = mean_steps(render(make(), start=-40, frames=80, clips=4))
+    assert steps[39:41].max() <= steps.max() and steps.min() > 0
+
+
+# loops
+
+
+@pytest.mark.parametrize("loop, options", [
+    (16, {}), (37, {}), (48, {"step": -0.5}), (5, {"start": 3}), (20, {"start": 1e7}), (33, {"start": -7.5, "step": 2}),
+    (40, {"seed": [(1, 2, 3)] * 2}), (12, {"motion_styles": 0}), (12, {"label": 1}),
+], ids=str)  # fmt: skip
+def test_a_loop_repeats_to_the_bit_and_has_no_seam(loop, options):
+    generator = make(num_labels=2 * ("label" in options), motion_styles=options.pop("motion_styles", 8))
+    frames = render(generator, frames=2 * loop + 3, clips=2, loop=loop, **options)
+    assert torch.equal(frames[:, loop:], frames[:, : loop + 3])
+    # From the last frame to the first is a step like the others: compare with its neighbours' on either side.
+    steps = mean_steps(frames)
+    near = [steps[i] for i in (loop - 3, loop - 2, loop, loop + 1)]
+    assert steps[loop - 1] <= 1.5 * max(near)
+
+
+def test_a_loop_is_a_path_of_whole_anchors():
+    """Every frame of a loop has a motion code at a time within it; paces are chosen as near as can be."""
+    D = TINY.motion_distance  # 16
+    for loop, step, anchors in ((16, 1, 1), (5, 1, 1), (24, 1, 2), (100, 1, 6), (100, -0.25, 2), (7, 10, 4)):
+        pace, count = loop_step(TINY, exact(step), loop)
+        assert count == anchors and pace * loop == anchors * D * (1 if step > 0 else -1)
+    generator = make()
+    # Up to half way through a long loop's anchors, noise rows are those of the endless video: so are the frames.
+    long = render(generator, frames=16, loop=16 * 64)
+    assert_close(long, render(generator, frames=16))
+
+
+def test_the_seam_would_show_without_periodic_noise(monkeypatch):
+    import mostgan.render as module
+
+    noise = module.motion_noise
+    monkeypatch.setattr(module, "motion_noise", lambda seeds, t, config, loop: noise(seeds, t, config))
+    steps = mean_steps(render(make(), frames=66, clips=2, loop=64))
+    assert steps[63] > 2 * steps[:63].max()
+
+
+# content and motion
+
+
+def test_content_and_motion_seeds_are_apart():
+    generator = make()
+    both = render(generator, [1, 1, 2, 2], clips=4, frames=8, motion_seed=[5, 6, 5, 6])
+    for i, (content, motion) in enumerate([(1, 5), (1, 6), (2, 5), (2, 6)]):
+        assert_close(both[i : i + 1], render(generator, content, frames=8, motion_seed=motion))
+    assert not torch.equal(both[0], both[1]) and not torch.equal(both[0], both[2])
+
+
+def test_psi_0_is_the_mean_content():
+    generator = make()
+    generator.mapping.w_avg.normal_(generator=torch.Generator().manual_seed(0))
+    alike = render(generator, 0, clips=2, frames=4, motion_seed=1, psi=0)
+    assert_close(alike[0], alike[1])
+    assert not torch.equal(render(generator, 0, frames=4, motion_seed=1), alike[:1])
+
+
+@pytest.mark.parametrize("changes", [{}, {"num_labels": 2}, {"motion_styles": 0}, {"modulation_order": "motion_first"}])
+def test_content_moves_through_its_seeds(changes):
+    """At its stops the content is the seed's; between them it moves in steps that are small; and round again."""
+    generator = make(**changes)
+    label = {"label": 1} if "num_labels" in changes else {}
+    moving = render(generator, [(7, 8, 9)], frames=40, content_frames=12, motion_seed=5, **label)
+    for k, seed in enumerate((7, 8, 9, 7)):
+        still = render(generator, seed, start=12 * k, frames=2, motion_seed=5, **label)
+        assert_close(moving[:, 12 * k : 12 * k + 1], still[:, :1])
+        assert not torch.equal(moving[:, 12 * k + 1 : 12 * k + 2], still[:, 1:])
+    jump = mean_steps(torch.cat([render(generator, s, frames=1, motion_seed=5, **label) for s in (7, 8)], dim=1))
+    assert mean_steps(moving).max() < jump
+
+
+def test_the_way_of_the_content_is_smooth():
+    stops = content_stops(make().double(), [(1, 2, 3, 4)], None, 1.0)
+    u = torch.linspace(-1, 5, 6001, dtype=torch.float64)[None]
+    w = content_at(stops, u)
+    velocity = (w[:, 1:] - w[:, :-1]) * 1000
+    assert (velocity[:, 1:] - velocity[:, :-1]).abs().max() < 0.03 * velocity.abs().max()  # no kink at a stop
+    assert torch.allclose(content_at(stops, u[:, :1] + 4), w[:, :1])
+
+
+# motion styles by hand
+
+
+def test_style_gains():
+    generator = make()
+    plain = render(generator, frames=6)
+    assert torch.equal(render(generator, frames=6, style_gain={2: 1.0}), plain)
+    without = render(generator, frames=6, style_gain={2: 0.0})
+    assert not torch.equal(without, plain)
+    half = render(generator, frames=6, style_gain={2: 0.5})
+    assert 0 < (half.float() - plain.float()).norm() < (without.float() - plain.float()).norm()
+    # Without any style, a layer's weight is its content's: the motion of StyleGAN-V remains.
+    bare = make(motion_styles=0)
+    bare.load_state_dict({k: v for k, v in generator.state_dict().items() if k in bare.state_dict()})
+    assert_close(render(generator, frames=6, style_gain={k: 0.0 for k in range(8)}), render(bare, frames=6))
+    with pytest.raises(UserError, match="has none"):
+        render(bare, style_gain={0: 0.5})

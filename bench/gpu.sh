@@ -9,8 +9,8 @@ set -uo pipefail
 cd "$(dirname "$0")/.."
 out=bench/results
 [ "${1:-}" = --out ] && out=$2
-mkdir -p "$out/logs"
 python3 -c 'import torch; assert torch.cuda.is_available()' 2>/dev/null || { echo "gpu.sh: there is no GPU"; exit 1; }
+mkdir -p "$out/logs"
 failed=()
 
 part() {  # name, seconds it may take, command

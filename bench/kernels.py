@@ -218,7 +218,8 @@ class Recorder:
         source = ASTSource(kernel, signature, constants, hints)
         compiled = triton_compile(source, target=GPUTarget("cuda", self.arch, 32), options=options)
         name = kernel.__name__.strip("_")
-        row = dict(kernel=name, arch=self.arch, dtype=signature.get("weight_ptr") or signature.get("x_ptr"))
+        kind = next(p for p in ("content_ptr", "style_ptr", "weight_ptr", "x_ptr", "grad_ptr") if p in signature)
+        row = dict(kernel=name, arch=self.arch, dtype=signature[kind])
         row["backward"] = "grad_" in name or "backward" in name or "find" in name
         row["tile"] = {k: v for k, v in constants.items() if k.startswith("BLOCK") or k in ("R", "MODE", "COLUMNS")}
         self.rows.append(row | options | resources(compiled))

@@ -26,7 +26,7 @@ import kernels
 from mostgan import augment, distributed, metrics
 from mostgan.config import DATASETS, TrainConfig, UserError, train_preset
 from mostgan.data import batches, open_data, sample_fake
-from mostgan.device import make_deterministic, pick_device
+from mostgan.device import choose_kernels, make_deterministic, pick_device
 from mostgan.discriminator import Discriminator
 from mostgan.faults import memory_advice
 from mostgan.loss import Latents, discriminator_objective, frozen, generator_objective, r1_objective
@@ -54,7 +54,7 @@ def train(config: TrainConfig, out: Path | None = None, resume: Resume | None = 
     if config.deterministic:
         make_deterministic()
     device, main = pick_device(), distributed.main()
-    kernels.use(config.kernels)
+    choose_kernels(config.kernels, config.compile, device)
     clips = distributed.in_turn(lambda: open_data(config.data, config.dataset, config.model.resolution, config.cache))
     config = with_shares(with_labels(config, clips))
     detectors = None
@@ -71,7 +71,7 @@ def train(config: TrainConfig, out: Path | None = None, resume: Resume | None = 
 
     world, rank = distributed.size(), distributed.rank()
     data = batches(clips, config.batch_clips // world, config.model.frames_per_clip, config.seed, state.step,
-                   config.mirror, config.workers, config.model.max_num_frames, device, rank=rank, world=world)
+                   config.mirror, config.workers, config.model.max_num_frames, device, config.sampling, rank, world)
     total, logged = round(config.total_kframes * 1000), state.frames
     bar = tqdm(total=total, initial=state.frames, unit="frame", unit_scale=True, smoothing=0.02,
                disable=None if main else True)
@@ -193,7 +193,8 @@ def discriminator_step(state, real, fakes, draw, objective, config, stats):
 
 
 def r1_step(state, real, draw, objective, config, stats):
-    """R1, lazily: every r1_interval steps and that many times as strong. In float32, for its gradients are small."""
+    """R1, lazily: every r1_interval steps and that many times as strong. In float32, for its gradients are small
+    (a GPU's convolutions round to tf32, as is PyTorch's default)."""
     D, total = state.D, 0.0
     for _, piece in zip(draw.shares("R1"), real):
         penalty = objective(D, piece, draw.augmentation())
@@ -244,9 +245,13 @@ class Draws:
     def latents(self):
         """Latents of a piece of generated clips."""
         model, B, device = self.config.model, self.rows, self.device
-        t = sample_fake(self.clips.lengths, B, model.frames_per_clip, self.rng, model.max_num_frames)
+        t = sample_fake(self.clips.lengths, B, model.frames_per_clip, self.rng, model.max_num_frames,
+                        self.config.sampling)  # fmt: skip
         first_anchor = torch.from_numpy(np.floor(t[:, 0] / model.motion_distance).astype(np.int64)).to(device)
-        rows = FRAME_ANCHORS + -(-max(LONGEST_SPAN, model.frames_per_clip) // model.motion_distance)
+        longest = LONGEST_SPAN
+        if self.config.sampling == "uniform":
+            longest = min(int(self.clips.lengths.max()), model.max_num_frames)
+        rows = FRAME_ANCHORS + -(-max(longest, model.frames_per_clip) // model.motion_distance)
         label = None
         if model.num_labels:
             label = self.one_hot(torch.from_numpy(self.rng.choice(self.clips.labels, B)))

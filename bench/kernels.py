@@ -15,7 +15,6 @@ launcher launches for A100 and H100 (sm_80, sm_90) and prints registers, shared 
 
 import argparse
 import functools
-import json
 import os
 import re
 import statistics
@@ -29,6 +28,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # else `kernels` is this file
 import kernels
+from bench.timing import write
 from kernels import reference
 
 AOT_LAYERS = [(torch.bfloat16, 16, 1, 8), (torch.bfloat16, 128, 1, 8), (torch.bfloat16, 16, 10, 10),
@@ -135,10 +135,11 @@ def ceilings(dtype, device):
     return 2 * size / copy * 1e3, 2 * edge**3 / milliseconds(lambda: a @ a, device) * 1e3
 
 
-def measure(args, dtype, device):
-    """Rows of the table, printed as they come."""
+def measure(args, dtype, device, result):
+    """Rows of the table, printed and written as they come."""
     kernels.use("triton")
     copy, matmul = ceilings(dtype, device)
+    result["ceilings"] = dict(copy_bytes_per_s=copy, matmul_flop_per_s=matmul)
     print(f"copy {copy / 1e9:.0f} GB/s, matrix product {matmul / 1e12:.2f} TFLOP/s in {args.dtype}\n")
     print(f"{'op':22}{'layer':>20}{'frames':>7}{'Triton':>10}{'compiled':>10}{'eager':>10}"
           f"{'GB/s':>8}{'TFLOP/s':>9}{'floor':>7}   times in ms")
@@ -156,13 +157,14 @@ def measure(args, dtype, device):
                 row = dict(op=op, layer=shape, frames=frames, bytes=nbytes, flop=share * flop, floor_ms=floor)
                 runs = {"triton_ms": fast if device == "cuda" else None, "compiled_ms": None, "eager_ms": plain}
                 if device == "cuda" and frames == args.compile_at and not direction and plain is not unfolded:
-                    runs["compiled_ms"] = torch.compile(plain, dynamic=False)
+                    torch.compiler.reset()  # or the ninth shape of a function would run eagerly
+                    runs["compiled_ms"] = torch.compile(plain, dynamic=False, fullgraph=True)
                 for key, run in runs.items():
                     run = run and wrap(run)
                     row[key] = None if run is None else milliseconds(functools.partial(run, *inputs), device)
                 rows.append(row)
                 show(row)
-    return rows, dict(copy_bytes_per_s=copy, matmul_flop_per_s=matmul)
+                write(args.out, result | dict(rows=rows))  # row by row: a run that is cut off has its figures
 
 
 def show(row):
@@ -290,20 +292,18 @@ def main():
     parser.add_argument("--compile-at", type=int, default=64)
     parser.add_argument("--only", help="only ops whose name holds this")
     parser.add_argument("--aot", action="store_true")
-    parser.add_argument("--out")
+    parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     result = dict(torch=torch.__version__)
     if args.aot:
-        result["aot"] = compile_all()
+        write(args.out, result | dict(aot=compile_all()))
     else:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         args.frames = args.frames or ([1, 16, 64, 192] if device == "cuda" else [1, 2])
         args.dtype = args.dtype or ("bfloat16" if device == "cuda" else "float32")
         result["device"] = torch.cuda.get_device_name() if device == "cuda" else "CPU"
         print(result["device"] + ("" if device == "cuda" else ": no Triton here, the reference alone at small shapes"))
-        result["rows"], result["ceilings"] = measure(args, getattr(torch, args.dtype), device)
-    if args.out:
-        Path(args.out).write_text(json.dumps(result, indent=1))
+        measure(args, getattr(torch, args.dtype), device, result)
 
 
 if __name__ == "__main__":

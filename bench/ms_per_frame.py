@@ -15,7 +15,6 @@ it, beside the same frames rendered only.
 
 import argparse
 import importlib.util
-import json
 import statistics
 import sys
 import tempfile
@@ -26,7 +25,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # else `kernels` is bench/kernels.py
 import kernels
-from bench.timing import copy_rate, describe, matmul_rate, seconds
+from bench.timing import copy_rate, describe, matmul_rate, seconds, write
 from mostgan.config import ModelConfig
 from mostgan.device import peak_memory_mb, pick_device
 from mostgan.model import Generator
@@ -128,6 +127,7 @@ def main():
             rows.append(row)
             rates.append(rate)
             show(row)
+            write(args.out, result | dict(rows=rows))
     measured = [row for row in rows if "error" not in row]
     if not measured:
         sys.exit("ms_per_frame.py: every variant failed")
@@ -141,8 +141,7 @@ def main():
     else:
         print("PyAV is not installed: nothing is written to an mp4")
     print(f"matrix product {result['matmul_gflop_per_s']:.0f} GFLOP/s, copy {bandwidth / 1e9:.0f} GB/s")
-    if args.out:
-        args.out.write_text(json.dumps(result, indent=2) + "\n")
+    write(args.out, result)
     if "fraction_of_matmul_rate" in measured[-1]:
         print(f"fraction of matmul rate: {measured[-1]['fraction_of_matmul_rate']:.2f}")
     if len(measured) < len(rows):

@@ -3,6 +3,8 @@
 import importlib.abc
 import importlib.machinery
 import importlib.util
+import json
+import shutil
 import statistics
 import subprocess
 import sys
@@ -17,7 +19,10 @@ import torch
 def describe(device):
     """What figures depend on, for the JSON of a result."""
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
+    commit = ""
+    if shutil.which("git"):
+        command = ["git", "describe", "--always", "--dirty"]
+        commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
     return dict(device=name, torch=torch.__version__, date=str(date.today()), commit=commit)
 
 
@@ -31,6 +36,13 @@ def seconds(run, device, repeats, warmups=1):
         synchronize(device)
         times.append(time.perf_counter() - started)
     return statistics.median(times[warmups:])
+
+
+def write(path, result):
+    """Write a result to a JSON file, if a path was given; again after every row, so that a run cut off leaves some."""
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(result, indent=1) + "\n")
 
 
 def synchronize(device):

@@ -12,7 +12,6 @@ On a GPU: paper256, compiled, for each choice of kernels. On a CPU: tiny, eager.
 
 import argparse
 import dataclasses
-import json
 import statistics
 import sys
 import time
@@ -23,7 +22,7 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # else `kernels` is bench/kernels.py
-from bench.timing import describe, do_without, matmul_rate, synchronize
+from bench.timing import describe, do_without, matmul_rate, synchronize, write
 
 do_without("av", "tqdm", "tyro")
 import kernels
@@ -145,8 +144,7 @@ def main():
         phases = "  ".join(f"{name} {ms:.1f}" for name, ms in row["phases_ms"].items())
         print(f"{row['kernels']:12}{str(row['compiled']):>9}{row['frames_per_second']:10.1f}{row['ms_per_step']:9.1f}"
               f"{mfu}{row['peak_memory_mb']:9.0f}   {phases}", flush=True)
-    if args.out:
-        args.out.write_text(json.dumps(result, indent=2) + "\n")
+        write(args.out, result)
     failed = sum("error" in row for row in result["rows"])
     if failed:
         sys.exit(f"train_step.py: {failed} of {len(result['rows'])} rows failed")

@@ -138,6 +138,8 @@ class TrainConfig:
     """the D step judges the G step's clips, not fresh ones: a sixth less work"""
     mirror: bool = True
     """show clips mirrored left-right half of the time"""
+    sampling: str = "spans"
+    """which frames of a clip D sees: spans (spec §8: all within 32 frames) or uniform (any of the clip)"""
     seed: int = 0
     total_kframes: float = 25_000
     """length of the training, in thousands of real frames"""
@@ -188,7 +190,7 @@ class TrainConfig:
     eval_frame_detector: str | None = None
     """the same for FID"""
     precision: str = "bf16"
-    """bf16 (autocast with float32 master weights; needs a GPU) or float32"""
+    """bf16 (autocast with float32 master weights; needs a GPU) or float32 (a GPU's convolutions in tf32)"""
     compile: bool = True
     """torch.compile the G step, the D step and R1, each as one graph; the first step then takes a minute or more"""
     kernels: str = "reference"
@@ -220,6 +222,8 @@ class TrainConfig:
             raise UserError(f"augment is {self.augment!r}: bgc, bgc_noro, easy or none")
         if self.precision not in ("bf16", "float32"):
             raise UserError(f"precision is {self.precision!r}: bf16 or float32")
+        if self.sampling not in ("spans", "uniform"):
+            raise UserError(f"sampling is {self.sampling!r}: spans or uniform")
         if self.kernels not in ("triton", "reference"):
             raise UserError(f"kernels is {self.kernels!r}: triton or reference")
 

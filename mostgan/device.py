@@ -3,9 +3,13 @@
 import ctypes
 import os
 import resource
+import shutil
 import sys
 
 import torch
+
+import kernels
+from mostgan.config import UserError
 
 
 def pick_device():
@@ -21,6 +25,17 @@ def pick_device():
         for parameter, value in ((-4, 0), (-1, 2**31 - 1), (-2, 64 * 2**20)):
             libc.mallopt(parameter, value)
     return torch.device("cpu")
+
+
+def choose_kernels(choice, compiles, device):
+    """kernels.use(choice), and is there what torch.compile needs? Raises UserError where something is not installed."""
+    try:
+        kernels.use(choice)
+    except ImportError:
+        raise UserError("--kernels triton: Triton is not installed: pip install triton, or leave it out") from None
+    compilers = [os.environ["CXX"]] if "CXX" in os.environ else ["g++", "clang++", "c++"]
+    if compiles and device.type == "cpu" and not any(map(shutil.which, compilers)):
+        raise UserError("--compile on a CPU needs a C++ compiler, and there is none: install g++, or say --no-compile")
 
 
 def make_deterministic():

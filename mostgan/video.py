@@ -181,8 +181,8 @@ def _only_packet(context, frame):
     return bytes(packet)
 
 
-# JPEG's Y, Cb, Cr → R, G, B; the offset undoes that of Cb and Cr and rounds. In multiples of 2⁻¹⁴, so that float32 holds
-# every product and sum exactly: the same frame comes out whatever the order of the sums, on any machine.
+# JPEG's Y, Cb, Cr → R, G, B; the offset undoes that of Cb and Cr and rounds. In multiples of 2⁻¹⁴, so that float32
+# holds every product and sum exactly: the same frame comes out whatever the order of the sums, on any machine.
 TO_RGB = torch.tensor([[1, 0, 1.402], [1, -0.344136, -0.714136], [1, 1.772, 0]]).mul(2**14).round() / 2**14
 TO_RGB_OFFSET = 0.5 - 128 * TO_RGB[:, 1:].sum(1, keepdim=True)
 

@@ -207,9 +207,10 @@ def test_presets():
         train_preset("tiny", "mars")
 
 
-def test_generated_times_fit_the_noise(packed):
+@pytest.mark.parametrize("sampling", ["spans", "uniform"])
+def test_generated_times_fit_the_noise(packed, sampling):
     """Whatever the times drawn, the noise covers their anchors."""
-    config = make_config(packed, model=dataclasses.replace(MODEL, motion_distance=16))
+    config = make_config(packed, model=dataclasses.replace(MODEL, motion_distance=16), sampling=sampling)
     clips = Clips(packed)
     state = training.new_state(config, CPU)
     for step in range(20):

@@ -114,7 +114,7 @@ def main():
     print(f"{device()}; {args.resolution} pixels, {share:.0%} of the frames are JPEG; torch {torch.__version__}")
     base = statistics.median(rates.get("decode: Pillow, to [3,H,W]", [0]))  # what the loader must deliver as well
     for name, value, unit in rows:
-        compared = f" {value / base:5.2f} x Pillow to [3,H,W]" if base and name.startswith("decode") else ""
+        compared = f" {value / base:5.2f} x Pillow to [3,H,W]" if base and not name.startswith("loader") else ""
         print(f"{name:32s} {value:8.0f} {unit:18s}{compared}")
     if args.out:
         record = {"device": device(), "resolution": args.resolution, "jpeg_share": share}

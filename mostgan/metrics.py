@@ -191,8 +191,9 @@ def merge(runs: list[Scores], results) -> Scores:
         whole.notes.extend(note for note in run.notes if note not in whole.notes)
         whole.samples.update({key: counts for key, counts in run.samples.items() if key not in whole.samples})
     for key, result in results.items():
-        if len(result["runs"]) < len(runs):
-            whole.notes.append(f"{label(key).strip()}: of {len(result['runs'])} of {len(runs)} runs; the others have none")
+        count = len(result["runs"])
+        if count < len(runs):
+            whole.notes.append(f"{label(key).strip()}: of {count} of {len(runs)} runs; the others have none")
     return whole
 
 

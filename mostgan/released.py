@@ -342,8 +342,8 @@ def _fitted(state, network, config):
         if tuple(state[name].shape) != expected[name]:
             raise UserError(f"its {what} has {name} of shape {tuple(state[name].shape)}, but the rest of it goes with "
                             f"{expected[name]}")
-        if not state[name].isfinite().all():
-            raise UserError(f"its {what} has {name} with numbers that are not finite")
+        if not state[name].float().isfinite().all():
+            raise UserError(f"its {what} has {name} with numbers that are not finite in float32")
     return {name: state[name].float().contiguous() for name in expected}
 
 

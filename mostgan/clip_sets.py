@@ -28,7 +28,7 @@ from mostgan.model import Generator
 
 VIDEO_METRICS = {16: {"fvd16": 1}, 128: {"fvd128": 1, "fvd128_every8": 8}}  # frames of a clip → name → frame stride
 FRAME_METRIC = {16: "fid"}  # over all frames of FVD16's clips
-CACHE_VERSION = 1  # raise it when what is collected changes, or how frames are decoded
+CACHE_VERSION = 2  # raise it when what is collected changes, or how frames are decoded
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Protocol:
     long_clips: int = 16
     """videos of up to 1,024 frames that are searched for repetition"""
     batch: int = 8
-    """clips rendered at a time; another number changes the last digits"""
+    """clips rendered or read at a time; another number changes the last digits"""
     precision: Literal["float32", "bf16"] = "float32"
     """of the generator; detectors compute in float32"""
 
@@ -231,15 +231,14 @@ def measure_once(clip_set: ClipSet, n, detectors, show):
 
 
 def all_together(sums: Sums) -> Sums:
-    """The sums of all processes, added up in their order, on the CPU."""
+    """The sums of all processes, merged in their order, on the CPU."""
     sums, parts = {name: value.cpu() for name, value in sums.items()}, [None] * distributed.size()
     if len(parts) == 1:
         return sums
     dist.all_gather_object(parts, sums)
     whole = {}
     for part in parts:
-        for name, value in part.items():
-            frechet.add(whole, name, value)
+        frechet.merge(whole, part)
     return whole
 
 
@@ -257,7 +256,7 @@ def cache_file(clip_set, n, detectors):
     of all that they depend on: the data's checksum, the protocol, the detectors."""
     protocol = clip_set.protocol
     key = [CACHE_VERSION, data_checksum(clip_set.clips), clip_set.from_start, n, clip_set.seed, detectors.device.type]
-    key += [protocol.long_clips] if n == "long" else [protocol.clips]
+    key += [protocol.long_clips] if n == "long" else [protocol.clips, protocol.batch]
     key += [detectors.video.sha256] * (n in VIDEO_METRICS) + [detectors.frame.sha256] * (n in FRAME_METRIC)
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(home, "mostgan", "metrics", hashlib.sha256(json.dumps(key).encode()).hexdigest()[:24] + ".safetensors")

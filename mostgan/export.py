@@ -73,6 +73,8 @@ def export_file(generator, path, clips=1):
         raise UserError(f"{path} must end in .pt2, as PyTorch wants it of exported programs")
     if not path.parent.is_dir():
         raise UserError(f"{path.parent} is not a folder")
+    if path.exists():
+        raise UserError(f"{path} is there already: choose another name")
     if clips < 1:
         raise UserError(f"--clips is {clips}, but must be at least 1")
     program, config = export_window(generator, clips), generator.config

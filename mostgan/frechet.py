@@ -1,7 +1,8 @@
 """The Fréchet distance between two sets of clips or frames, its statistics, networks that describe clips (spec §9).
 
-Whatever is collected about a set is a sum over its clips, in float64, under a name: a dict of tensors. So memory does
-not grow with the set, sums of several processes add up to those of one, and they can be stored and read again.
+Whatever is collected about a set is a sum over its clips, or the mean and scatter of their features, in float64, under
+a name: a dict of tensors. So memory does not grow with the set, what several processes collected can be merged into
+what one would have, and it can be stored and read again.
 """
 
 import hashlib
@@ -17,7 +18,7 @@ from mostgan.config import UserError
 from mostgan.motion import content_latent
 from mostgan.packing import digest_of
 
-Sums = dict[str, torch.Tensor]  # name → float64 sum
+Sums = dict[str, torch.Tensor]  # name → float64 sum, mean or scatter
 
 
 def add(sums: Sums, name: str, value):
@@ -27,17 +28,36 @@ def add(sums: Sums, name: str, value):
 
 
 def add_features(sums: Sums, name: str, features):
-    """Take in the features [B, F] of B more samples: their number, sum and outer products."""
+    """Take in the features [B, F] of B more samples: their number, mean, and scatter Σ (x − mean)(x − mean)ᵀ."""
     features = features.double()
-    add(sums, f"{name}.count", len(features))
-    add(sums, f"{name}.sum", features.sum(0))
-    add(sums, f"{name}.outer", features.T @ features)
+    mean = features.mean(0)
+    centered = features - mean
+    count = torch.tensor(len(features), dtype=torch.float64)
+    merge(sums, {f"{name}.count": count, f"{name}.mean": mean, f"{name}.scatter": centered.T @ centered})
+
+
+def merge(sums: Sums, more: Sums):
+    """Take in what was collected about other samples. Sums add up; means and scatters become those of all samples.
+
+    That is Chan, Golub and LeVeque's formula. Sums of x and x xᵀ would be simpler, but where a mean is much larger than
+    the spread their difference, the covariance, has few correct digits.
+    """
+    described = [name.removesuffix(".mean") for name in more if name.endswith(".mean")]
+    for count, mean, scatter in ([f"{name}.{part}" for part in ("count", "mean", "scatter")] for name in described):
+        if count in sums:
+            step, share = more[mean] - sums[mean], more[count] / (sums[count] + more[count])
+            sums[mean] = sums[mean] + share * step
+            sums[scatter] = sums[scatter] + more[scatter] + sums[count] * share * torch.outer(step, step)
+        else:
+            sums[mean], sums[scatter] = more[mean], more[scatter]
+    for name, value in more.items():
+        if not name.endswith((".mean", ".scatter")):
+            add(sums, name, value)
 
 
 def mean_and_covariance(sums: Sums, name: str):
     """Of the features added under name: μ [F], population covariance Σ [F, F] (divided by the count), float64."""
-    count, mean = sums[f"{name}.count"], sums[f"{name}.sum"] / sums[f"{name}.count"]
-    return mean, sums[f"{name}.outer"] / count - torch.outer(mean, mean)
+    return sums[f"{name}.mean"], sums[f"{name}.scatter"] / sums[f"{name}.count"]
 
 
 def square_root(covariance):

@@ -99,7 +99,7 @@ def score(real: ClipSet, generated: ClipSet | GeneratedSet, protocol, detectors,
 def add_distance(scores, key, name, real, made):
     """The Fréchet distance, the numbers of samples, and a note where they are too few for their features."""
     scores.values[key] = frechet.distance(real, made, name)
-    counts, features = [int(sums[f"{name}.count"]) for sums in (real, made)], len(real[f"{name}.sum"])
+    counts, features = [int(sums[f"{name}.count"]) for sums in (real, made)], len(real[f"{name}.mean"])
     scores.samples[key] = counts
     few = [f"{count:,} {which}" for which, count in zip(("real", "generated"), counts) if count <= features]
     if few:
@@ -173,24 +173,39 @@ def label(key):
 
 
 def summarize(runs: list[Scores]):
-    """The scores of several runs → {name: {"mean", "std", "runs"}}; std with n − 1, None for one run."""
+    """The scores of several runs → {name: {"mean", "std", "runs"}}, of the runs that have the name, each name in its
+    first run's order; std with n − 1, None for one run."""
     results = {}
-    for key in runs[0].values:
+    for key in dict.fromkeys(key for run in runs for key in run.values):
         values = [run.values[key] for run in runs if key in run.values]
         std = float(np.std(values, ddof=1)) if len(values) > 1 else None
         results[key] = {"mean": float(np.mean(values)), "std": std, "runs": values}
     return results
 
 
-def table(results, runs: list[Scores]):
+def merge(runs: list[Scores], results) -> Scores:
+    """What the runs say besides their values, each thing once; and a note where not all runs have a value."""
+    whole = Scores({}, {}, [], {}, {})
+    for run in runs:
+        whole.skipped.update({key: why for key, why in run.skipped.items() if key not in whole.skipped | results})
+        whole.notes.extend(note for note in run.notes if note not in whole.notes)
+        whole.samples.update({key: counts for key, counts in run.samples.items() if key not in whole.samples})
+    for key, result in results.items():
+        count = len(result["runs"])
+        if count < len(runs):
+            whole.notes.append(f"{label(key).strip()}: of {count} of {len(runs)} runs; the others have none")
+    return whole
+
+
+def table(results, merged: Scores):
     """The results in lines: value ± std, and how many real and generated samples it is of."""
     lines = [f"{'':32}{'value':>12}{'±':>10}   samples, real and generated"]
     for key, result in results.items():
         std = "" if result["std"] is None else f"{result['std']:.3g}"
-        samples = ", ".join(f"{count:,}" for count in runs[0].samples.get(key, []))
+        samples = ", ".join(f"{count:,}" for count in merged.samples.get(key, []))
         lines.append(f"{label(key):32}{result['mean']:>12.5g}{std:>10}   {samples}".rstrip())
-    lines += [f"{label(key):32}{'—':>12}{'':10}   {reason}" for key, reason in runs[0].skipped.items()]
-    lines += [f"note: {note}" for note in runs[0].notes]
+    lines += [f"{label(key):32}{'—':>12}{'':10}   {reason}" for key, reason in merged.skipped.items()]
+    lines += [f"note: {note}" for note in merged.notes]
     if any(key.startswith("proxy_") for key in results):
         lines.append("note: proxy: features of a random network, as no detector was given (--detector, "
                      "--frame-detector); good only for comparing runs with one another")
@@ -222,12 +237,12 @@ def describe_detector(detector):
     return {"name": detector.name, "sha256": detector.sha256, "proxy": detector.proxy}
 
 
-def report(runs, results, sets, protocol, detectors: Detectors, seed):
+def report(runs, results, merged: Scores, sets, protocol, detectors: Detectors, seed):
     """All that the JSON file says: the results and the whole protocol."""
     cuda = detectors.device.type == "cuda"
     return {
         "format": "mostgan-metrics", "version": 1, "date": datetime.date.today().isoformat(),
-        "results": results, "not_measured": runs[0].skipped, "notes": runs[0].notes, "samples": runs[0].samples,
+        "results": results, "not_measured": merged.skipped, "notes": merged.notes, "samples": merged.samples,
         "temporal_spectra": [run.spectra for run in runs],
         "protocol": asdict(protocol) | {
             "real": sets[0].describe(), "generated": sets[1].describe(), "runs": len(runs), "seed": seed,
@@ -266,6 +281,9 @@ def open_checkpoint(path, data, device):
 
 def open_two(first, second, resolution):
     """Two sets of clips at one resolution: of the packed one, if either is packed, else as asked, else 256."""
+    for path in (first, second):  # before the hours that packing the other may take
+        if not path.exists():
+            raise UserError(f"{path} does not exist")
     packed = [Clips(path) for path in (first, second) if (path / "index.json").exists()]
     resolution = resolution or (packed[0].resolution if packed else 256)
     return [from_rank_0(lambda path=path: open_data(path, "", resolution)) for path in (first, second)]
@@ -327,14 +345,15 @@ def run(
     if not distributed.main():
         return
     results = summarize(scores)
-    told = report(scores, results, sets, protocol, detectors, seed)
+    merged = merge(scores, results)
+    told = report(scores, results, merged, sets, protocol, detectors, seed)
     if second is None:
         told["protocol"]["generated"] |= {"checkpoint": str(path), "sha256": digest_of(path / "model.safetensors")}
     if out is None:
         key = hashlib.sha256(json.dumps(told["protocol"]).encode()).hexdigest()[:8]
         out = folder / f"metrics-{name}-{key}.json"
     print(protocol_lines(told["protocol"]))
-    print(table(results, scores))
+    print(table(results, merged))
     try:
         write_text(out, json.dumps(told, indent=1) + "\n")
     except OSError as error:

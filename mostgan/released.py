@@ -21,7 +21,9 @@ from mostgan.model import Generator
 
 HALF_PRECISION_LAYERS = 4  # the release runs its four highest resolutions in half precision (spec §6)
 MOST_MODULES, MOST_TENSORS, DEEPEST = 2000, 10_000, 20  # a network of the release: 130 modules, 200 tensors, 6 deep
+MOST_GROUP = 2**16  # clips whose statistics the discriminator pools; usually 4
 SHARED = 2**22  # numbers that tensors may have beyond those of their storages: filters that many layers share
+WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 _COMPUTED = re.compile(r"(resample_filter|\.freqs|\.phase_scales|\.fourier_coefs)$")  # follow from the config
 _RENAMED = [  # released name → ours
@@ -93,6 +95,7 @@ def read_released(path: Path, network="G_ema", discriminator=False, half_precisi
     path = Path(path)
     networks = read_networks(path, [network] + ["D"] * discriminator)
     try:
+        _check_dtypes(networks)
         config, notes = infer_config(networks[network], networks.get("D"), half_precision, motion_distance)
         generator = _fitted(networks[network].state, Generator, config)
         judge = _fitted(networks["D"].state, Discriminator, config) if discriminator else None
@@ -260,7 +263,7 @@ def _periods(state, motion_distance):
     if not len(freqs) or not ((freqs > 1e-6) & (freqs < 7)).all():
         raise UserError(f"its {_TIME_ENCODER}.freqs are no frequencies")
     longest, shortest = (round(2 * math.pi / float(freqs[i])) for i in (0, -1))
-    return dict(motion_distance=motion_distance or shortest, max_period=longest)
+    return dict(motion_distance=shortest if motion_distance is None else motion_distance, max_period=longest)
 
 
 def _motion_styles(of, resolutions, w_dim):
@@ -298,8 +301,10 @@ def _discriminator_values(network, values):
         r //= 2
         if images > 1 and not rest:
             found |= dict(concat_resolution=r, motion_difference=images == 2 * frames)
-    groups = [state["group_size"] for state in network.attributes.values() if type(state.get("group_size")) is int]
-    return found | dict(mbstd_group=groups[0]) if groups and groups[0] > 0 else found
+    groups = [state["group_size"] for state in network.attributes.values() if "group_size" in state]
+    if not all(type(group) is int and 0 < group <= MOST_GROUP for group in groups):
+        raise UserError(f"its discriminator has a group_size that is no whole number from 1 to {MOST_GROUP:,}")
+    return found | dict(mbstd_group=groups[0]) if groups else found
 
 
 def _describe(config, how, discriminator):
@@ -334,12 +339,22 @@ def _fitted(state, network, config):
             raise UserError(f"its {what} has {ascii(name)[1:-1][:100]}, which ours has not: another architecture")
         if name not in state:
             raise UserError(f"its {what} has no {name}")
-        if tuple(state[name].shape) != expected[name] or not state[name].is_floating_point():
-            raise UserError(f"its {what} has {name} of shape {tuple(state[name].shape)}, {state[name].dtype}, but the "
-                            f"rest of it goes with floating-point {expected[name]}")
-        if not state[name].isfinite().all():
-            raise UserError(f"its {what} has {name} with numbers that are not finite")
+        if tuple(state[name].shape) != expected[name]:
+            raise UserError(f"its {what} has {name} of shape {tuple(state[name].shape)}, but the rest of it goes with "
+                            f"{expected[name]}")
+        if not state[name].float().isfinite().all():
+            raise UserError(f"its {what} has {name} with numbers that are not finite in float32")
     return {name: state[name].float().contiguous() for name in expected}
+
+
+def _check_dtypes(networks):
+    """Numbers of plain floating point alone: others (float8, complex, integers) are no weights of the release, and
+    PyTorch computes with some of them in part only."""
+    for which, network in networks.items():
+        for name, tensor in network.state.items():
+            if tensor.dtype not in WEIGHT_DTYPES:
+                raise UserError(f"its {which} has {ascii(name)[1:-1][:100]} of {tensor.dtype}, but weights are "
+                                "float16, bfloat16, float32 or float64")
 
 
 def _check_computed(networks, config):

@@ -155,6 +155,37 @@ def test_streamed_statistics_are_those_of_all_at_once():
         np.testing.assert_allclose(covariance, np.cov(features.double().T, bias=True), rtol=1e-9, atol=1e-9)
 
 
+def test_statistics_of_a_mean_much_larger_than_the_spread():
+    """Mean 1000, standard deviation 1e-3: by batches and by processes as in two passes over all."""
+    mix = torch.randn(12, 12, generator=torch.Generator().manual_seed(1), dtype=torch.float64) / 12**0.5
+    normal = torch.randn(2001, 12, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    features = 1000 + 1e-3 * normal @ mix
+    expected, batches, shares = np.cov(features.T, bias=True), features.split(8), [{}, {}, {}]
+    whole, merged = {}, {}
+    for k, batch in enumerate(batches):
+        add_features(whole, "x", batch)
+        add_features(shares[k % 3], "x", batch)
+    for share in shares:
+        frechet.merge(merged, share)
+    for sums in (whole, merged):
+        mean, covariance = mean_and_covariance(sums, "x")
+        assert sums["x.count"] == 2001
+        np.testing.assert_allclose(mean, features.mean(0), rtol=1e-14)
+        assert np.abs(covariance.numpy() - expected).max() < 1e-8 * np.abs(expected).max()
+        assert torch.equal(covariance, covariance.T)
+
+
+def test_what_was_collected_merges_with_what_was_not():
+    """Processes without a batch, sums that are no features, a name that one of them alone has."""
+    one, other = {}, {"clips": torch.tensor(2.0, dtype=torch.float64)}
+    add_features(one, "x", torch.tensor([[1.0, 2.0], [3.0, 6.0]]))
+    merged = {}
+    for part in ({}, one, {}, other, other):
+        frechet.merge(merged, part)
+    assert merged["clips"] == 4 and merged["x.mean"].tolist() == [2, 4] and merged["x.count"] == 2
+    assert merged["x.scatter"].tolist() == [[2, 4], [4, 8]] and set(other) == {"clips"} and other["clips"] == 2
+
+
 @pytest.mark.parametrize("count", [500, 10])  # more and fewer than features
 def test_equal_sets_and_a_shift(count):
     features = torch.randn(count, 30, generator=torch.Generator().manual_seed(1)).double()
@@ -332,6 +363,30 @@ def test_two_folders_of_clips(packed, tmp_path, capsys, monkeypatch):
     assert "the real clips have 25 frames/s, the others 30" in printed
 
 
+def test_runs_of_which_some_lack_a_value():
+    """A period is found only where a video repeats: the first run does not decide what is told."""
+    skipped = {"fvd128": "too short", "fid": "why"}
+    first = metrics.Scores({"recurrence": 0.5}, skipped, ["a", "b"], {"fvd16": [3, 4]}, {})
+    second = metrics.Scores({"recurrence": 0.7, "period": 40.0}, {"fvd128": "other"}, ["b", "c"], {"fid": [5, 6]}, {})
+    third = metrics.Scores({"recurrence": 0.6, "period": 44.0, "fid": 2.0}, {}, ["a"], {}, {})
+    results = metrics.summarize([first, second, third])
+    assert list(results) == ["recurrence", "period", "fid"]
+    assert results["period"] == {"mean": 42.0, "std": pytest.approx(8**0.5), "runs": [40.0, 44.0]}
+    assert results["fid"] == {"mean": 2.0, "std": None, "runs": [2.0]} and len(results["recurrence"]["runs"]) == 3
+    merged = metrics.merge([first, second, third], results)
+    assert merged.skipped == {"fvd128": "too short"} and merged.samples == {"fvd16": [3, 4], "fid": [5, 6]}
+    assert merged.notes[:3] == ["a", "b", "c"] and len(merged.notes) == 5
+    told = metrics.table(results, merged)
+    assert "note: median period (frames): of 2 of 3 runs" in told and "frames: of 1 of 3 runs" in told
+
+
+def test_a_missing_second_set_is_told_before_the_first_is_packed(tmp_path, monkeypatch):
+    (tmp_path / "videos").mkdir()
+    monkeypatch.setattr(metrics, "open_data", lambda *a: pytest.fail("packed"))
+    with pytest.raises(UserError, match="nowhere does not exist"):
+        metrics.run(tmp_path / "videos", tmp_path / "nowhere", protocol=SMALL)
+
+
 def test_evaluate_leaves_random_state_alone(packed):
     torch.manual_seed(5)
     generator, before = Generator(MODEL).eval().requires_grad_(False), torch.get_rng_state()
@@ -363,6 +418,17 @@ def test_real_statistics_are_kept(packed, run_folder, tmp_path, cache, monkeypat
     assert scores() == first  # damaged: measured again
     scores(seed=1)
     assert len([file for file in cache.rglob("*") if file.is_file()]) > len(made)  # other windows: kept apart
+
+
+def test_the_cache_tells_apart_what_changes_the_numbers(packed):
+    none = clip_sets.open_detectors(None, None, CPU)
+
+    def file(n=16, **changes):
+        return clip_sets.cache_file(ClipSet(Clips(packed), dataclasses.replace(SMALL, **changes), 0), n, none)
+
+    assert len({file(), file(batch=3), file(clips=7), file(20)}) == 4  # another batch changes the last digits
+    assert file(precision="bf16") == file(long_clips=3) == file()  # of generated clips; of long ones
+    assert file("long", batch=3) == file("long") != file("long", long_clips=3)
 
 
 def test_two_processes_give_the_numbers_of_one(packed, run_folder, detectors, tmp_path, monkeypatch):

@@ -189,6 +189,41 @@ def test_import_gives_the_direct_models_frames(tmp_path, canary, capsys, generat
     assert not canary.exists()
 
 
+@pytest.mark.parametrize("group", [10**5000, 10**30, 2**16 + 1, 0, -1, True, 4.0, None], ids=lambda g: type(g).__name__)
+def test_a_group_size_that_is_none(tmp_path, canary, group):
+    whole, _, _ = snapshot()
+    whole["D"].state["_modules"]["b4"].state["_modules"]["mbstd"] = Module(group_size=group)
+    path = write(tmp_path / "network-snapshot.pkl", whole)
+    with pytest.raises(UserError, match="group_size that is no whole number from 1 to 65,536"):
+        read_released(path, discriminator=True)
+    assert read_released(path).config.mbstd_group == ModelConfig().mbstd_group  # without D it is of no concern
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.complex64, torch.int64, torch.bool])
+@pytest.mark.parametrize("name", [
+    "mapping.fc0.weight", "synthesis.motion_encoder.time_encoder.freqs", "synthesis.b8.conv0.resample_filter",
+])
+def test_weights_of_other_types_are_refused(tmp_path, dtype, name):
+    state, _ = golden("generator_release")
+    assert name in state
+    save_file(state | {name: state[name].to(dtype)}, tmp_path / "state.safetensors")
+    with pytest.raises(UserError, match=f"its G_ema has {name} of {dtype}, but weights are"):
+        read_released(tmp_path / "state.safetensors")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_weights_of_each_floating_type_become_float32(tmp_path, dtype):
+    state, _ = golden("generator_release")
+    name = "synthesis.b8.conv0.weight"
+    save_file(state | {name: state[name].to(dtype)}, tmp_path / "state.safetensors")
+    made = read_released(tmp_path / "state.safetensors").generator[name]
+    assert made.dtype == torch.float32 and torch.equal(made, state[name].to(dtype).float())
+    save_file(state | {name: torch.full_like(state[name], 1e200, dtype=torch.float64)}, tmp_path / "large.safetensors")
+    with pytest.raises(UserError, match="not finite in float32"):
+        read_released(tmp_path / "large.safetensors")
+
+
 def test_half_precision_where_it_is_not_stored(tmp_path, canary):
     """The release's four highest resolutions, pre-normalized, and motion as demodulation factor where it acts."""
     state, config = golden("generator")
@@ -219,6 +254,10 @@ def test_plain_state_dicts(tmp_path):
     with pytest.raises(UserError, match="--motion-distance"):
         read_released(tmp_path / "bare.safetensors")
     assert read_released(tmp_path / "bare.safetensors", motion_distance=64).config.motion_distance == 64
+    for name in ("bare", "state"):  # without and with the frequencies that tell
+        for distance in (0, -1):
+            with pytest.raises(UserError, match="motion_distance"):
+                read_released(tmp_path / f"{name}.safetensors", motion_distance=distance)
     with pytest.raises(UserError, match="freqs is not what"):
         read_released(tmp_path / "state.safetensors", motion_distance=32)
 
@@ -514,6 +553,23 @@ def test_export_runs_without_this_package(tmp_path, canary, capsys):
     assert expected.float().std() > 5
 
 
+def test_the_readmes_use_of_an_export(tmp_path, monkeypatch):
+    """Its noise has a row for every anchor that its frames need, and none too many: here 25, anchors 25 to 49."""
+    monkeypatch.chdir(tmp_path)
+    config = dataclasses.replace(golden("generator")[1], motion_distance=4)
+    generator = Generator(config).eval().requires_grad_(False)
+    export_file(generator, tmp_path / "sky.pt2")
+    (snippet,) = [code for code in (ROOT / "README.md").read_text().split("```python\n") if "torch.export.load" in code]
+    names = {}
+    exec(snippet.partition("```")[0], names)
+    noise, first_anchor = motion_noise([0], names["t"], config)
+    assert names["noise"].shape == noise.shape == (1, 25, config.motion_noise_dim)
+    assert names["first_anchor"] == first_anchor.item()
+    expected = generator(names["z"], names["t"], names["noise"], first_anchor, psi=0.8)
+    difference = names["frames"][0].int() - to_uint8(expected).int()
+    assert names["frames"].shape == (1, 16, 3, 32, 32) and difference.abs().max() <= 1
+
+
 def test_exports_that_cannot_be(tmp_path):
     state, config = golden("generator")
     generator = direct(state, config)
@@ -521,6 +577,10 @@ def test_exports_that_cannot_be(tmp_path):
         with pytest.raises(UserError, match=word):
             export_file(generator, tmp_path / path, clips)
     assert not list(tmp_path.iterdir())
+    (tmp_path / "there.pt2").write_text("of value")
+    with pytest.raises(UserError, match="there.pt2 is there already: choose another name"):
+        export_file(generator, tmp_path / "there.pt2")
+    assert [file.read_text() for file in tmp_path.iterdir()] == ["of value"]
 
 
 def test_show(tmp_path, canary, capsys):

@@ -44,6 +44,15 @@ def test_mp4_frame_count(tmp_path, count):
     assert len(list(read_frames(tmp_path / "a.mp4"))) == count
 
 
+@pytest.mark.parametrize("fps", [0.01, 1000])
+def test_mp4_of_the_slowest_and_fastest_rates_plays(tmp_path, fps):
+    with VideoWriter(tmp_path / "a.mp4", fps) as video:
+        video.write(smooth(3))
+    assert len(list(read_frames(tmp_path / "a.mp4"))) == 3 and frame_rate(tmp_path / "a.mp4") == pytest.approx(fps)
+    with av.open(str(tmp_path / "a.mp4")) as container:
+        assert container.duration == pytest.approx(3e6 / fps, rel=0.01)  # in microseconds
+
+
 def test_mp4_quality(tmp_path):
     frames = smooth(20)
     with VideoWriter(tmp_path / "a.mp4", 25) as video:
@@ -88,8 +97,17 @@ def test_an_exception_leaves_nothing_new(tmp_path, name):
     assert len(frames_in(tmp_path / name)) == 4
 
 
+@pytest.mark.parametrize("name", ["UP.MP4", "Up.Gif", "UP.WEBP", "UP.NPY"])
+def test_suffixes_may_be_in_upper_case(tmp_path, name):
+    with VideoWriter(tmp_path / name, 25, comment="how it was made") as video:
+        video.write(smooth(3))
+    (tmp_path / name).rename(tmp_path / name.lower())
+    assert len(frames_in(tmp_path / name.lower())) == 3
+    assert sorted(path.name for path in tmp_path.glob("U*")) == (["UP.NPY.json"] if name == "UP.NPY" else [])
+
+
 def test_writer_errors_are_the_users_to_mend(tmp_path):
-    for name, fps in (("a.gif", 51), ("a.webp", 1001)):
+    for name, fps in (("a.gif", 51), ("a.webp", 1001), ("a.mp4", 1001), ("A.GIF", 51)):
         with pytest.raises(UserError, match="at most"):
             VideoWriter(tmp_path / name, fps)
     with pytest.raises(UserError, match="crf is 52"):

@@ -98,6 +98,7 @@ def sample(options: Options):
     video = VideoWriter(out, fps, options.crf, describe(options, path))
     device = pick_device()
     generator = checkpoint.load(path, device)
+    video.check_size(rows * generator.config.resolution, columns * generator.config.resolution)
     kernels.use(options.kernels)
     if options.compile:  # with CUDA graphs: windows all have one shape
         mode = "reduce-overhead" if device.type == "cuda" else "default"

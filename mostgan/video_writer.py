@@ -58,6 +58,13 @@ class VideoWriter:
         self.temporary = self.path.with_name(f".{self.path.name}.partial-{os.getpid()}")
         self.sink, self.shape, self.count = None, None, 0
 
+    def check_size(self, height, width):
+        """Raises UserError if the format has no pictures of so many pixels; `write` asks too, but that may be late."""
+        largest = LARGEST.get(self.suffix, math.inf)
+        if max(height, width) > largest:
+            raise UserError(f"{self.path}: {_a(self.suffix)} has at most {largest} pixels a side, and the picture would "
+                            f"be {height} high and {width} wide; show fewer clips, or write .npy or a folder of PNGs")
+
     def __enter__(self):
         return self
 
@@ -73,6 +80,7 @@ class VideoWriter:
                 raise ValueError(f"frame {self.count} is {image.shape}, the ones before are {self.shape}")
             try:
                 if self.sink is None:
+                    self.check_size(*image.shape[:2])
                     self.path.parent.mkdir(parents=True, exist_ok=True)
                     self.shape = image.shape
                     sink = SINKS[self.suffix]
@@ -327,6 +335,7 @@ SINKS = {".mp4": _Mp4, ".gif": _Gif, ".webp": _Webp, ".npy": _Npy, "": _PngFolde
 # Frames per second. A gif counts time in 1/100 s (players slow down below 2 of them), a webp in ms; an mp4 of several
 # thousand is written without an error, but is of no duration and decodes to no frame.
 FASTEST = {".gif": 50, ".webp": 1000, ".mp4": 1000}
+LARGEST = {".gif": 65535, ".webp": 16383, ".mp4": 16384}  # pixels a side; of mp4s, x264's limit
 
 
 def write_png(path, image):

@@ -144,7 +144,8 @@ def test_labels(tmp_path, sample):
     ({"content_seconds": 0.0}, "--content-seconds"), ({"frames": 0}, "frames"), ({"start": 2e8}, "start"),
     ({"start": float("nan")}, "finite"), ({"seed": -1}, "seed"), ({"label": 1}, "without labels"), ({"crf": 60}, "crf"),
     ({"out": Path("a.avi")}, ".avi"), ({"out": Path("a.gif"), "fps": 60.0}, "at most 50"),
-    ({"checkpoint": Path("nowhere")}, "neither a checkpoint"),
+    ({"checkpoint": Path("nowhere")}, "neither a checkpoint"), ({"fps": 1e8}, "at most 1000 frames per second"),
+    ({"out": Path("a.webp"), "grid": "7x512"}, "224 high and 16384 wide"), ({"grid": "513x1"}, "at most 16384 pixels"),
 ], ids=str)  # fmt: skip
 def test_bad_options_are_named_and_leave_nothing(run, tmp_path, monkeypatch, options, word):
     monkeypatch.chdir(tmp_path)

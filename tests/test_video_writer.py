@@ -129,6 +129,22 @@ def test_writer_errors_are_the_users_to_mend(tmp_path):
             video.write(smooth(1))
 
 
+@pytest.mark.parametrize("name, largest", [("a.mp4", 16384), ("a.webp", 16383), ("a.gif", 65535)])
+def test_the_largest_pictures(tmp_path, name, largest):
+    for size in ((largest, 1), (2, largest)):
+        with VideoWriter(tmp_path / name, 25) as video:
+            video.check_size(*size)
+            video.write(np.zeros((1, *size, 3), np.uint8))
+        assert len(frames_in(tmp_path / name)) == 1
+        (tmp_path / name).unlink()
+    for size in ((largest + 1, 1), (2, largest + 1)):
+        with pytest.raises(UserError, match=f"at most {largest} pixels a side.* {size[0]} high and {size[1]} wide"):
+            with VideoWriter(tmp_path / name, 25) as video:
+                video.write(np.zeros((1, *size, 3), np.uint8))
+    assert list(tmp_path.iterdir()) == []
+    VideoWriter(tmp_path / "a.npy", 25).check_size(100_000, 100_000)
+
+
 def test_write_png_and_grid(tmp_path):
     clips = np.random.default_rng(0).integers(0, 256, (5, 2, 3, 8, 10), dtype=np.uint8)
     sheet = grid(clips, rows=2, cols=3)

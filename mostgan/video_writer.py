@@ -55,7 +55,11 @@ class VideoWriter:
         in_the_way = self.path.is_dir() and not (self.suffix == "" and _holds_only_frames(self.path))
         if in_the_way or (self.suffix == "" and self.path.is_file()):
             raise UserError(f"{path} is there already and holds other things; choose another name")
+        self.sidecar = Path(f"{path}.json") if self.suffix == ".npy" and comment else None
+        if self.sidecar is not None and self.sidecar.is_dir():
+            raise UserError(f"{self.sidecar} is a folder, but {path} needs a file of that name; choose another name")
         self.temporary = self.path.with_name(f".{self.path.name}.partial-{os.getpid()}")
+        self.temporary_sidecar = self.temporary.with_name(f"{self.temporary.name}.json")
         self.sink, self.shape, self.count = None, None, 0
 
     def check_size(self, height, width):
@@ -98,17 +102,23 @@ class VideoWriter:
             if self.sink is not None:
                 try:
                     self.sink.close()
+                    if kind is None:
+                        self._appear()
                 except (OSError, av.FFmpegError) as unwritten:
                     if kind is None:
                         raise self._cannot(unwritten) from unwritten
-                if kind is None:
-                    _replace(self.temporary, self.path)
-                    if self.suffix == ".npy" and self.comment:
-                        Path(f"{self.path}.json").write_text(self.comment + "\n")
             elif kind is None:
                 raise UserError(f"{self.path}: there were no frames to write")
         finally:
             _remove(self.temporary)
+            _remove(self.temporary_sidecar)
+
+    def _appear(self):
+        """Gives the finished files their names, the sidecar first: an npy that is there says how it was made."""
+        if self.sidecar is not None:
+            self.temporary_sidecar.write_text(self.comment + "\n", encoding="utf-8")
+            os.replace(self.temporary_sidecar, self.sidecar)
+        _replace(self.temporary, self.path)
 
 
 class BackgroundWriter:

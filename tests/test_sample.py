@@ -166,7 +166,7 @@ def test_every_format_has_the_frames_and_says_how_they_were_made(run, tmp_path, 
     made = json.loads(comment_in(tmp_path / name))
     model = (run / "checkpoint-000000" / "model.safetensors").read_bytes()
     assert made["model.safetensors sha256"] == hashlib.sha256(model).hexdigest()
-    assert made["checkpoint"] == f"{run.name}/checkpoint-000000"
+    assert made["checkpoint"] == f"{run.name}/checkpoint-000000" and made["options"]["fps"] == 25
     again = sample(**made["options"])
     assert np.array_equal(again, sample(**made["options"]))
     error = np.abs(np.stack(frames).astype(float) - again).mean()
@@ -182,6 +182,17 @@ def test_force_replaces_and_without_it_the_old_file_stays(run, tmp_path):
         assert len(frames_in(tmp_path / name)) == 5
         program.sample(dataclasses.replace(options, frames=3, force=True))
         assert len(frames_in(tmp_path / name)) == 3
+
+
+def test_without_force_a_sidecar_stays(run, tmp_path):
+    sidecar = tmp_path / "a.npy.json"
+    sidecar.write_text("precious")
+    options = program.Options(run, tmp_path / "a.npy", frames=2)
+    with pytest.raises(UserError, match=r"a\.npy\.json is there already.*--force"):
+        program.sample(options)
+    assert sidecar.read_text() == "precious" and list(tmp_path.iterdir()) == [sidecar]
+    program.sample(dataclasses.replace(options, force=True))
+    assert json.loads(sidecar.read_text())["options"]["frames"] == 2
 
 
 # the program

@@ -145,6 +145,28 @@ def test_the_largest_pictures(tmp_path, name, largest):
     VideoWriter(tmp_path / "a.npy", 25).check_size(100_000, 100_000)
 
 
+def test_an_npy_never_lacks_its_sidecar(tmp_path, monkeypatch):
+    """Names appear in order, sidecar first; a sidecar that cannot be written leaves an older npy as it was."""
+    named, replace = [], os.replace
+    monkeypatch.setattr(os, "replace", lambda old, new: (named.append(Path(new).name), replace(old, new)))
+    path = tmp_path / "a.npy"
+    with VideoWriter(path, 25, comment="first") as video:
+        video.write(smooth(2))
+    assert named == ["a.npy.json", "a.npy"] and comment_in(path) == "first"
+
+    def full(*args, **options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(UserError, match="cannot write .*No space left"):
+        with VideoWriter(path, 25, comment="second") as video:
+            video.write(smooth(3))
+    assert len(np.load(path)) == 2 and comment_in(path) == "first" and len(list(tmp_path.iterdir())) == 2
+    (tmp_path / "b.npy.json").mkdir()
+    with pytest.raises(UserError, match="b.npy.json is a folder"):
+        VideoWriter(tmp_path / "b.npy", 25, comment="third")
+
+
 def test_write_png_and_grid(tmp_path):
     clips = np.random.default_rng(0).integers(0, 256, (5, 2, 3, 8, 10), dtype=np.uint8)
     sheet = grid(clips, rows=2, cols=3)

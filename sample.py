@@ -67,7 +67,7 @@ class Options:
     speed: float = 1.0
     """of time; 0.25 is slow motion, negative is backwards"""
     fps: float | None = None
-    """frames per second of the video, whose pace stays the same; default: the dataset's, 25 for an imported checkpoint"""
+    """frames per second of the video, whose pace stays; default: the dataset's, 25 for an imported checkpoint"""
     loop: float | None = None
     """seconds after which the video repeats; its pace is adapted so that it closes"""
     grid: str = "1x1"
@@ -169,7 +169,7 @@ def way_through_time(options, rate):
 
 def print_loop(config, fps, rate, step, loop):
     pace, anchors = loop_step(config, step, loop)
-    print(f"a loop of {loop} frames ({float(loop / fps):g} s) goes through {anchors} motion "
+    print(f"a loop of {loop} frame{'s' * (loop > 1)} ({float(loop / fps):g} s) goes through {anchors} motion "
           f"anchor{'s' * (anchors > 1)}, {config.motion_distance} frames apart: speed {float(pace * fps / rate):.4g}")
 
 

@@ -66,8 +66,8 @@ class VideoWriter:
         """Raises UserError if the format has no pictures of so many pixels; `write` asks too, but that may be late."""
         largest = LARGEST.get(self.suffix, math.inf)
         if max(height, width) > largest:
-            raise UserError(f"{self.path}: {_a(self.suffix)} has at most {largest} pixels a side, and the picture would "
-                            f"be {height} high and {width} wide; show fewer clips, or write .npy or a folder of PNGs")
+            raise UserError(f"{self.path}: {_a(self.suffix)} has at most {largest} pixels a side, and the picture "
+                            f"would be {height} high and {width} wide; show fewer clips, or write .npy or a folder of PNGs")
 
     def __enter__(self):
         return self

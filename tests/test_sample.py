@@ -85,6 +85,9 @@ def test_a_loop_repeats(sample, capsys):
     said = "a loop of 20 frames (0.8 s) goes through 1 motion anchor, 16 frames apart: speed 0.8"
     assert said in capsys.readouterr().out
     assert len(sample(frames=None, loop=2)) == 50
+    capsys.readouterr()
+    sample(frames=1, loop=0.04)
+    assert capsys.readouterr().out.startswith("a loop of 1 frame (0.04 s)")
 
 
 def test_more_frames_per_second_show_the_same_motion(sample):
@@ -145,13 +148,14 @@ def test_labels(tmp_path, sample):
     ({"start": float("nan")}, "finite"), ({"seed": -1}, "seed"), ({"label": 1}, "without labels"), ({"crf": 60}, "crf"),
     ({"out": Path("a.avi")}, ".avi"), ({"out": Path("a.gif"), "fps": 60.0}, "at most 50"),
     ({"checkpoint": Path("nowhere")}, "neither a checkpoint"), ({"fps": 1e8}, "at most 1000 frames per second"),
+    ({"loop": 0.5, "speed": 0.0}, "speed"), ({"loop": 0.5, "label": 1}, "without labels"),
     ({"out": Path("a.webp"), "grid": "7x512"}, "224 high and 16384 wide"), ({"grid": "513x1"}, "at most 16384 pixels"),
 ], ids=str)  # fmt: skip
-def test_bad_options_are_named_and_leave_nothing(run, tmp_path, monkeypatch, options, word):
+def test_bad_options_are_named_and_leave_nothing(run, tmp_path, monkeypatch, capsys, options, word):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=word) as caught:
         program.sample(program.Options(**{"checkpoint": run, "out": Path("a.mp4")} | options))
-    assert "\n" not in str(caught.value) and list(tmp_path.iterdir()) == []
+    assert "\n" not in str(caught.value) and list(tmp_path.iterdir()) == [] and capsys.readouterr().out == ""
 
 
 # files

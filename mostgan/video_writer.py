@@ -67,7 +67,7 @@ class VideoWriter:
         largest = LARGEST.get(self.suffix, math.inf)
         if max(height, width) > largest:
             raise UserError(f"{self.path}: {_a(self.suffix)} has at most {largest} pixels a side, and the picture "
-                            f"would be {height} high and {width} wide; show fewer clips, or write .npy or a folder of PNGs")
+                            f"would be {height} high and {width} wide; show fewer clips, or write .npy or PNGs")
 
     def __enter__(self):
         return self

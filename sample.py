@@ -133,7 +133,7 @@ def sample(options: Options):
     bar.close()
     seconds = time.perf_counter() - started
     per_frame = 1000 / (done * rows * columns)
-    print(f"{out}: {done} frames of {rows * columns} clip{'s' * (rows * columns > 1)} from {path}")
+    print(f"{out}: {done} frame{'s' * (done > 1)} of {rows * columns} clip{'s' * (rows * columns > 1)} from {path}")
     print(f"{seconds * per_frame:.2f} ms/frame: rendering {rendering * per_frame:.2f}, transfer "
           f"{transfer * per_frame:.2f}, and beside them encoding {writer.seconds * per_frame:.2f}; "
           f"peak memory {peak_memory_mb(device):.0f} MB, on {device}, {options.precision}, "

@@ -17,6 +17,7 @@ from test_video_writer import comment_in, frames_in
 import sample as program
 from mostgan import checkpoint
 from mostgan.config import UserError
+from mostgan.model import Generator
 
 ROOT = Path(__file__).parent.parent
 
@@ -87,7 +88,8 @@ def test_a_loop_repeats(sample, capsys):
     assert len(sample(frames=None, loop=2)) == 50
     capsys.readouterr()
     sample(frames=1, loop=0.04)
-    assert capsys.readouterr().out.startswith("a loop of 1 frame (0.04 s)")
+    out = capsys.readouterr().out
+    assert out.startswith("a loop of 1 frame (0.04 s)") and " 1 frame of 1 clip " in out
 
 
 def test_more_frames_per_second_show_the_same_motion(sample):
@@ -156,6 +158,12 @@ def test_bad_options_are_named_and_leave_nothing(run, tmp_path, monkeypatch, cap
     with pytest.raises(UserError, match=word) as caught:
         program.sample(program.Options(**{"checkpoint": run, "out": Path("a.mp4")} | options))
     assert "\n" not in str(caught.value) and list(tmp_path.iterdir()) == [] and capsys.readouterr().out == ""
+
+
+def test_a_picture_too_large_is_said_before_anything_is_rendered(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(Generator, "render", lambda *args, **options: pytest.fail("rendered"))
+    with pytest.raises(UserError, match="at most 16384 pixels"):
+        program.sample(program.Options(run, tmp_path / "a.mp4", grid="1x513"))
 
 
 # files

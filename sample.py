@@ -67,7 +67,7 @@ class Options:
     speed: float = 1.0
     """of time; 0.25 is slow motion, negative is backwards"""
     fps: float | None = None
-    """frames per second of the video, whose pace stays the same; default: the dataset's"""
+    """frames per second of the video, whose pace stays; default: the dataset's, 25 for an imported checkpoint"""
     loop: float | None = None
     """seconds after which the video repeats; its pace is adapted so that it closes"""
     grid: str = "1x1"
@@ -90,14 +90,16 @@ def sample(options: Options):
     path = checkpoint.find(options.checkpoint)
     name = path.parent.name if path.name.startswith("checkpoint-") else path.name  # of the run, if it is of one
     out = options.out or Path("samples", f"{name}-seed{options.seed}.mp4")
-    if out.exists() and not options.force:
-        raise UserError(f"{out} is there already: choose another --out, or write over it with --force")
     rate = dataset_fps(path)
     rows, columns = parse_grid(options.grid)
     fps, frames, way = way_through_time(options, rate)
-    video = VideoWriter(out, fps, options.crf, describe(options, path))
+    video = VideoWriter(out, fps, options.crf, describe(options, path, fps))
+    for file in (out, video.sidecar):
+        if file is not None and file.exists() and not options.force:
+            raise UserError(f"{file} is there already: choose another --out, or write over it with --force")
     device = pick_device()
     generator = checkpoint.load(path, device)
+    video.check_size(rows * generator.config.resolution, columns * generator.config.resolution)
     kernels.use(options.kernels)
     if options.compile:  # with CUDA graphs: windows all have one shape
         mode = "reduce-overhead" if device.type == "cuda" else "default"
@@ -131,7 +133,7 @@ def sample(options: Options):
     bar.close()
     seconds = time.perf_counter() - started
     per_frame = 1000 / (done * rows * columns)
-    print(f"{out}: {done} frames of {rows * columns} clip{'s' * (rows * columns > 1)} from {path}")
+    print(f"{out}: {done} frame{'s' * (done > 1)} of {rows * columns} clip{'s' * (rows * columns > 1)} from {path}")
     print(f"{seconds * per_frame:.2f} ms/frame: rendering {rendering * per_frame:.2f}, transfer "
           f"{transfer * per_frame:.2f}, and beside them encoding {writer.seconds * per_frame:.2f}; "
           f"peak memory {peak_memory_mb(device):.0f} MB, on {device}, {options.precision}, "
@@ -167,7 +169,7 @@ def way_through_time(options, rate):
 
 def print_loop(config, fps, rate, step, loop):
     pace, anchors = loop_step(config, step, loop)
-    print(f"a loop of {loop} frames ({float(loop / fps):g} s) goes through {anchors} motion "
+    print(f"a loop of {loop} frame{'s' * (loop > 1)} ({float(loop / fps):g} s) goes through {anchors} motion "
           f"anchor{'s' * (anchors > 1)}, {config.motion_distance} frames apart: speed {float(pace * fps / rate):.4g}")
 
 
@@ -206,13 +208,16 @@ def parse_gains(texts):
     return gains
 
 
-def describe(options, path):
-    """What the file remembers of its making: the checkpoint's name and hash, and every option that decides a frame."""
+def describe(options, path, fps):
+    """What the file remembers of its making: the checkpoint's name and hash, and every option that decides a frame.
+
+    fps: that of the video, for which the options may hold None.
+    """
     with open(path / "model.safetensors", "rb") as file:
         digest = hashlib.sha256()
         while block := file.read(1 << 20):
             digest.update(block)
-    chosen = dataclasses.asdict(options)
+    chosen = dataclasses.asdict(options) | {"fps": float(fps)}
     for key in ("checkpoint", "out", "force"):
         del chosen[key]
     return json.dumps({"program": "MoStGAN-V", "checkpoint": f"{path.resolve().parent.name}/{path.name}",

@@ -17,7 +17,6 @@ from mostgan.motion import content_latent, motion_noise
 FARTHEST = 10**8  # frames from 0, either way: so far float64 tells phases apart to eight digits
 
 
-@torch.inference_mode()
 def render(generator, seed, start=0, frames=16, clips=1, motion_seed=None, label=None, psi=1.0, window=None, step=1,
            loop=None, content_frames=100, style_gain=None):
     """Stream a video: yields uint8 [clips, n, 3, H, W] for consecutive windows of n ≤ window frames.
@@ -30,16 +29,24 @@ def render(generator, seed, start=0, frames=16, clips=1, motion_seed=None, label
     then takes one loop. style_gain: {style: gain}, scales motion styles by hand (paper B.1; 0 removes one).
     window: frames of a clip rendered at once; None: what suits the device. Start and step are taken as decimals.
 
-    Memory does not depend on start or frames, and a frame is the same in whatever stretch it is rendered: to the bit
-    on a CPU (windows lie on a fixed raster of frames, so that the same numbers meet in the same products), elsewhere if
-    the windows are equally long. Raises UserError on arguments that the model cannot serve.
+    Memory does not depend on start or frames, and a frame is the same in whatever stretch it is rendered: windows lie
+    on a fixed raster of frames, so that the same numbers meet in the same products. On a GPU this holds for windows of
+    one length on one kind of GPU, with the same clips; there a piece's first and last windows are rendered whole.
+    Raises UserError on arguments that the model cannot serve, before the first window is asked for.
     """
     config, device = generator.config, generator.mapping.w_avg.device
     start, step = exact(start), exact(step)
     check_render(config, start, step, frames, clips, label, psi, window, loop, content_frames)
-    window = window or choose_window(config, clips, frames, device)
+    window = window or choose_window(config, clips, device)
     seeds, motion_seeds = clip_seeds(seed, motion_seed, clips)
     gain = gains(config, style_gain, device)
+    return windows(generator, seeds, motion_seeds, start, step, frames, label, psi, window, loop, content_frames, gain)
+
+
+@torch.inference_mode()
+def windows(generator, seeds, motion_seeds, start, step, frames, label, psi, window, loop, content_frames, gain):
+    """The windows of `render`, from its arguments, checked; start and step are fractions; gain: of `gains`."""
+    config, device, clips = generator.config, generator.mapping.w_avg.device, len(seeds)
     one_hot = None
     if label is not None:
         one_hot = torch.eye(config.num_labels, device=device)[torch.as_tensor(label)].expand(clips, -1)
@@ -182,16 +189,17 @@ def gains(config, style_gain, device):
 # windows
 
 
-def choose_window(config, clips, frames, device):
+def choose_window(config, clips, device):
     """Frames of each clip to render at once: a power of two, from the device's memory in all, not from what is free,
     so that the same command gives the same windows.
 
     On a CPU, frames are synthesized one by one: a window costs little and is short only so that the first frames of
-    many clips come soon. On a GPU: as many as a quarter of the memory holds, up to 64, and no more than are asked for.
+    many clips come soon. On a GPU: as many as a quarter of the memory holds, up to 64, however few are asked for: a
+    short piece of a video must meet the same kernels as the whole, and pays for that with frames that nobody sees.
     """
     if device.type == "cuda":
         of_layer = [4 * config.channels(r) * (r * r + 9 * config.channels(r)) * 4 for r in config.resolutions]
-        limit = min(64, memory_bytes(device) // 4 // (clips * max(of_layer)), 2 ** math.ceil(math.log2(frames)))
+        limit = min(64, memory_bytes(device) // 4 // (clips * max(of_layer)))
     else:
         limit = min(max(4, 16 // clips), memory_bytes(device) // 8 // (clips * 3 * 8 * config.resolution**2))
     return 2 ** int(math.log2(max(1, limit)))

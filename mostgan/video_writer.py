@@ -4,6 +4,7 @@ Frames are uint8 RGB. Every format is written as the frames come, in constant me
 bytes a frame), and holds exactly the frames that it was given.
 """
 
+import math
 import os
 import queue
 import shutil
@@ -30,7 +31,8 @@ class VideoWriter:
         with VideoWriter("sky.mp4", fps=25) as video:
             video.write(frames)                         # uint8 [n,H,W,3] or [n,3,H,W], numpy or torch
 
-    The result appears under its name only when the block ends well; an exception leaves an older file as it was.
+    Upper case will do. The result appears under its name only when the block ends well; an exception leaves an older
+    file as it was.
     crf: H.264 quality, 0 (best) to 51. An odd side is made even by repeating its last row or column (mp4 only).
     comment: text kept in the file: mp4's comment tag, gif's comment block, webp's XMP, a tEXt chunk in every PNG;
     beside an npy, in <path>.json. Raises UserError where the file cannot be written.
@@ -39,21 +41,33 @@ class VideoWriter:
     def __init__(self, path, fps, crf=17, comment=""):
         self.path, self.fps = Path(path), Fraction(fps).limit_denominator(100_000)
         self.crf, self.comment = crf, comment
-        if self.path.suffix not in SINKS:
+        self.suffix = self.path.suffix.lower()
+        if self.suffix not in SINKS:
             raise UserError(f"{path}: cannot write '{self.path.suffix}'; use .mp4, .gif, .webp, .npy, or none "
                             "(a folder of PNGs)")
         if self.fps <= 0:
             raise UserError(f"{path}: frames per second must be positive, not {fps}")
         if not 0 <= crf <= 51:
             raise UserError(f"{path}: crf is {crf}, but must be from 0 (best) to 51")
-        fastest = {".gif": 50, ".webp": 1000}.get(self.path.suffix)
-        if fastest and self.fps > fastest:
-            raise UserError(f"{path}: a {self.path.suffix[1:]} has at most {fastest} frames per second, not {fps}")
-        in_the_way = self.path.is_dir() and not (self.path.suffix == "" and _holds_only_frames(self.path))
-        if in_the_way or (self.path.suffix == "" and self.path.is_file()):
+        if self.fps > FASTEST.get(self.suffix, math.inf):
+            raise UserError(f"{path}: {_a(self.suffix)} has at most {FASTEST[self.suffix]} frames per second, "
+                            f"not {float(fps):.10g}")
+        in_the_way = self.path.is_dir() and not (self.suffix == "" and _holds_only_frames(self.path))
+        if in_the_way or (self.suffix == "" and self.path.is_file()):
             raise UserError(f"{path} is there already and holds other things; choose another name")
+        self.sidecar = Path(f"{path}.json") if self.suffix == ".npy" and comment else None
+        if self.sidecar is not None and self.sidecar.is_dir():
+            raise UserError(f"{self.sidecar} is a folder, but {path} needs a file of that name; choose another name")
         self.temporary = self.path.with_name(f".{self.path.name}.partial-{os.getpid()}")
+        self.temporary_sidecar = self.temporary.with_name(f"{self.temporary.name}.json")
         self.sink, self.shape, self.count = None, None, 0
+
+    def check_size(self, height, width):
+        """Raises UserError if the format has no pictures of so many pixels; `write` asks too, but that may be late."""
+        largest = LARGEST.get(self.suffix, math.inf)
+        if max(height, width) > largest:
+            raise UserError(f"{self.path}: {_a(self.suffix)} has at most {largest} pixels a side, and the picture "
+                            f"would be {height} high and {width} wide; show fewer clips, or write .npy or PNGs")
 
     def __enter__(self):
         return self
@@ -70,9 +84,10 @@ class VideoWriter:
                 raise ValueError(f"frame {self.count} is {image.shape}, the ones before are {self.shape}")
             try:
                 if self.sink is None:
+                    self.check_size(*image.shape[:2])
                     self.path.parent.mkdir(parents=True, exist_ok=True)
                     self.shape = image.shape
-                    sink = SINKS[self.path.suffix]
+                    sink = SINKS[self.suffix]
                     self.sink = sink(self.temporary, self.shape[:2], self.fps, self.crf, self.comment)
                 self.sink.write(np.ascontiguousarray(image))
             except (OSError, av.FFmpegError) as error:
@@ -87,17 +102,23 @@ class VideoWriter:
             if self.sink is not None:
                 try:
                     self.sink.close()
+                    if kind is None:
+                        self._appear()
                 except (OSError, av.FFmpegError) as unwritten:
                     if kind is None:
                         raise self._cannot(unwritten) from unwritten
-                if kind is None:
-                    _replace(self.temporary, self.path)
-                    if self.path.suffix == ".npy" and self.comment:
-                        Path(f"{self.path}.json").write_text(self.comment + "\n")
             elif kind is None:
                 raise UserError(f"{self.path}: there were no frames to write")
         finally:
             _remove(self.temporary)
+            _remove(self.temporary_sidecar)
+
+    def _appear(self):
+        """Gives the finished files their names, the sidecar first: an npy that is there says how it was made."""
+        if self.sidecar is not None:
+            self.temporary_sidecar.write_text(self.comment + "\n", encoding="utf-8")
+            os.replace(self.temporary_sidecar, self.sidecar)
+        _replace(self.temporary, self.path)
 
 
 class BackgroundWriter:
@@ -321,6 +342,10 @@ class _PngFolder:
 
 
 SINKS = {".mp4": _Mp4, ".gif": _Gif, ".webp": _Webp, ".npy": _Npy, "": _PngFolder}
+# Frames per second. A gif counts time in 1/100 s (players slow down below 2 of them), a webp in ms; an mp4 of several
+# thousand is written without an error, but is of no duration and decodes to no frame.
+FASTEST = {".gif": 50, ".webp": 1000, ".mp4": 1000}
+LARGEST = {".gif": 65535, ".webp": 16383, ".mp4": 16384}  # pixels a side; of mp4s, x264's limit
 
 
 def write_png(path, image):
@@ -347,6 +372,10 @@ def grid(clips, rows, cols):
         y, x = i // cols * h, i % cols * w
         out[:, :, y : y + h, x : x + w] = clips[i]
     return out
+
+
+def _a(suffix):
+    return f"an {suffix[1:]}" if suffix == ".mp4" else f"a {suffix[1:]}"
 
 
 def _holds_only_frames(folder):

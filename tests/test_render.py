@@ -77,7 +77,23 @@ def test_times_are_decimals_rounded_once():
 
 def test_windows_are_powers_of_two_that_fit():
     device = torch.device("cpu")
-    assert [choose_window(TINY, clips, 1000, device) for clips in (1, 2, 3, 9, 100)] == [16, 8, 4, 4, 4]
+    assert [choose_window(TINY, clips, device) for clips in (1, 2, 3, 9, 100)] == [16, 8, 4, 4, 4]
+
+
+def test_a_gpus_windows_follow_its_memory(monkeypatch):
+    import mostgan.render as module
+
+    monkeypatch.setattr(module, "memory_bytes", lambda device: 2**30)
+    windows = [choose_window(TINY, clips, torch.device("cuda")) for clips in (1, 4, 100, 10**6)]
+    assert windows[0] == 64 and windows == sorted(windows, reverse=True) and windows[-1] == 1
+    assert all(window & (window - 1) == 0 for window in windows)
+
+
+def test_bad_arguments_are_said_before_the_first_window():
+    generator = make()
+    for bad in ({"step": 0, "loop": 5}, {"label": 1}, {"style_gain": {9: 1.0}}, {"seed": [1, 2]}):
+        with pytest.raises(UserError):
+            generator.render(**{"seed": 0} | bad)
 
 
 # pace

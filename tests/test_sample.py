@@ -17,6 +17,7 @@ from test_video_writer import comment_in, frames_in
 import sample as program
 from mostgan import checkpoint
 from mostgan.config import UserError
+from mostgan.model import Generator
 
 ROOT = Path(__file__).parent.parent
 
@@ -85,6 +86,10 @@ def test_a_loop_repeats(sample, capsys):
     said = "a loop of 20 frames (0.8 s) goes through 1 motion anchor, 16 frames apart: speed 0.8"
     assert said in capsys.readouterr().out
     assert len(sample(frames=None, loop=2)) == 50
+    capsys.readouterr()
+    sample(frames=1, loop=0.04)
+    out = capsys.readouterr().out
+    assert out.startswith("a loop of 1 frame (0.04 s)") and " 1 frame of 1 clip " in out
 
 
 def test_more_frames_per_second_show_the_same_motion(sample):
@@ -144,13 +149,21 @@ def test_labels(tmp_path, sample):
     ({"content_seconds": 0.0}, "--content-seconds"), ({"frames": 0}, "frames"), ({"start": 2e8}, "start"),
     ({"start": float("nan")}, "finite"), ({"seed": -1}, "seed"), ({"label": 1}, "without labels"), ({"crf": 60}, "crf"),
     ({"out": Path("a.avi")}, ".avi"), ({"out": Path("a.gif"), "fps": 60.0}, "at most 50"),
-    ({"checkpoint": Path("nowhere")}, "neither a checkpoint"),
+    ({"checkpoint": Path("nowhere")}, "neither a checkpoint"), ({"fps": 1e8}, "at most 1000 frames per second"),
+    ({"loop": 0.5, "speed": 0.0}, "speed"), ({"loop": 0.5, "label": 1}, "without labels"),
+    ({"out": Path("a.webp"), "grid": "7x512"}, "224 high and 16384 wide"), ({"grid": "513x1"}, "at most 16384 pixels"),
 ], ids=str)  # fmt: skip
-def test_bad_options_are_named_and_leave_nothing(run, tmp_path, monkeypatch, options, word):
+def test_bad_options_are_named_and_leave_nothing(run, tmp_path, monkeypatch, capsys, options, word):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=word) as caught:
         program.sample(program.Options(**{"checkpoint": run, "out": Path("a.mp4")} | options))
-    assert "\n" not in str(caught.value) and list(tmp_path.iterdir()) == []
+    assert "\n" not in str(caught.value) and list(tmp_path.iterdir()) == [] and capsys.readouterr().out == ""
+
+
+def test_a_picture_too_large_is_said_before_anything_is_rendered(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(Generator, "render", lambda *args, **options: pytest.fail("rendered"))
+    with pytest.raises(UserError, match="at most 16384 pixels"):
+        program.sample(program.Options(run, tmp_path / "a.mp4", grid="1x513"))
 
 
 # files
@@ -165,7 +178,7 @@ def test_every_format_has_the_frames_and_says_how_they_were_made(run, tmp_path, 
     made = json.loads(comment_in(tmp_path / name))
     model = (run / "checkpoint-000000" / "model.safetensors").read_bytes()
     assert made["model.safetensors sha256"] == hashlib.sha256(model).hexdigest()
-    assert made["checkpoint"] == f"{run.name}/checkpoint-000000"
+    assert made["checkpoint"] == f"{run.name}/checkpoint-000000" and made["options"]["fps"] == 25
     again = sample(**made["options"])
     assert np.array_equal(again, sample(**made["options"]))
     error = np.abs(np.stack(frames).astype(float) - again).mean()
@@ -181,6 +194,17 @@ def test_force_replaces_and_without_it_the_old_file_stays(run, tmp_path):
         assert len(frames_in(tmp_path / name)) == 5
         program.sample(dataclasses.replace(options, frames=3, force=True))
         assert len(frames_in(tmp_path / name)) == 3
+
+
+def test_without_force_a_sidecar_stays(run, tmp_path):
+    sidecar = tmp_path / "a.npy.json"
+    sidecar.write_text("precious")
+    options = program.Options(run, tmp_path / "a.npy", frames=2)
+    with pytest.raises(UserError, match=r"a\.npy\.json is there already.*--force"):
+        program.sample(options)
+    assert sidecar.read_text() == "precious" and list(tmp_path.iterdir()) == [sidecar]
+    program.sample(dataclasses.replace(options, force=True))
+    assert json.loads(sidecar.read_text())["options"]["frames"] == 2
 
 
 # the program

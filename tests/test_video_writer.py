@@ -44,6 +44,15 @@ def test_mp4_frame_count(tmp_path, count):
     assert len(list(read_frames(tmp_path / "a.mp4"))) == count
 
 
+@pytest.mark.parametrize("fps", [0.01, 1000])
+def test_mp4_of_the_slowest_and_fastest_rates_plays(tmp_path, fps):
+    with VideoWriter(tmp_path / "a.mp4", fps) as video:
+        video.write(smooth(3))
+    assert len(list(read_frames(tmp_path / "a.mp4"))) == 3 and frame_rate(tmp_path / "a.mp4") == pytest.approx(fps)
+    with av.open(str(tmp_path / "a.mp4")) as container:
+        assert container.duration == pytest.approx(3e6 / fps, rel=0.01)  # in microseconds
+
+
 def test_mp4_quality(tmp_path):
     frames = smooth(20)
     with VideoWriter(tmp_path / "a.mp4", 25) as video:
@@ -88,8 +97,17 @@ def test_an_exception_leaves_nothing_new(tmp_path, name):
     assert len(frames_in(tmp_path / name)) == 4
 
 
+@pytest.mark.parametrize("name", ["UP.MP4", "Up.Gif", "UP.WEBP", "UP.NPY"])
+def test_suffixes_may_be_in_upper_case(tmp_path, name):
+    with VideoWriter(tmp_path / name, 25, comment="how it was made") as video:
+        video.write(smooth(3))
+    (tmp_path / name).rename(tmp_path / name.lower())
+    assert len(frames_in(tmp_path / name.lower())) == 3
+    assert sorted(path.name for path in tmp_path.glob("U*")) == (["UP.NPY.json"] if name == "UP.NPY" else [])
+
+
 def test_writer_errors_are_the_users_to_mend(tmp_path):
-    for name, fps in (("a.gif", 51), ("a.webp", 1001)):
+    for name, fps in (("a.gif", 51), ("a.webp", 1001), ("a.mp4", 1001), ("A.GIF", 51)):
         with pytest.raises(UserError, match="at most"):
             VideoWriter(tmp_path / name, fps)
     with pytest.raises(UserError, match="crf is 52"):
@@ -109,6 +127,44 @@ def test_writer_errors_are_the_users_to_mend(tmp_path):
     with pytest.raises(UserError, match="cannot write"):
         with VideoWriter(tmp_path / "file" / "a.mp4", 25) as video:
             video.write(smooth(1))
+
+
+@pytest.mark.parametrize("name, largest", [("a.mp4", 16384), ("a.webp", 16383), ("a.gif", 65535)])
+def test_the_largest_pictures(tmp_path, name, largest):
+    for size in ((largest, 1), (2, largest)):
+        with VideoWriter(tmp_path / name, 25) as video:
+            video.check_size(*size)
+            video.write(np.zeros((1, *size, 3), np.uint8))
+        assert len(frames_in(tmp_path / name)) == 1
+        (tmp_path / name).unlink()
+    for size in ((largest + 1, 1), (2, largest + 1)):
+        with pytest.raises(UserError, match=f"at most {largest} pixels a side.* {size[0]} high and {size[1]} wide"):
+            with VideoWriter(tmp_path / name, 25) as video:
+                video.write(np.zeros((1, *size, 3), np.uint8))
+    assert list(tmp_path.iterdir()) == []
+    VideoWriter(tmp_path / "a.npy", 25).check_size(100_000, 100_000)
+
+
+def test_an_npy_never_lacks_its_sidecar(tmp_path, monkeypatch):
+    """Names appear in order, sidecar first; a sidecar that cannot be written leaves an older npy as it was."""
+    named, replace = [], os.replace
+    monkeypatch.setattr(os, "replace", lambda old, new: (named.append(Path(new).name), replace(old, new)))
+    path = tmp_path / "a.npy"
+    with VideoWriter(path, 25, comment="first") as video:
+        video.write(smooth(2))
+    assert named == ["a.npy.json", "a.npy"] and comment_in(path) == "first"
+
+    def full(*args, **options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(UserError, match="cannot write .*No space left"):
+        with VideoWriter(path, 25, comment="second") as video:
+            video.write(smooth(3))
+    assert len(np.load(path)) == 2 and comment_in(path) == "first" and len(list(tmp_path.iterdir())) == 2
+    (tmp_path / "b.npy.json").mkdir()
+    with pytest.raises(UserError, match="b.npy.json is a folder"):
+        VideoWriter(tmp_path / "b.npy", 25, comment="third")
 
 
 def test_write_png_and_grid(tmp_path):

@@ -28,7 +28,7 @@ from tqdm import tqdm
 import kernels
 from mostgan import checkpoint
 from mostgan.config import DATASETS, UserError
-from mostgan.device import peak_memory_mb, pick_device
+from mostgan.device import choose_kernels, peak_memory_mb, pick_device
 from mostgan.render import exact, loop_step
 from mostgan.run import read_config
 from mostgan.video_writer import BackgroundWriter, VideoWriter, grid
@@ -98,9 +98,9 @@ def sample(options: Options):
         if file is not None and file.exists() and not options.force:
             raise UserError(f"{file} is there already: choose another --out, or write over it with --force")
     device = pick_device()
+    choose_kernels(options.kernels, options.compile, device)
     generator = checkpoint.load(path, device)
     video.check_size(rows * generator.config.resolution, columns * generator.config.resolution)
-    kernels.use(options.kernels)
     if options.compile:  # with CUDA graphs: windows all have one shape
         mode = "reduce-overhead" if device.type == "cuda" else "default"
         generator.synthesis.compile(fullgraph=True, dynamic=False, mode=mode)

@@ -121,7 +121,8 @@ class GeneratedSet:
         if self.generator.config.num_labels:
             rngs = [np.random.default_rng([self.seed, i]) for i in range(first, first + count)]
             label = [int(rng.choice(self.labels)) for rng in rngs]
-        return self.generator.render((self.seed << 32) + first, 0, frames, count, label=label)
+        window = min(frames, 16)  # a GPU renders whole windows, and most of the clips have 16 frames
+        return self.generator.render((self.seed << 32) + first, 0, frames, count, label=label, window=window)
 
     def _autocast(self):
         kind = self.generator.mapping.w_avg.device.type

@@ -245,7 +245,7 @@ def save_grids(run, generator, frames_done, fps, say=print):
     count = GRID_SIDE**2
     label = [i % labels for i in range(count)] if labels else None
     for name, motion_seed in (("samples", None), ("shared-motion", SHARED_MOTION_SEED)):
-        windows = generator.render(0, frames=GRID_FRAMES, clips=count, motion_seed=motion_seed, label=label)
+        windows = generator.render(0, frames=GRID_FRAMES, clips=count, motion_seed=motion_seed, label=label, window=4)
         clips, path = torch.cat(list(windows), dim=1), run / f"{name}-{frames_done // 1000:06d}k"
         try:
             write_grid(path, clips, fps)

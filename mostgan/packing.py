@@ -12,6 +12,8 @@ so that any frame is one slice of a memory map and one decode. The same input an
 While it is made there are also clip-*.part, coded sources that wait for their turn, and packing.jsonl, the journal:
 what was asked for, then a line for each source whose frames lie in the shards. A later run takes up the sources that
 the journal lists, as long as they are the same and the shards hold what it says, and goes on with the next one.
+Beside the part of a source that is being cut into clips lies clip-*.jsonl, a line for each clip that the part holds
+whole, and how to find the frame after it: a later run goes on there, in the midst of the source.
 """
 
 import fcntl
@@ -22,7 +24,7 @@ import sys
 import threading
 import zlib
 from collections import Counter, deque
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import closing, contextmanager
 from itertools import islice
 from pathlib import Path
@@ -41,6 +43,7 @@ FORMAT, VERSION = "mostgan-clips", 2
 MIN_FRAMES = 3  # what one training sample takes from a clip
 TOO_SHORT = f"shorter than {MIN_FRAMES} frames"
 SHARD_BYTES = 1 << 30
+NOTES = ".jsonl"  # suffix of the notes beside a part
 PREVIEW_CLIPS, PREVIEW_PIXELS = 12, 128
 
 
@@ -118,14 +121,20 @@ class _Coder:
     def __init__(self, folder, resolution, lossless, clip_length):
         self.folder, self.resolution, self.lossless, self.clip_length = folder, resolution, lossless, clip_length
         self.stop = threading.Event()
+        self.cut = 0  # clips cut off longer sources, for the progress bar
 
     def __call__(self, number, source):
-        """Codes one source. Raises OSError when it cannot write."""
-        encoder, sizes, crcs, problem = FrameEncoder(self.resolution, self.lossless), [], [], None
+        """Codes one source, or what an earlier run left of it. Raises OSError when it cannot write."""
+        encoder, problem = FrameEncoder(self.resolution, self.lossless), None
         file = self.folder / f"clip-{number:07d}.part"
-        with open(file, "wb") as out:
+        file.touch()
+        with open(file, "r+b") as out:
+            done = _take_up_part(out, file.with_suffix(NOTES), source.identity())
+            sizes, crcs = [clip["sizes"] for clip in done], [clip["crc32"] for clip in done]
+            encoder.untried = done[-1]["untried"] if done else 0
+            self.cut += len(done)
             try:
-                for image in _readable(source.frames(self.resolution)):
+                for image in self._rest(source, done):
                     if not sizes or len(sizes[-1]) == self.clip_length:
                         sizes.append([])
                         crcs.append(0)
@@ -133,6 +142,10 @@ class _Coder:
                     out.write(data)
                     sizes[-1].append(len(data))
                     crcs[-1] = zlib.crc32(data, crcs[-1])
+                    if len(sizes[-1]) == self.clip_length:
+                        out.flush()
+                        clip = {"sizes": sizes[-1], "crc32": crcs[-1], "untried": encoder.untried}
+                        self._note(file.with_suffix(NOTES), source, clip, image)
                     if self.stop.is_set():
                         break
             except _Unreadable as error:
@@ -140,6 +153,62 @@ class _Coder:
         if not problem and sum(map(len, sizes)) < MIN_FRAMES:
             problem = TOO_SHORT
         return Coded(file, sizes, crcs, problem)
+
+    def _note(self, notes, source, clip, image):
+        """Notes that the part holds a clip, whose last frame is `image`."""
+        place = getattr(source, "place", None)  # procedural clips have none
+        clip |= {"identity": source.identity(), "place": place, "image": _crc_of_image(image)}
+        with open(notes, "ab") as file:
+            file.write(json.dumps(clip).encode() + b"\n")
+        self.cut += 1
+
+    def _rest(self, source, done):
+        """Yields the frames after the clips that are done. Raises _Unreadable.
+
+        It looks for the last frame of those and takes what follows, if it finds the very same one, pixel for pixel;
+        else (files without timestamps, or without key frames where they claim them) it reads from the start.
+        """
+        if done and done[-1]["place"] is not None:
+            with closing(_readable(source.frames(self.resolution, done[-1]["place"]))) as frames:
+                try:
+                    image = next(frames, None)
+                except _Unreadable:
+                    image = None
+                if image is not None and _crc_of_image(image) == done[-1]["image"]:
+                    yield from frames
+                    return
+        frames = enumerate(_readable(source.frames(self.resolution)), -sum(len(clip["sizes"]) for clip in done))
+        for number, image in frames:
+            if number >= 0:
+                yield image
+            elif self.stop.is_set():
+                return
+
+
+def _crc_of_image(image):
+    return zlib.crc32(np.ascontiguousarray(image))
+
+
+def _take_up_part(part, notes, identity):
+    """The notes of the clips at the start of a part (an open file) of the source `identity`, as far as it holds them.
+
+    Cuts off the rest of both and leaves the part open at its end.
+    """
+    done, good, size = [], 0, 0  # notes, bytes of them, bytes of the part
+    for line in notes.read_bytes().splitlines(keepends=True) if notes.exists() else ():
+        try:
+            clip = json.loads(line)
+        except ValueError:
+            break  # the kill came while it was written
+        length = sum(clip["sizes"])
+        if not line.endswith(b"\n") or clip["identity"] != identity or crc_of(part, length) != (clip["crc32"], length):
+            break
+        done, good, size = [*done, clip], good + len(line), size + length
+    if notes.exists():
+        os.truncate(notes, good)
+    part.truncate(size)
+    part.seek(size)
+    return done
 
 
 class _Unreadable(Exception):
@@ -170,6 +239,9 @@ def _in_parallel(coder, sources, start, jobs):
             pending.append((sources[number], pool.submit(coder, number, sources[number])))
         while pending:
             source, future = pending.popleft()
+            while not wait([future], 1).done:
+                if coder.cut:
+                    bar.set_postfix_str(f"{coder.cut} cut from longer ones")
             yield source, future.result()
             bar.update()
             for number in islice(todo, 1):
@@ -214,10 +286,14 @@ class _Packed:
             self.journal.write(self.header)
             self.journal.flush()
         sizes = {shard["file"]: shard["bytes"] for shard in self.shards}
-        for file in [*self.folder.glob("clip-*.part"), *self.folder.glob("shard-*.bin")]:
+        for file in self.folder.glob("shard-*.bin"):
             if file.name in sizes:
                 os.truncate(file, sizes[file.name])
             else:
+                file.unlink()
+        begun = {f"clip-{number:07d}" for number in range(done, len(sources))} if good else set()
+        for file in [*self.folder.glob("clip-*.part"), *self.folder.glob(f"clip-*{NOTES}")]:
+            if file.stem not in begun or not file.with_suffix(NOTES).exists():
                 file.unlink()
         return done
 
@@ -273,6 +349,7 @@ class _Packed:
         self._count(entry)
         for skipped in entry["skipped"]:
             tqdm.write(f"skipped {skipped['name']}: {skipped['problem']}", file=sys.stderr)
+        coded.file.with_suffix(NOTES).unlink(missing_ok=True)  # first: a part without notes is as good as none
         coded.file.unlink()
 
     def _append(self, part, size):

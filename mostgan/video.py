@@ -14,6 +14,7 @@ from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoRef
 
 # swscale's defaults trade chroma resolution and rounding for speed; these flags do not.
 EXACT = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT | Interpolation.FULL_CHR_H_INP
+RUN_UP = 5  # seconds from where a search in a video begins to the frame that is looked for
 MAX_PIXELS = 1 << 26  # of one frame: twice 8K; a file that claims more is damaged, or meant to fill the memory
 UNSPECIFIED = 2  # AVCOL_SPC_UNSPECIFIED: the file does not say which YUV matrix it was made with
 
@@ -58,13 +59,24 @@ def packet_times(file):
     return times, float(times[-1] + (durations[-1] if trusted else np.median(gaps)))
 
 
-def decode_frames(file):
+def decode_frames(file, pts=None):
     """Yields every frame of a video or image file as av.VideoFrame. Raises what open_video raises, also midway.
 
-    The file is closed when the iterator ends or is dropped.
+    pts: begins with the frame of this timestamp, in the stream's time base, found by seeking to a key frame before it;
+    raises ValueError where that does not lead to it. The file is closed when the iterator ends or is dropped.
     """
     with open_video(file) as container:
-        yield from container.decode(video=0)
+        if pts is not None:
+            stream = container.streams.video[0]
+            container.seek(pts - int(RUN_UP / stream.time_base), stream=stream)
+        for frame in container.decode(video=0):
+            if pts is not None and (frame.pts is None or frame.pts > pts):
+                break
+            if pts is None or frame.pts == pts:
+                yield frame
+                pts = None
+    if pts is not None:
+        raise ValueError("seeking does not find the frame")
 
 
 def read_frames(file):

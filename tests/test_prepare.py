@@ -11,6 +11,7 @@ import time
 import zipfile
 import zlib
 from fractions import Fraction
+from itertools import count
 from pathlib import Path
 
 import av
@@ -442,6 +443,81 @@ def test_what_changed_meanwhile_is_done_again(packed, tmp_path, monkeypatch, cha
         write_frames(src / "clip0b", moving(8, 32, 32, seed=7))
     pack(find_sources(src), dst, 32, lossless=lossless)
     pack(find_sources(src), tmp_path / "fresh", 32, lossless=lossless)
+    assert contents(dst) == contents(tmp_path / "fresh") and check(dst) == []
+
+
+def long_video(path, frames=400, codec="libx264", uneven=False):
+    """Alternates between stretches that JPEG keeps well and stretches of noise, which is stored exactly."""
+    images = moving(frames, 64, 64)
+    noise = np.random.default_rng(0).integers(0, 256, images.shape, np.uint8)
+    noisy = np.arange(frames) % 90 > 60
+    images[noisy] = noise[noisy]
+    gaps = np.random.default_rng(1).choice([20, 40, 60, 100] if uneven else [40], frames - 1)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_timed(path, images, np.cumsum([0, *gaps]), codec)
+
+
+LONG = [("mp4", "libx264", None), ("mkv", "libx264", None), ("mp4", "libx264", 17), ("avi", "mpeg4", None),
+        ("uneven.mkv", "libx264", 30), ("frames", None, None)]  # fmt: skip
+
+
+@pytest.mark.parametrize("suffix, codec, fps", LONG)
+@pytest.mark.parametrize("seekable", [True, False])
+def test_one_long_video_goes_on_within_it(tmp_path, monkeypatch, suffix, codec, fps, seekable):
+    if codec:
+        long_video(tmp_path / "src" / f"long.{suffix}", 400, codec, uneven="uneven" in suffix)
+    else:
+        write_frames(tmp_path / "src" / "long", moving(400, 32, 32))
+    listed = find_sources(tmp_path / "src", framing=Framing(fps=fps))
+    whole = pack(listed, tmp_path / "whole", 32, clip_length=32)
+    frames = sum(clip["frames"] for clip in whole["clips"])
+    if not seekable:  # finds another frame than the one looked for
+        numbers = count()
+        monkeypatch.setattr(packing, "_crc_of_image", lambda image: next(numbers))
+    for k, stop_after in enumerate((40, 70, 33)):  # finishes a clip, two clips, one clip
+        with pytest.raises(KeyboardInterrupt):
+            pack_until(listed, tmp_path / "dst", stop_after, KeyboardInterrupt(), clip_length=32)
+        (notes,) = (tmp_path / "dst").glob("clip-*.jsonl")
+        assert notes.read_bytes().count(b"\n") == (1, 3, 4)[k]
+    assert pack_until(listed, tmp_path / "dst", 10**6, None, clip_length=32) == frames - 4 * 32
+    assert contents(tmp_path / "dst") == contents(tmp_path / "whole") and check(tmp_path / "dst") == []
+
+
+def test_going_on_in_a_long_video_does_not_decode_what_is_done(tmp_path, monkeypatch):
+    """Where there are key frames; the last 5 seconds before the place are decoded again."""
+    long_video(tmp_path / "long.mp4", 700)
+    listed, decoded = find_sources(tmp_path / "long.mp4"), []
+    with pytest.raises(KeyboardInterrupt):
+        pack_until(listed, tmp_path / "dst", 650, KeyboardInterrupt(), clip_length=32)
+    monkeypatch.setattr(sources, "to_rgb", lambda *a, real=sources.to_rgb: (decoded.append(1), real(*a))[1])
+    pack(listed, tmp_path / "dst", 32, clip_length=32)
+    assert len(decoded) == 700 - 640 + 1
+
+
+@pytest.mark.parametrize("change", ["the video", "a part", "the notes", "a part gone", "settings", "broken"])
+def test_a_part_of_a_long_video_that_changed_is_done_again(tmp_path, change):
+    src, dst = tmp_path / "src" / "long.mp4", tmp_path / "dst"
+    long_video(src, 200)
+    with pytest.raises(KeyboardInterrupt):
+        pack_until(find_sources(src), dst, 150, KeyboardInterrupt(), clip_length=32)
+    (part,), (notes,) = dst.glob("clip-*.part"), dst.glob("clip-*.jsonl")
+    if change == "the video":
+        long_video(src, 190)
+    if change == "a part":
+        data = bytearray(part.read_bytes())
+        data[len(data) // 2] ^= 1
+        part.write_bytes(data)
+    if change == "the notes":
+        notes.write_bytes(notes.read_bytes()[:-5])
+    if change == "a part gone":
+        part.unlink()
+    if change == "broken":
+        src.write_bytes(src.read_bytes()[:-9000])
+        write_frames(tmp_path / "src" / "other", moving(3))
+        src = src.parent
+    clip_length = 50 if change == "settings" else 32
+    pack(find_sources(src), dst, 32, clip_length=clip_length)
+    pack(find_sources(src), tmp_path / "fresh", 32, clip_length=clip_length)
     assert contents(dst) == contents(tmp_path / "fresh") and check(dst) == []
 
 

@@ -64,6 +64,7 @@ class Source:
     problem: str | None = None  # known before reading: why it cannot be used
     fps: float | None = None  # set while reading
     place: tuple | None = None  # likewise: where the frame that came last is found again; None if only from the start
+    timing: tuple | None = None  # of a video that several threads read: what _read_timing says
 
     @property
     def is_video(self):
@@ -117,13 +118,7 @@ class Source:
 
     def _video_frames(self, begin, start, pts):
         with self._open(self.files[0]) as file:
-            stated = frame_rate(file)
-            file.seek(0)
-            times, end = packet_times(file)
-            file.seek(0)
-            own_rate, even = cadence(times, stated)
-            self.fps = self.framing.fps or own_rate
-            resample = not even or abs(self.fps - own_rate) >= 1e-5 * own_rate
+            self.fps, own_rate, resample, times, end, _ = self.timing or self._read_timing(file)
             if resample and len(times) > 1 and max(np.diff(times).max(), end - times[-1]) > LONGEST_HOLD:
                 raise ValueError(f"its timestamps jump by more than {LONGEST_HOLD:.0f} seconds")
             frames, reformatter = _with_order(decode_frames(file, pts)), VideoReformatter()
@@ -133,6 +128,42 @@ class Source:
                 start = frame.time if start is None else start
                 self.place = (number, start, frame.pts) if in_order else None
                 yield to_rgb(frame, reformatter)
+
+    def _read_timing(self, file):
+        """(fps, own rate, whether that means resampling, times and end of the frames, times of the key frames)."""
+        stated = frame_rate(file)
+        file.seek(0)
+        times, end, keys = packet_times(file)
+        file.seek(0)
+        own_rate, even = cadence(times, stated)
+        fps = self.framing.fps or own_rate
+        return fps, own_rate, not even or abs(fps - own_rate) >= 1e-5 * own_rate, times, end, keys
+
+    def places(self, every):
+        """Where frames number every - 1, 2 every - 1, … should be found, told without decoding: a list of places.
+
+        It is empty for what is short or cannot be searched, and has to be read in one go. Decoding may show that the
+        places are wrong: frames that the container lists and the decoder drops shift those behind them.
+        """
+        if self.problem or self.mask or (self.archive and self.is_video):  # which would be unpacked by every job
+            return []
+        if not self.is_video:
+            return [(number - 1, None, None) for number in range(every, len(self.files), every)]
+        try:
+            with self._open(self.files[0]) as file:
+                fps, _, resample, times, end, keys = timing = self._read_timing(file)
+                length = int((end - times[0]) * fps) if resample and len(times) else len(times)
+                # Between far key frames, jobs would decode much that others decode too.
+                if length <= every or not len(keys) or np.diff(keys, append=end).max() > every / fps / 2:
+                    return []
+                with closing(decode_frames(file)) as frames:
+                    start, time_base = (first := next(frames)).time, float(first.time_base)
+        except (*UNREADABLE, StopIteration):
+            return []  # reading it will say why
+        numbers = np.arange(every, length, every) - 1
+        shown = np.searchsorted(times - ROUNDING, start + numbers / fps, side="right") - 1 if resample else numbers
+        self.timing = timing
+        return [(int(n), start, round(times[max(i, 0)] / time_base)) for n, i in zip(numbers, shown)]
 
     def _open(self, file):
         # An open file, not a path: FFmpeg would take "%03d" in a path for a pattern.

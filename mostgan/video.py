@@ -43,20 +43,22 @@ def frame_rate(file):
 
 
 def packet_times(file):
-    """When each frame of a video is shown and when the last one ends: (seconds, ascending float64 [n], end).
+    """When each frame of a video is shown and when the last one ends: (seconds, ascending float64 [n], end, keys).
 
-    Reads packets and decodes nothing. n is 0 where the file states no times. Raises what open_video raises.
+    keys: those of the frames, float64 [k], from which decoding may start, says the container. Reads packets and decodes
+    nothing. n is 0 where the file states no times. Raises what open_video raises.
     """
     with open_video(file) as container:
         packets = [p for p in container.demux(video=0) if p.pts is not None]
         shown = {p.pts: (float(p.pts * p.time_base), float((p.duration or 0) * p.time_base)) for p in packets}
+        keys = np.array(sorted({shown[p.pts][0] for p in packets if p.is_keyframe}))
     times, durations = np.array(sorted(shown.values())).reshape(-1, 2).T
     if len(times) < 2:
-        return times, float(times[-1] + durations[-1]) if len(times) else 0.0
+        return times, float(times[-1] + durations[-1]) if len(times) else 0.0, keys
     gaps = np.diff(times)
     # MP4 states the gaps in the order of decoding; where those are not the gaps on screen, the last one is a guess.
     trusted = durations[-1] > 0 and np.abs(durations[:-1] - gaps).max() < 0.002
-    return times, float(times[-1] + (durations[-1] if trusted else np.median(gaps)))
+    return times, float(times[-1] + (durations[-1] if trusted else np.median(gaps))), keys
 
 
 def decode_frames(file, pts=None):

@@ -18,7 +18,7 @@ import av
 import numpy as np
 import pytest
 
-from mostgan import packing, prepare, sources
+from mostgan import coding, packing, prepare, sources
 from mostgan.config import UserError
 from mostgan.data import Clips, open_data
 from mostgan.packing import pack
@@ -387,7 +387,7 @@ def test_check_says_so_when_all_is_well_and_sha256sum_agrees(packed, capsys):
 
 def pack_until(sources, dst, stop_after, how, jobs=1, **arguments):
     """Packs until so many frames are coded, then fails as told."""
-    real, count = packing.FrameEncoder.encode, [0]
+    real, count = coding.FrameEncoder.encode, [0]
 
     def encode(self, image):
         count[0] += 1
@@ -395,11 +395,11 @@ def pack_until(sources, dst, stop_after, how, jobs=1, **arguments):
             raise how
         return real(self, image)
 
-    packing.FrameEncoder.encode = encode
+    coding.FrameEncoder.encode = encode
     try:
         pack(sources, dst, 32, jobs=jobs, **arguments)
     finally:
-        packing.FrameEncoder.encode = real
+        coding.FrameEncoder.encode = real
     return count[0]
 
 
@@ -473,7 +473,7 @@ def test_one_long_video_goes_on_within_it(tmp_path, monkeypatch, suffix, codec, 
     frames = sum(clip["frames"] for clip in whole["clips"])
     if not seekable:  # finds another frame than the one looked for
         numbers = count()
-        monkeypatch.setattr(packing, "_crc_of_image", lambda image: next(numbers))
+        monkeypatch.setattr(coding, "_crc_of_image", lambda image: next(numbers))
     for k, stop_after in enumerate((40, 70, 33)):  # finishes a clip, two clips, one clip
         with pytest.raises(KeyboardInterrupt):
             pack_until(listed, tmp_path / "dst", stop_after, KeyboardInterrupt(), clip_length=32)
@@ -486,21 +486,21 @@ def test_one_long_video_goes_on_within_it(tmp_path, monkeypatch, suffix, codec, 
 @pytest.mark.parametrize("suffix, codec, fps", LONG)
 @pytest.mark.parametrize("wrong", [None, "places", "frames"])
 def test_one_long_video_by_several_threads_is_the_same(tmp_path, monkeypatch, suffix, codec, fps, wrong):
-    monkeypatch.setattr(packing, "JOB_CLIPS", 2)
-    monkeypatch.setattr(packing, "JOB_FRAMES", 60)
+    monkeypatch.setattr(coding, "JOB_CLIPS", 2)
+    monkeypatch.setattr(coding, "JOB_FRAMES", 60)
     if codec:
         long_video(tmp_path / "src" / f"long.{suffix}", 400, codec, uneven="uneven" in suffix)
     else:
         write_frames(tmp_path / "src" / "long", moving(400, 32, 32))
     (source,) = find_sources(tmp_path / "src", framing=Framing(fps=fps))
-    real, code, names = source.places, packing._Coder.code, []
+    real, code, names = source.places, coding.Coder.code, []
     found = real(64)
     assert len(found) >= 4 or suffix == "avi"  # which states no times: one job
     if wrong == "places":  # off by a frame from the third on
         source.places = lambda every: [p if k < 2 else q for k, (p, q) in enumerate(zip(real(every), real(every)[1:]))]
     if wrong == "frames":
         source.places = lambda every: [(n - 1, *p) for n, *p in real(every)]
-    monkeypatch.setattr(packing._Coder, "code", lambda self, name, *a: (names.append(name), code(self, name, *a))[1])
+    monkeypatch.setattr(coding.Coder, "code", lambda self, name, *a: (names.append(name), code(self, name, *a))[1])
     pack([source], tmp_path / "one", 32, clip_length=32, jobs=1)
     assert names == ["clip-0000000"]
     pack([source], tmp_path / "several", 32, clip_length=32, jobs=3)
@@ -521,8 +521,8 @@ def test_one_long_video_by_several_threads_is_the_same(tmp_path, monkeypatch, su
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "zeros"])
 def test_a_damaged_long_video_is_judged_the_same_by_several_threads(tmp_path, monkeypatch, damage):
-    monkeypatch.setattr(packing, "JOB_CLIPS", 2)
-    monkeypatch.setattr(packing, "JOB_FRAMES", 60)
+    monkeypatch.setattr(coding, "JOB_CLIPS", 2)
+    monkeypatch.setattr(coding, "JOB_FRAMES", 60)
     write_frames(tmp_path / "src" / "other", moving(3))
     for suffix in ("mp4", "mkv", "avi"):
         path = tmp_path / "src" / f"long.{suffix}"

@@ -12,6 +12,8 @@ so that any frame is one slice of a memory map and one decode. The same input an
 While it is made there are also clip-*.part, coded sources that wait for their turn, and packing.jsonl, the journal:
 what was asked for, then a line for each source whose frames lie in the shards. A later run takes up the sources that
 the journal lists, as long as they are the same and the shards hold what it says, and goes on with the next one.
+Beside the part of a source that is being cut into clips lies clip-*.jsonl, a line for each clip that the part holds
+whole, and how to find the frame after it: a later run goes on there, in the midst of the source (see coding.py).
 """
 
 import fcntl
@@ -19,27 +21,20 @@ import hashlib
 import json
 import os
 import sys
-import threading
-import zlib
-from collections import Counter, deque
-from concurrent.futures import ThreadPoolExecutor
+from collections import Counter
 from contextlib import closing, contextmanager
-from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
 
 import av
 import numpy as np
-import torch
 from tqdm import tqdm
 
+from mostgan.coding import MIN_FRAMES, NOTES, TOO_SHORT, Coder, blocks, crc_of, in_parallel
 from mostgan.config import UserError
-from mostgan.sources import JOURNAL, UNREADABLE
+from mostgan.sources import JOURNAL
 from mostgan.video import FrameDecoder, FrameEncoder, center_crop_resize, png
 
 FORMAT, VERSION = "mostgan-clips", 2
-MIN_FRAMES = 3  # what one training sample takes from a clip
-TOO_SHORT = f"shorter than {MIN_FRAMES} frames"
 SHARD_BYTES = 1 << 30
 PREVIEW_CLIPS, PREVIEW_PIXELS = 12, 128
 
@@ -69,8 +64,8 @@ def pack(
             done = packed.take_up(sources, strict)
             if done:
                 tqdm.write(f"{dst}: going on after {done} of {len(sources)} clips", file=sys.stderr)
-            coder = _Coder(dst, resolution, lossless, clip_length)
-            with closing(_in_parallel(coder, sources, done, jobs)) as coded:
+            coder = Coder(dst, resolution, lossless, clip_length)
+            with closing(in_parallel(coder, sources, done, jobs)) as coded:
                 for source, result in coded:
                     if result.problem and strict:
                         raise UserError(f"{source.name}: {result.problem} (without --strict it would be skipped)")
@@ -100,85 +95,6 @@ def _locked(dst, replace):
         except OSError:
             pass  # a file system without locks
         yield journal
-
-
-# -------------------------------------------------------------------------------------------------------------- coding
-
-
-class Coded(NamedTuple):
-    """One source's coded frames, cut into clips, in a file of their own; or why there are none."""
-
-    file: Path
-    sizes: list  # per clip: bytes of each frame
-    crcs: list  # per clip
-    problem: str | None
-
-
-class _Coder:
-    def __init__(self, folder, resolution, lossless, clip_length):
-        self.folder, self.resolution, self.lossless, self.clip_length = folder, resolution, lossless, clip_length
-        self.stop = threading.Event()
-
-    def __call__(self, number, source):
-        """Codes one source. Raises OSError when it cannot write."""
-        encoder, sizes, crcs, problem = FrameEncoder(self.resolution, self.lossless), [], [], None
-        file = self.folder / f"clip-{number:07d}.part"
-        with open(file, "wb") as out:
-            try:
-                for image in _readable(source.frames(self.resolution)):
-                    if not sizes or len(sizes[-1]) == self.clip_length:
-                        sizes.append([])
-                        crcs.append(0)
-                    data = encoder.encode(image)
-                    out.write(data)
-                    sizes[-1].append(len(data))
-                    crcs[-1] = zlib.crc32(data, crcs[-1])
-                    if self.stop.is_set():
-                        break
-            except _Unreadable as error:
-                problem = f"unreadable ({error})"
-        if not problem and sum(map(len, sizes)) < MIN_FRAMES:
-            problem = TOO_SHORT
-        return Coded(file, sizes, crcs, problem)
-
-
-class _Unreadable(Exception):
-    pass
-
-
-def _readable(frames):
-    """The frames; failures to read become _Unreadable, to tell them from failures to write."""
-    try:
-        yield from frames
-    except UNREADABLE as error:
-        text = str(getattr(error, "strerror", None) or error or type(error).__name__)
-        raise _Unreadable(" ".join(text.split())) from error
-
-
-def _in_parallel(coder, sources, start, jobs):
-    """Yields (source, Coded) for sources[start:] in their order, with a progress bar; some are coded ahead.
-
-    Threads suffice: decoding, scaling and coding all run outside Python's lock.
-    """
-    jobs, torch_threads = jobs or len(os.sched_getaffinity(0)), torch.get_num_threads()
-    pool = ThreadPoolExecutor(jobs, initializer=torch.set_num_threads, initargs=(1,))
-    todo, pending = iter(range(start, len(sources))), deque()
-    bar = tqdm(desc="preparing", total=len(sources), initial=start, unit="clip", mininterval=0.5)
-    try:
-        # Few enough that memory and disk stay small, enough that one long video does not keep the other cores waiting.
-        for number in islice(todo, 16 * jobs):
-            pending.append((sources[number], pool.submit(coder, number, sources[number])))
-        while pending:
-            source, future = pending.popleft()
-            yield source, future.result()
-            bar.update()
-            for number in islice(todo, 1):
-                pending.append((sources[number], pool.submit(coder, number, sources[number])))
-    finally:
-        coder.stop.set()
-        pool.shutdown(cancel_futures=True)
-        bar.close()
-        torch.set_num_threads(torch_threads)
 
 
 # -------------------------------------------------------------------------------------------- the folder, the journal
@@ -214,10 +130,14 @@ class _Packed:
             self.journal.write(self.header)
             self.journal.flush()
         sizes = {shard["file"]: shard["bytes"] for shard in self.shards}
-        for file in [*self.folder.glob("clip-*.part"), *self.folder.glob("shard-*.bin")]:
+        for file in self.folder.glob("shard-*.bin"):
             if file.name in sizes:
                 os.truncate(file, sizes[file.name])
             else:
+                file.unlink()
+        begun = {f"clip-{number:07d}" for number in range(done, len(sources))} if good else set()
+        for file in [*self.folder.glob("clip-*.part"), *self.folder.glob(f"clip-*{NOTES}")]:
+            if file.stem[: len("clip-0000000")] not in begun or not file.with_suffix(NOTES).exists():
                 file.unlink()
         return done
 
@@ -255,30 +175,33 @@ class _Packed:
     def add(self, source, coded):
         """Moves one source's frames into the shards and notes it in the journal."""
         entry = {"identity": source.identity(), "clips": [], "sizes": [], "skipped": []}
-        with open(coded.file, "rb") as file:
-            for k, (sizes, crc) in enumerate(zip(coded.sizes, coded.crcs)):
-                name = source.name if len(coded.sizes) == 1 else f"{source.name}#{k:04d}"
-                if coded.problem or len(sizes) < MIN_FRAMES:  # too short: the rest of a video that was cut
-                    break
+        for k, clip in enumerate(coded.clips):
+            name, sizes = source.name if len(coded.clips) == 1 else f"{source.name}#{k:04d}", clip["sizes"]
+            if coded.problem or len(sizes) < MIN_FRAMES:  # too short: the rest of a video that was cut
+                break
+            with open(clip["file"], "rb") as file:
+                file.seek(clip["offset"])
                 self._append(file, sum(sizes))
-                clip = {"name": name, "source": source.name, "start": k * len(coded.sizes[0]), "frames": len(sizes)}
-                entry["clips"].append(clip | {"fps": source.fps, "label": source.label, "crc32": crc})
-                entry["sizes"].append(sizes)
+            place = {"name": name, "source": source.name, "start": k * len(coded.clips[0]["sizes"])}
+            more = {"fps": source.fps, "label": source.label, "crc32": clip["crc32"]}
+            entry["clips"].append(place | {"frames": len(sizes)} | more)
+            entry["sizes"].append(sizes)
         if coded.problem:
             entry["skipped"].append({"name": source.name, "problem": coded.problem})
-        elif len(entry["clips"]) < len(coded.sizes):
+        elif len(entry["clips"]) < len(coded.clips):
             entry["skipped"].append({"name": name, "problem": TOO_SHORT})
         self.journal.write(json.dumps(entry).encode() + b"\n")
         self.journal.flush()
         self._count(entry)
         for skipped in entry["skipped"]:
             tqdm.write(f"skipped {skipped['name']}: {skipped['problem']}", file=sys.stderr)
-        coded.file.unlink()
+        for file in self.folder.glob(f"{coded.stem}*"):
+            file.unlink()
 
     def _append(self, part, size):
         shard = self._shard_for(size)
         with open(self.folder / shard["file"], "ab") as file:
-            for block in _blocks(part, size):
+            for block in blocks(part, size):
                 file.write(block)
         shard["bytes"] += size
 
@@ -342,20 +265,6 @@ def digest_of(file):
         while block := opened.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
-
-
-def _blocks(file, size):
-    while size > 0 and (block := file.read(min(size, 1 << 20))):
-        yield block
-        size -= len(block)
-
-
-def crc_of(file, size):
-    """(CRC-32 of the next `size` bytes of an open file, how many there were)."""
-    crc, read = 0, 0
-    for block in _blocks(file, size):
-        crc, read = zlib.crc32(block, crc), read + len(block)
-    return crc, read
 
 
 def counts(skipped):

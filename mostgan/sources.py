@@ -63,6 +63,8 @@ class Source:
     mask: "Source | None" = None  # white where the face is, frame for frame
     problem: str | None = None  # known before reading: why it cannot be used
     fps: float | None = None  # set while reading
+    place: tuple | None = None  # likewise: where the frame that came last is found again; None if only from the start
+    timing: tuple | None = None  # of a video that several threads read: what _read_timing says
 
     @property
     def is_video(self):
@@ -78,12 +80,15 @@ class Source:
         digest = hashlib.sha256(repr(stamps).encode("utf-8", "surrogateescape")).hexdigest()
         return f"{self.name} {self.label} {digest}" + (f" masked by {self.mask.identity()}" if self.mask else "")
 
-    def frames(self, resolution):
-        """Yields uint8 [resolution,resolution,3]; raises one of UNREADABLE. Sets fps."""
+    def frames(self, resolution, place=None):
+        """Yields uint8 [resolution,resolution,3]; raises one of UNREADABLE. Sets fps and, frame by frame, place.
+
+        place: one noted before; begins with its frame. Raises ValueError when that is not to be found.
+        """
         if self.problem:
             raise ValueError(self.problem)
         box, mask_shape = widest_box(self.mask) if self.mask else (None, None)
-        for frame in self.whole_frames():
+        for frame in self.whole_frames(place):
             height, width = frame.shape[:2]
             if box is not None and mask_shape != (height, width):
                 raise ValueError(f"its mask is of {mask_shape[1]}x{mask_shape[0]} pixels, it of {width}x{height}")
@@ -95,35 +100,70 @@ class Source:
                 here = (0, 0, width, height) if self.framing.crop == "none" else self.framing.crop
             yield crop_resize(frame, here, resolution)
 
-    def whole_frames(self):
+    def whole_frames(self, place=None):
         """Yields uint8 [H,W,3]: what is on screen at every 1/fps of a second."""
+        # A place: number of the frame; of videos, too, the time of the first one (seconds) and the frame's own pts.
+        begin, start, pts = place or (0, None, None)
         if self.is_video:
-            yield from self._video_frames()
+            yield from self._video_frames(begin, start, pts)
             return
         self.fps = self.framing.fps or IMAGE_FPS
-        for name in self.files:
+        for number, name in enumerate(self.files[begin:], begin):
             with self._open(name) as file, closing(read_frames(file)) as images:
                 image = next(images, None)
             if image is None:
                 raise ValueError(f"{PurePosixPath(name).name} holds no picture")
+            self.place = (number, None, None)
             yield image
 
-    def _video_frames(self):
+    def _video_frames(self, begin, start, pts):
         with self._open(self.files[0]) as file:
-            stated = frame_rate(file)
-            file.seek(0)
-            times, end = packet_times(file)
-            file.seek(0)
-            own_rate, even = cadence(times, stated)
-            self.fps = self.framing.fps or own_rate
-            if even and abs(self.fps - own_rate) < 1e-5 * own_rate:
-                yield from read_frames(file)
-                return
-            if len(times) > 1 and max(np.diff(times).max(), end - times[-1]) > LONGEST_HOLD:
+            self.fps, own_rate, resample, times, end, _ = self.timing or self._read_timing(file)
+            if resample and len(times) > 1 and max(np.diff(times).max(), end - times[-1]) > LONGEST_HOLD:
                 raise ValueError(f"its timestamps jump by more than {LONGEST_HOLD:.0f} seconds")
-            reformatter = VideoReformatter()
-            for frame in on_screen(decode_frames(file), self.fps, own_rate, end):
+            frames, reformatter = _with_order(decode_frames(file, pts)), VideoReformatter()
+            if resample:
+                frames = on_screen(frames, self.fps, own_rate, end, start, begin)
+            for number, (frame, in_order) in enumerate(frames, begin):
+                start = frame.time if start is None else start
+                self.place = (number, start, frame.pts) if in_order else None
                 yield to_rgb(frame, reformatter)
+
+    def _read_timing(self, file):
+        """(fps, own rate, whether that means resampling, times and end of the frames, times of the key frames)."""
+        stated = frame_rate(file)
+        file.seek(0)
+        times, end, keys = packet_times(file)
+        file.seek(0)
+        own_rate, even = cadence(times, stated)
+        fps = self.framing.fps or own_rate
+        return fps, own_rate, not even or abs(fps - own_rate) >= 1e-5 * own_rate, times, end, keys
+
+    def places(self, every):
+        """Where frames number every - 1, 2 every - 1, … should be found, told without decoding: a list of places.
+
+        It is empty for what is short or cannot be searched, and has to be read in one go. Decoding may show that the
+        places are wrong: frames that the container lists and the decoder drops shift those behind them.
+        """
+        if self.problem or self.mask or (self.archive and self.is_video):  # which would be unpacked by every job
+            return []
+        if not self.is_video:
+            return [(number - 1, None, None) for number in range(every, len(self.files), every)]
+        try:
+            with self._open(self.files[0]) as file:
+                fps, _, resample, times, end, keys = timing = self._read_timing(file)
+                length = int((end - times[0]) * fps) if resample and len(times) else len(times)
+                # Between far key frames, jobs would decode much that others decode too.
+                if length <= every or not len(keys) or np.diff(keys, append=end).max() > every / fps / 2:
+                    return []
+                with closing(decode_frames(file)) as frames:
+                    start, time_base = (first := next(frames)).time, float(first.time_base)
+        except (*UNREADABLE, StopIteration):
+            return []  # reading it will say why
+        numbers = np.arange(every, length, every) - 1
+        shown = np.searchsorted(times - ROUNDING, start + numbers / fps, side="right") - 1 if resample else numbers
+        self.timing = timing
+        return [(int(n), start, round(times[max(i, 0)] / time_base)) for n, i in zip(numbers, shown)]
 
     def _open(self, file):
         # An open file, not a path: FFmpeg would take "%03d" in a path for a pattern.
@@ -145,13 +185,24 @@ def cadence(times, stated):
     return min(float(round(1 / np.median(np.diff(times)), 3)), HIGHEST_RATE), False
 
 
-def on_screen(frames, fps, own_rate, end):
-    """av.VideoFrames with times → the one on screen at 0, 1/fps, 2/fps … seconds after the first, up to `end`."""
-    shown, start, count, time = None, 0.0, 0, 0.0
+def _with_order(frames):
+    """av.VideoFrames → (frame, whether up to here each one has a timestamp, later than the one before)."""
+    in_order, before = True, None
     for frame in frames:
-        time = frame.time if frame.time is not None else time + 1 / own_rate
-        if shown is None:
-            start = time
+        in_order = in_order and frame.pts is not None and (before is None or frame.pts > before)
+        before = frame.pts
+        yield frame, in_order
+
+
+def on_screen(frames, fps, own_rate, end, start=None, count=0):
+    """Pairs (av.VideoFrame, …) → those on screen at 0, 1/fps, 2/fps … seconds after `start`, up to `end`.
+
+    start: by default when the first one is shown. count: how many came before, where the frames are those of the rest.
+    """
+    shown, time = None, 0.0
+    for frame in frames:
+        time = frame[0].time if frame[0].time is not None else time + 1 / own_rate
+        start = time if start is None else start
         while shown is not None and start + count / fps < time - ROUNDING:
             yield shown
             count += 1

@@ -14,6 +14,7 @@ from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoRef
 
 # swscale's defaults trade chroma resolution and rounding for speed; these flags do not.
 EXACT = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT | Interpolation.FULL_CHR_H_INP
+RUN_UP = 5  # seconds from where a search in a video begins to the frame that is looked for
 MAX_PIXELS = 1 << 26  # of one frame: twice 8K; a file that claims more is damaged, or meant to fill the memory
 UNSPECIFIED = 2  # AVCOL_SPC_UNSPECIFIED: the file does not say which YUV matrix it was made with
 
@@ -42,29 +43,42 @@ def frame_rate(file):
 
 
 def packet_times(file):
-    """When each frame of a video is shown and when the last one ends: (seconds, ascending float64 [n], end).
+    """When each frame of a video is shown and when the last one ends: (seconds, ascending float64 [n], end, keys).
 
-    Reads packets and decodes nothing. n is 0 where the file states no times. Raises what open_video raises.
+    keys: those of the frames, float64 [k], from which decoding may start, says the container. Reads packets and decodes
+    nothing. n is 0 where the file states no times. Raises what open_video raises.
     """
     with open_video(file) as container:
         packets = [p for p in container.demux(video=0) if p.pts is not None]
         shown = {p.pts: (float(p.pts * p.time_base), float((p.duration or 0) * p.time_base)) for p in packets}
+        keys = np.array(sorted({shown[p.pts][0] for p in packets if p.is_keyframe}))
     times, durations = np.array(sorted(shown.values())).reshape(-1, 2).T
     if len(times) < 2:
-        return times, float(times[-1] + durations[-1]) if len(times) else 0.0
+        return times, float(times[-1] + durations[-1]) if len(times) else 0.0, keys
     gaps = np.diff(times)
     # MP4 states the gaps in the order of decoding; where those are not the gaps on screen, the last one is a guess.
     trusted = durations[-1] > 0 and np.abs(durations[:-1] - gaps).max() < 0.002
-    return times, float(times[-1] + (durations[-1] if trusted else np.median(gaps)))
+    return times, float(times[-1] + (durations[-1] if trusted else np.median(gaps))), keys
 
 
-def decode_frames(file):
+def decode_frames(file, pts=None):
     """Yields every frame of a video or image file as av.VideoFrame. Raises what open_video raises, also midway.
 
-    The file is closed when the iterator ends or is dropped.
+    pts: begins with the frame of this timestamp, in the stream's time base, found by seeking to a key frame before it;
+    raises ValueError where that does not lead to it. The file is closed when the iterator ends or is dropped.
     """
     with open_video(file) as container:
-        yield from container.decode(video=0)
+        if pts is not None:
+            stream = container.streams.video[0]
+            container.seek(pts - int(RUN_UP / stream.time_base), stream=stream)
+        for frame in container.decode(video=0):
+            if pts is not None and (frame.pts is None or frame.pts > pts):
+                break
+            if pts is None or frame.pts == pts:
+                yield frame
+                pts = None
+    if pts is not None:
+        raise ValueError("seeking does not find the frame")
 
 
 def read_frames(file):

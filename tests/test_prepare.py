@@ -11,13 +11,14 @@ import time
 import zipfile
 import zlib
 from fractions import Fraction
+from itertools import count
 from pathlib import Path
 
 import av
 import numpy as np
 import pytest
 
-from mostgan import packing, prepare, sources
+from mostgan import coding, packing, prepare, sources
 from mostgan.config import UserError
 from mostgan.data import Clips, open_data
 from mostgan.packing import pack
@@ -52,10 +53,10 @@ def write_frames(folder, frames):
         (folder / f"{i:03d}.png").write_bytes(png(image))
 
 
-def write_timed(path, frames, milliseconds, codec="libx264"):
+def write_timed(path, frames, milliseconds, codec="libx264", **options):
     """A video whose frames appear at the given times."""
     with av.open(str(path), "w") as container:
-        stream = container.add_stream(codec, rate=25, options={"crf": "4"})
+        stream = container.add_stream(codec, rate=25, options={"crf": "4", **options})
         stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "yuv420p"
         stream.time_base = stream.codec_context.time_base = Fraction(1, 1000)
         for image, ms in zip(frames, milliseconds):
@@ -384,9 +385,9 @@ def test_check_says_so_when_all_is_well_and_sha256sum_agrees(packed, capsys):
 # interrupted and taken up again
 
 
-def pack_until(sources, dst, stop_after, how, **arguments):
+def pack_until(sources, dst, stop_after, how, jobs=1, **arguments):
     """Packs until so many frames are coded, then fails as told."""
-    real, count = packing.FrameEncoder.encode, [0]
+    real, count = coding.FrameEncoder.encode, [0]
 
     def encode(self, image):
         count[0] += 1
@@ -394,11 +395,11 @@ def pack_until(sources, dst, stop_after, how, **arguments):
             raise how
         return real(self, image)
 
-    packing.FrameEncoder.encode = encode
+    coding.FrameEncoder.encode = encode
     try:
-        pack(sources, dst, 32, jobs=1, **arguments)
+        pack(sources, dst, 32, jobs=jobs, **arguments)
     finally:
-        packing.FrameEncoder.encode = real
+        coding.FrameEncoder.encode = real
     return count[0]
 
 
@@ -442,6 +443,140 @@ def test_what_changed_meanwhile_is_done_again(packed, tmp_path, monkeypatch, cha
         write_frames(src / "clip0b", moving(8, 32, 32, seed=7))
     pack(find_sources(src), dst, 32, lossless=lossless)
     pack(find_sources(src), tmp_path / "fresh", 32, lossless=lossless)
+    assert contents(dst) == contents(tmp_path / "fresh") and check(dst) == []
+
+
+def long_video(path, frames=400, codec="libx264", uneven=False):
+    """Alternates between stretches that JPEG keeps well and stretches of noise, which is stored exactly."""
+    images = moving(frames, 64, 64)
+    noise = np.random.default_rng(0).integers(0, 256, images.shape, np.uint8)
+    noisy = np.arange(frames) % 90 > 60
+    images[noisy] = noise[noisy]
+    gaps = np.random.default_rng(1).choice([20, 40, 60, 100] if uneven else [40], frames - 1)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_timed(path, images, np.cumsum([0, *gaps]), codec, g="15")
+
+
+LONG = [("mp4", "libx264", None), ("mkv", "libx264", None), ("mp4", "libx264", 17), ("avi", "mpeg4", None),
+        ("uneven.mkv", "libx264", 30), ("frames", None, None)]  # fmt: skip
+
+
+@pytest.mark.parametrize("suffix, codec, fps", LONG)
+@pytest.mark.parametrize("seekable", [True, False])
+def test_one_long_video_goes_on_within_it(tmp_path, monkeypatch, suffix, codec, fps, seekable):
+    if codec:
+        long_video(tmp_path / "src" / f"long.{suffix}", 400, codec, uneven="uneven" in suffix)
+    else:
+        write_frames(tmp_path / "src" / "long", moving(400, 32, 32))
+    listed = find_sources(tmp_path / "src", framing=Framing(fps=fps))
+    whole = pack(listed, tmp_path / "whole", 32, clip_length=32)
+    frames = sum(clip["frames"] for clip in whole["clips"])
+    if not seekable:  # finds another frame than the one looked for
+        numbers = count()
+        monkeypatch.setattr(coding, "_crc_of_image", lambda image: next(numbers))
+    for k, stop_after in enumerate((40, 70, 33)):  # finishes a clip, two clips, one clip
+        with pytest.raises(KeyboardInterrupt):
+            pack_until(listed, tmp_path / "dst", stop_after, KeyboardInterrupt(), clip_length=32)
+        (notes,) = (tmp_path / "dst").glob("clip-*.jsonl")
+        assert notes.read_bytes().count(b"\n") == (1, 3, 4)[k]
+    assert pack_until(listed, tmp_path / "dst", 10**6, None, clip_length=32) == frames - 4 * 32
+    assert contents(tmp_path / "dst") == contents(tmp_path / "whole") and check(tmp_path / "dst") == []
+
+
+@pytest.mark.parametrize("suffix, codec, fps", LONG)
+@pytest.mark.parametrize("wrong", [None, "places", "frames"])
+def test_one_long_video_by_several_threads_is_the_same(tmp_path, monkeypatch, suffix, codec, fps, wrong):
+    monkeypatch.setattr(coding, "JOB_CLIPS", 2)
+    monkeypatch.setattr(coding, "JOB_FRAMES", 60)
+    if codec:
+        long_video(tmp_path / "src" / f"long.{suffix}", 400, codec, uneven="uneven" in suffix)
+    else:
+        write_frames(tmp_path / "src" / "long", moving(400, 32, 32))
+    (source,) = find_sources(tmp_path / "src", framing=Framing(fps=fps))
+    real, code, names = source.places, coding.Coder.code, []
+    found = real(64)
+    assert len(found) >= 4 or suffix == "avi"  # which states no times: one job
+    if wrong == "places":  # off by a frame from the third on
+        source.places = lambda every: [p if k < 2 else q for k, (p, q) in enumerate(zip(real(every), real(every)[1:]))]
+    if wrong == "frames":
+        source.places = lambda every: [(n - 1, *p) for n, *p in real(every)]
+    monkeypatch.setattr(coding.Coder, "code", lambda self, name, *a: (names.append(name), code(self, name, *a))[1])
+    pack([source], tmp_path / "one", 32, clip_length=32, jobs=1)
+    assert names == ["clip-0000000"]
+    pack([source], tmp_path / "several", 32, clip_length=32, jobs=3)
+    assert contents(tmp_path / "several") == contents(tmp_path / "one")
+    assert any(name.endswith("-end") for name in names) == bool(wrong and found)
+    if wrong is None and found:
+        assert len(names) >= 2 + len(found)
+        with pytest.raises(KeyboardInterrupt):
+            pack_until([source], tmp_path / "dst", 250, KeyboardInterrupt(), jobs=3, clip_length=32)
+        noted = sum(file.read_bytes().count(b"\n") for file in (tmp_path / "dst").glob("clip-*.jsonl"))
+        names.clear()
+        frames = sum(clip["frames"] for clip in json.loads((tmp_path / "one/index.json").read_text())["clips"])
+        coded = pack_until([source], tmp_path / "dst", 10**6, None, jobs=2, clip_length=32)
+        again = sum(name.endswith("again") for name in names)
+        assert noted >= 3 and coded <= frames - 32 * noted + 64 * again
+        assert contents(tmp_path / "dst") == contents(tmp_path / "one")
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "zeros"])
+def test_a_damaged_long_video_is_judged_the_same_by_several_threads(tmp_path, monkeypatch, damage):
+    monkeypatch.setattr(coding, "JOB_CLIPS", 2)
+    monkeypatch.setattr(coding, "JOB_FRAMES", 60)
+    write_frames(tmp_path / "src" / "other", moving(3))
+    for suffix in ("mp4", "mkv", "avi"):
+        path = tmp_path / "src" / f"long.{suffix}"
+        long_video(path, 400, "mpeg4" if suffix == "avi" else "libx264")
+        data = bytearray(path.read_bytes())
+        middle = len(data) // 2
+        if damage == "cut":
+            del data[middle:]
+        elif damage == "zeros":
+            data[middle : middle + 20_000] = bytes(20_000)
+        else:
+            for k in random.Random(0).sample(range(len(data) // 4, len(data) * 3 // 4), 5):
+                data[k] ^= 255
+        path.write_bytes(data)
+    for jobs in (1, 3):
+        pack(find_sources(tmp_path / "src"), tmp_path / str(jobs), 32, clip_length=32, jobs=jobs)
+    assert contents(tmp_path / "3") == contents(tmp_path / "1")
+
+
+def test_going_on_in_a_long_video_does_not_decode_what_is_done(tmp_path, monkeypatch):
+    """Where there are key frames; the last 5 seconds before the place are decoded again."""
+    long_video(tmp_path / "long.mp4", 700)
+    listed, decoded = find_sources(tmp_path / "long.mp4"), []
+    with pytest.raises(KeyboardInterrupt):
+        pack_until(listed, tmp_path / "dst", 650, KeyboardInterrupt(), clip_length=32)
+    monkeypatch.setattr(sources, "to_rgb", lambda *a, real=sources.to_rgb: (decoded.append(1), real(*a))[1])
+    pack(listed, tmp_path / "dst", 32, clip_length=32)
+    assert len(decoded) == 700 - 640 + 1
+
+
+@pytest.mark.parametrize("change", ["the video", "a part", "the notes", "a part gone", "settings", "broken"])
+def test_a_part_of_a_long_video_that_changed_is_done_again(tmp_path, change):
+    src, dst = tmp_path / "src" / "long.mp4", tmp_path / "dst"
+    long_video(src, 200)
+    with pytest.raises(KeyboardInterrupt):
+        pack_until(find_sources(src), dst, 150, KeyboardInterrupt(), clip_length=32)
+    (part,), (notes,) = dst.glob("clip-*.part"), dst.glob("clip-*.jsonl")
+    if change == "the video":
+        long_video(src, 190)
+    if change == "a part":
+        data = bytearray(part.read_bytes())
+        data[len(data) // 2] ^= 1
+        part.write_bytes(data)
+    if change == "the notes":
+        notes.write_bytes(notes.read_bytes()[:-5])
+    if change == "a part gone":
+        part.unlink()
+    if change == "broken":
+        src.write_bytes(src.read_bytes()[:-9000])
+        write_frames(tmp_path / "src" / "other", moving(3))
+        src = src.parent
+    clip_length = 50 if change == "settings" else 32
+    pack(find_sources(src), dst, 32, clip_length=clip_length)
+    pack(find_sources(src), tmp_path / "fresh", 32, clip_length=clip_length)
     assert contents(dst) == contents(tmp_path / "fresh") and check(dst) == []
 
 

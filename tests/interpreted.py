@@ -18,16 +18,10 @@ GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 DTYPES = [torch.float32, torch.bfloat16] if GPU else [torch.float32]
+torch.backends.cudnn.allow_tf32 = False  # the twins' own convolutions round to it by default
 fir_module = importlib.import_module("kernels.fir")
 modconv_module = importlib.import_module("kernels.modconv")
 mostatt_module = importlib.import_module("kernels.mostatt")  # `kernels.mostatt` itself is the op
-
-
-@pytest.fixture(autouse=True)
-def full_float32(monkeypatch):
-    """The twins' own convolutions may not round to tf32, as they may by default."""
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
 
 
 @pytest.fixture(autouse=True)

@@ -427,7 +427,7 @@ def test_stopping_leaves_no_thread_and_no_state(packed):
     deadline = time.monotonic() + 20  # the DataLoader's own threads take a moment to end
     while threading.active_count() > before and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert threading.active_count() == before
+    assert threading.active_count() <= before
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -2,7 +2,7 @@
 
     python train.py --dataset sky                       # data/sky if it is there, else the built-in procedural sky
     python train.py --dataset ffs --data faces.zip --rank 3
-    python train.py --resume runs/00000-sky-tiny        # go on where it stopped
+    python train.py --resume runs/00000-sky-builtin-tiny        # go on where it stopped
     torchrun --nproc_per_node=8 train.py --dataset sky  # the same run on eight GPUs
 """
 

@@ -88,7 +88,7 @@ def test_a_circle_stays_a_circle(tmp_path):
         "wide.mp4": ("4/3", "libx264", 48, 64), "narrow.mkv": ("8/9", "libx264", 48, 64),
         "very wide.mov": ("2/1", "libx264", 64, 40), "tall.mp4": ("1/2", "libx264", 48, 96),
         "dvd.mpg": ("4/3", "mpeg2video", 48, 64), "broadcast.ts": ("4/3", "mpeg2video", 48, 64),
-        "old.avi": ("16/11", "mpeg4", 48, 64), "web.webm": ("4/3", "libvpx", 48, 64),
+        "old.avi": ("16/11", "mpeg4", 48, 64), "new.mp4": ("4/3", "libx265", 48, 64),
     }  # fmt: skip
     for name, (ratio, codec, height, width) in kinds.items():
         image = made.disc(height, width, float(Fraction(ratio)))
@@ -217,10 +217,10 @@ RATES = [Fraction(24000, 1001), 24, 25, Fraction(30000, 1001), 30, 50, Fraction(
 @pytest.fixture(scope="module")
 def rounded(tmp_path_factory):
     """Matroska files, whose times are whole milliseconds, at many rates with frames left out."""
-    folder, kept = tmp_path_factory.mktemp("rounded"), left_out(50)
+    folder, kept = tmp_path_factory.mktemp("rounded"), left_out(150)
     for k, rate in enumerate(RATES):
         times = [Fraction(round(1000 * n / rate), 1000) for n in kept.tolist()]
-        write_video(folder / f"{k}.mkv", numbered(50, 16, 16)[kept], rate, times)
+        write_video(folder / f"{k}.mkv", numbered(50, 16, 16)[kept % 50], rate, times)
     return folder, kept
 
 
@@ -229,7 +229,7 @@ def test_the_usual_rate_of_rounded_times_with_frames_left_out(rounded, tmp_path)
     _, clips = made.pack(folder, tmp_path / "dst", 16)
     for k, rate in enumerate(RATES):
         assert clips.info["clips"]["fps"][k] == pytest.approx(float(rate), rel=1e-3)
-        assert numbers(clips, k) == kept[made.on_screen(kept, range(50))].tolist(), rate
+        assert numbers(clips, k) == (kept[made.on_screen(kept, range(150))] % 50).tolist(), rate
 
 
 @pytest.mark.parametrize("fps", [12.5, 30, 60])
@@ -238,12 +238,12 @@ def test_any_rate_can_be_asked_of_rounded_times(rounded, tmp_path, fps):
     _, clips = made.pack(folder, tmp_path / "dst", 16, fps=fps)
     assert clips.fps == fps and set(clips.info["clips"]["fps"]) == {fps}
     for k, rate in enumerate(RATES):
-        shown, duration = numbers(clips, k), 50 / float(rate)
+        shown, duration = numbers(clips, k), 150 / float(rate)
         assert abs(len(shown) - duration * fps) <= 1, rate
         moments = np.arange(len(shown)) / fps
         early = kept[made.on_screen(kept / float(rate), moments - 0.0015)]
         late = kept[made.on_screen(kept / float(rate), moments + 0.0015)]
-        assert all(a <= n <= b for a, n, b in zip(early, shown, late)), rate
+        assert all(n in (a % 50, b % 50) for a, n, b in zip(early, shown, late)), rate
 
 
 UNEVEN = np.cumsum([0, *np.random.default_rng(0).choice([20, 40, 60, 100], 29)])
@@ -328,7 +328,8 @@ def test_films_that_do_not_begin_at_zero(tmp_path):
     assert [name[0] for name in clips.names] == ["a", "b", "c", "d", "e"]
     assert numbers(clips, 0) == numbers(clips, 1) == numbers(clips, 3) == list(range(20))
     assert numbers(clips, 2) == list(range(5, 20))
-    assert numbers(clips, 4)[-10:] == list(range(10, 20))
+    last = (made.levels(clips, 4)[-10:] - made.FIRST) / made.STEP
+    assert np.abs(last - range(10, 20)).max() < 0.45  # what comes before the first key frame is not judged
 
 
 def test_fps_halves_and_doubles_and_names_the_rate_of_folders_of_pictures(tmp_path):
@@ -570,7 +571,7 @@ def test_of_a_file_that_is_cut_off_what_is_there_is_used(tmp_path):
     (src / "g.mp4").write_bytes((src / "g.mp4").read_bytes()[:-400])  # without its table nothing can be read
     index, clips = made.pack(src, tmp_path / "dst", 16)
     for name in kinds:
-        assert name in clips.names and 25 <= clips.lengths[clips.names.index(name)] <= 36, (name, index["notes"])
+        assert name in clips.names and 25 <= clips.lengths[clips.names.index(name)] <= 40, (name, index["notes"])
     assert "g.mp4" not in clips.names and made.notes_on(index, "g.mp4")
     for name in ("a.mkv", "b.mp4", "e.avi"):  # these state how long they should be
         assert made.notes_on(index, name), name
@@ -595,7 +596,7 @@ def box(kind, content):
 
 
 def test_videos_that_claim_impossible_sizes_and_counts(tmp_path, capfd):
-    """10⁹ frames, 65,500 x 65,500 pixels, 10⁹ seconds: in bounded time; `whole.mp4` beside them is packed."""
+    """10⁹ frames, 100,000 x 100,000 pixels, JPEGs of 256 million pixels: in bounded time; `whole.mp4` beside them is packed."""
     src = tmp_path / "src"
     write_video(src / "whole.mp4", numbered(8))
     data = (src / "whole.mp4").read_bytes()
@@ -613,7 +614,10 @@ def test_videos_that_claim_impossible_sizes_and_counts(tmp_path, capfd):
     at = data.index(b"avih") + 24
     data[at : at + 4] = (10**9).to_bytes(4, "little")
     (src / "frames.avi").write_bytes(data)
-    made.write_packets(src / "jpegs.mkv", [b"\xff\xd8" + bytes(99)] * 4, "mjpeg", (60000, 60000), [0, 0.1, 0.2, 0.3])
+    (jpeg,) = jpegs(numbered(1))
+    at = jpeg.index(b"\xff\xc0") + 5
+    jpeg = jpeg[:at] + (16_000).to_bytes(2, "big") * 2 + jpeg[at + 4 :]
+    made.write_packets(src / "jpegs.mkv", [jpeg] * 4, "mjpeg", (32, 32), [0, 0.1, 0.2, 0.3])
     with made.at_most(seconds=60, megabytes=1500):
         index, clips = made.pack(src, tmp_path / "dst", 32)
     assert numbers(clips, clips.names.index("whole.mp4")) == list(range(8))

@@ -19,7 +19,7 @@ from PIL import Image
 from mostgan import prepare
 from mostgan.config import UserError
 
-ROOT = Path(prepare.__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 
 
 def png(image):

@@ -25,13 +25,14 @@ from tqdm import tqdm
 import kernels
 from mostgan import augment, distributed, metrics
 from mostgan.config import DATASETS, TrainConfig, UserError, train_preset
-from mostgan.data import batches, open_data, sample_fake
+from mostgan.data import batches, sample_fake
 from mostgan.device import choose_kernels, make_deterministic, pick_device
 from mostgan.discriminator import Discriminator
 from mostgan.faults import memory_advice
 from mostgan.loss import Latents, discriminator_objective, frozen, generator_objective, r1_objective
 from mostgan.model import Generator
 from mostgan.motion import FRAME_ANCHORS
+from mostgan.prepare import open_data
 from mostgan.run import (
     Resume,
     Stats,

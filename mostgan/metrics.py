@@ -38,9 +38,10 @@ from mostgan.clip_sets import (
     progress,
 )
 from mostgan.config import UserError
-from mostgan.data import Clips, open_data
+from mostgan.data import Clips
 from mostgan.device import pick_device
-from mostgan.packing import digest_of
+from mostgan.files import sha256_of
+from mostgan.prepare import open_data
 from mostgan.run import read_config, write_text
 
 LABELS = {
@@ -348,7 +349,7 @@ def run(
     merged = merge(scores, results)
     told = report(scores, results, merged, sets, protocol, detectors, seed)
     if second is None:
-        told["protocol"]["generated"] |= {"checkpoint": str(path), "sha256": digest_of(path / "model.safetensors")}
+        told["protocol"]["generated"] |= {"checkpoint": str(path), "sha256": sha256_of(path / "model.safetensors")}
     if out is None:
         key = hashlib.sha256(json.dumps(told["protocol"]).encode()).hexdigest()[:8]
         out = folder / f"metrics-{name}-{key}.json"

@@ -38,8 +38,8 @@ SPANS = (2, 4, 8, 16, 32)  # frames between the first and the last frame of a sa
 class Clips:
     """An opened packed folder (see prepare.py). Cheap to open and to pickle; frames come through memory maps.
 
-    resolution; fps (median of the clips); names; lengths int64 [C]; labels int64 [C] or None; num_labels (0 without);
-    builtin: whether this is the procedural sky; info: the whole index.
+    resolution; fps (median of the clips); names; lengths int64 [N]; labels: classes int64 [N], vectors float32 [N, C]
+    or None; num_labels: the number of classes, C or 0; builtin: whether this is the procedural sky; info: the index.
     Raises UserError naming the path when it is missing, of another version, or incomplete.
     """
 
@@ -71,8 +71,11 @@ class Clips:
         self.names = [clip["name"] for clip in clips]
         self.lengths = np.array([clip["frames"] for clip in clips], np.int64)
         labelled = all(clip["label"] is not None for clip in clips)
-        self.labels = np.array([clip["label"] for clip in clips], np.int64) if labelled else None
-        self.num_labels = int(self.labels.max()) + 1 if labelled else 0
+        self.labels, self.num_labels = None, 0
+        if labelled:
+            labels = np.array([clip["label"] for clip in clips])
+            self.labels = labels.astype(np.int64 if labels.ndim == 1 else np.float32)
+            self.num_labels = int(labels.max()) + 1 if labels.ndim == 1 else labels.shape[1]
         self._first = np.cumsum(self.lengths) - self.lengths  # each clip's first frame among all frames
         self._shard_ends = np.cumsum([shard["bytes"] for shard in info["shards"]])
 
@@ -81,6 +84,15 @@ class Clips:
 
     def __reduce__(self):
         return Clips, (self.path,)
+
+    def condition(self, clip):
+        """What a model is told of clip number `clip`: float32 [num_labels], a class as a one-hot vector."""
+        if self.labels is not None and self.labels.ndim == 2:
+            return self.labels[clip]
+        vector = np.zeros(self.num_labels, np.float32)
+        if self.labels is not None:
+            vector[self.labels[clip]] = 1
+        return vector
 
     def frames(self, clip, indices):
         """Frames `indices` of clip number `clip` → uint8 [n,3,R,R]; decodes those and no others."""
@@ -176,7 +188,7 @@ def sample_fake(lengths, batch, num_frames, rng, max_num_frames=1024, sampling="
 class Batch(NamedTuple):
     frames: torch.Tensor  # uint8 [B,T,3,R,R]
     t: torch.Tensor  # float32 [B,T], in frames
-    label: torch.Tensor  # int64 [B], zeros without labels
+    label: torch.Tensor  # float32 [B, num_labels], of `Clips.condition`; [B, 0] without labels
 
 
 class _Batches:
@@ -202,14 +214,14 @@ class _Batches:
             samples.append((orders[epoch][place], np.random.default_rng([self.seed, 1, i])))
         frames = np.empty((self.batch_size, self.num_frames, 3, clips.resolution, clips.resolution), np.uint8)
         t = np.empty((self.batch_size, self.num_frames), np.float32)
-        label = np.zeros(self.batch_size, np.int64)
+        label = np.empty((self.batch_size, clips.num_labels), np.float32)
         for b, (clip, rng) in enumerate(samples):
             if self.reading is not None:
                 self.reading[torch.utils.data.get_worker_info().id, 1] = int(clip)
             indices, t[b] = sample_real(clips.lengths[clip], self.num_frames, rng, self.max_num_frames, self.sampling)
             images = clips.frames(clip, indices)
             frames[b] = images[..., ::-1] if self.mirror and rng.random() < 0.5 else images
-            label[b] = 0 if clips.labels is None else clips.labels[clip]
+            label[b] = clips.condition(clip)
         return Batch(torch.from_numpy(frames), torch.from_numpy(t), torch.from_numpy(label))
 
 

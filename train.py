@@ -122,7 +122,7 @@ def train(config: TrainConfig, out: Path | None = None, resume: Resume | None = 
         if saves:
             saver.start(state, next(iter(scores.values()), None))  # the best by FVD16 is kept
         if shown and main:
-            save_grids(run, state.ema, state.frames, fps, bar.write)
+            save_grids(run, state.ema, clips, state.frames, fps, bar.write)
     bar.close()
     data.close()
     saver.last(state)
@@ -234,14 +234,11 @@ class Draws:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16")
 
     def pieces(self, real):
-        """This process's real clips in pieces of (frames float [N, 3, H, W], t [B, T], label one-hot or None)."""
+        """This process's real clips in pieces of (frames float [N, 3, H, W], t [B, T], label or None)."""
         frames = real.frames.float() / 127.5 - 1
-        return [(f.flatten(0, 1), t, self.one_hot(label))
+        conditional = self.config.model.num_labels > 0
+        return [(f.flatten(0, 1), t, label if conditional else None)
                 for f, t, label in zip(*(x.split(self.rows) for x in (frames, real.t, real.label)))]
-
-    def one_hot(self, label):
-        classes = self.config.model.num_labels
-        return torch.eye(classes, device=self.device)[label.to(self.device)] if classes else None
 
     def latents(self):
         """Latents of a piece of generated clips."""
@@ -255,7 +252,8 @@ class Draws:
         rows = FRAME_ANCHORS + -(-max(longest, model.frames_per_clip) // model.motion_distance)
         label = None
         if model.num_labels:
-            label = self.one_hot(torch.from_numpy(self.rng.choice(self.clips.labels, B)))
+            conditions = [self.clips.condition(clip) for clip in self.rng.choice(len(self.clips), B)]
+            label = torch.from_numpy(np.stack(conditions)).to(device)
         z = torch.randn(B, model.z_dim, generator=self.on_device, device=device)
         noise = torch.randn(B, rows, model.motion_noise_dim, generator=self.on_device, device=device)
         return Latents(z, torch.from_numpy(t).to(device), noise, first_anchor, label)

@@ -236,19 +236,22 @@ class Stats:
             write_text(self.path, "".join(kept))
 
 
-def save_grids(run, generator, frames_done, fps, say=print):
+def save_grids(run, generator, clips, frames_done, fps, say=print):
     """Sample grids with fixed latents: one where every clip moves by itself, one where all share their motion.
 
-    A disk that is full is said, and does not stop the training.
+    clips: the real clips, whose classes or condition vectors the generated ones take. A disk that is full is said, and
+    does not stop the training.
     """
-    labels = generator.config.num_labels
     count = GRID_SIDE**2
-    label = [i % labels for i in range(count)] if labels else None
+    label = None
+    if generator.config.num_labels:
+        classes = clips.labels.ndim == 1
+        label = [i % clips.num_labels if classes else clips.condition(i % len(clips)).tolist() for i in range(count)]
     for name, motion_seed in (("samples", None), ("shared-motion", SHARED_MOTION_SEED)):
         windows = generator.render(0, frames=GRID_FRAMES, clips=count, motion_seed=motion_seed, label=label, window=4)
-        clips, path = torch.cat(list(windows), dim=1), run / f"{name}-{frames_done // 1000:06d}k"
+        made, path = torch.cat(list(windows), dim=1), run / f"{name}-{frames_done // 1000:06d}k"
         try:
-            write_grid(path, clips, fps)
+            write_grid(path, made, fps)
         except OSError as error:
             say(f"warning: could not write {path.name}: {error}")
 

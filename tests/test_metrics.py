@@ -255,7 +255,7 @@ def test_bf16_is_for_rendering_alone():
 def test_labels_are_drawn_from_the_data():
     torch.manual_seed(0)
     generator = Generator(dataclasses.replace(MODEL, num_labels=3)).eval()
-    one = torch.cat(list(GeneratedSet(generator, SMALL, 0, np.array([2])).batches(16, 0, 1)))
+    one = torch.cat(list(GeneratedSet(generator, SMALL, 0, np.eye(3, dtype=np.float32)[[2]]).batches(16, 0, 1)))
     alone = torch.cat(list(generator.render(0, 0, 16, clips=4, label=2)), dim=1)
     assert (alone.int() - one[:4].int()).abs().max() <= 1
 

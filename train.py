@@ -376,8 +376,11 @@ def parse(args):
     early.add_argument("--dataset", default="sky")
     early.add_argument("--out", type=Path)
     early.add_argument("--resume", nargs="?", const="")
+    early.add_argument("--data")
     known, _ = early.parse_known_args(args)
     resume = what_to_resume(known.out, known.resume)
+    if resume is not None:
+        resume = resume._replace(names_data=known.data is not None)
     config = train_preset(known.preset, known.dataset) if resume is None else read_config(resume.run)
     if known.resume == "":
         args = [arg for arg in args if arg != "--resume"]

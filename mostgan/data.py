@@ -108,7 +108,7 @@ class Clips:
         self.lengths = np.array(clips["frames"], np.int64)
         self.rates = np.array(clips["fps"], np.float64)
         self.fps = float(np.median(self.rates))
-        labels = info["labels"] or {}
+        labels = info.get("labels") or {}
         self.num_labels = labels.get("size") or len(labels.get("classes", ()))
         self.labels = np.array(clips["label"], np.int64) if "classes" in labels else None
         if not len(self.names) == len(self._files) == len(self.lengths) == len(self.rates) > 0:

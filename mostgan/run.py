@@ -27,10 +27,12 @@ FIXED = ("preset", "dataset", "conditional", "seed", "batch_clips")
 
 
 class Resume(NamedTuple):
-    """A run to go on with, and from where: None is from its start, where it was interrupted before its first save."""
+    """A run to go on with, and from where: None is from its start, where it was interrupted before its first save.
+    names_data: whether the command line says which data, so that they may be others than before."""
 
     run: Path
     checkpoint: Path | None
+    names_data: bool = False
 
 
 def what_to_resume(out, resume):
@@ -107,7 +109,9 @@ def continue_run(resume, config, clips):
     Prints what changed. Raises UserError naming the fields that do not fit, or if another process trains there.
     """
     run, old = resume.run, read_config(resume.run)
-    new = dataclasses.replace(config, data=str(clips.path))
+    described = json.loads((run / "config.json").read_text())
+    _check_data(resume, described, clips)
+    new = dataclasses.replace(config, data=_data_path(clips))
     before, now = ({name: getattr(c, name) for name in vars(c) if name != "model"}
                    | {f"model.{name}": value for name, value in vars(c.model).items()} for c in (old, new))
     changed = {name: f"{name} {before[name]} → {now[name]}" for name in before if before[name] != now[name]}
@@ -116,9 +120,6 @@ def continue_run(resume, config, clips):
         raise UserError(f"{run} cannot go on with another {', '.join(wrong)}: leave that out, or start a new run")
     if changed:
         print(f"changed since {run} was started: {', '.join(changed.values())}")
-    described = json.loads((run / "config.json").read_text())
-    if described.get("clips", len(clips)) != len(clips):
-        print(f"warning: {run} was started with {described['clips']} clips, {clips.path} has {len(clips)}")
     _write_config(run, config, clips)
     checkpoint.tidy(run)
     step = -1 if resume.checkpoint is None else int(resume.checkpoint.name.removeprefix("checkpoint-"))
@@ -126,8 +127,26 @@ def continue_run(resume, config, clips):
         print(f"{path.name} is not of this course any more: set aside")
 
 
+def _check_data(resume, described, clips):
+    """UserError where the data are not those that a run was trained on, unless the command line names them."""
+    before = described.get("data_fingerprint")
+    if before in (None, clips.fingerprint):
+        return
+    run, path = resume.run, clips.info.get("origin") or clips.path
+    if not resume.names_data:
+        raise UserError(f"{run} was trained on other clips than {path} has now ({described.get('clips')} then, {len(clips)} "
+                        f"now): name the data to go on with by --data, or put back the former ones")
+    print(f"warning: {run} goes on with other data than before: {path}, {len(clips)} clips instead of {described.get('clips')}")
+
+
+def _data_path(clips):
+    """Where the clips come from: what was packed, or the packed folder that was named; None of the built-in sky."""
+    return None if clips.builtin else clips.info.get("origin") or str(clips.path.resolve())
+
+
 def _write_config(run, config, clips):
-    data = {"builtin_data": clips.builtin, "data": str(clips.path), "clips": len(clips)}
+    data = {"builtin_data": clips.builtin, "data": _data_path(clips), "clips": len(clips)}
+    data["data_fingerprint"] = clips.fingerprint
     described = dataclasses.asdict(config) | data
     if distributed.launch():
         described["torchrun"] = distributed.launch()

@@ -3,7 +3,7 @@
 `python -m mostgan.prepare SRC DST --resolution 256` is the command, `prepare` the same as a function.
 """
 
-from mostgan.prepare.data_sets import check, open_data, prepare
+from mostgan.prepare.data_sets import check, open_data, pack_sky, prepare
 from mostgan.prepare.pack import pack
 
-__all__ = ["check", "open_data", "pack", "prepare"]
+__all__ = ["check", "open_data", "pack", "pack_sky", "prepare"]

@@ -192,7 +192,7 @@ def open_data(path, dataset, resolution, cache=None):
     print(
         f"packing {printable(str(path))} at {resolution} pixels into {printable(str(place))} (once)"
     )
-    origin = {"origin": printable(str(path.resolve()))}
+    origin = {"origin": str(path.resolve())}
     index = prepare(path, place, resolution, about=origin)
     print("\n".join(summary(index)))
     _name_older(place)
@@ -249,18 +249,24 @@ def _name_older(place):
             )
 
 
-def _builtin_sky(resolution, folder):
-    """The procedural sky, packed once into `folder`."""
-    from mostgan.data import Clips
-    from mostgan.prepare import sky
+def pack_sky(dst, resolution, count=None, frames=None):
+    """Packs the first `count` clips of the built-in procedural sky, of `frames` frames each; returns the index."""
+    from mostgan.prepare import sky  # not above: it brings PyTorch, see pack._write_preview
 
-    place = folder / f"sky-builtin-v{sky.VERSION}-{resolution}px.clips"
+    settings = Settings(resolution, "raw" if resolution <= RAW_UP_TO else "jpeg")
+    about = {"source": f"sky {sky.VERSION}", "origin": None, "labels": None, "builtin": True}
+    return pack(sky.clips(count or sky.CLIPS, frames or sky.FRAMES), dst, settings, about=about)
+
+
+def _builtin_sky(resolution, folder):
+    """The whole procedural sky, packed once into `folder`."""
+    from mostgan.data import Clips
+
+    place = folder / f"sky-builtin-{resolution}px.clips"
     if clips := _opened(place):
         return clips
     print(f"packing the built-in procedural sky at {resolution} pixels into {place} (once)")
-    settings = Settings(resolution, "raw" if resolution <= RAW_UP_TO else "jpeg")
-    about = {"source": "sky", "origin": None, "labels": None, "builtin": True}
-    print("\n".join(summary(pack(sky.clips(), place, settings, about=about))))
+    print("\n".join(summary(pack_sky(place, resolution))))
     return Clips(place)
 
 

@@ -111,7 +111,7 @@ def continue_run(resume, config, clips):
     run, old = resume.run, read_config(resume.run)
     described = json.loads((run / "config.json").read_text())
     _check_data(resume, described, clips)
-    new = dataclasses.replace(config, data=_data_path(clips))
+    new = dataclasses.replace(config, data=_data_path(config, clips))
     before, now = ({name: getattr(c, name) for name in vars(c) if name != "model"}
                    | {f"model.{name}": value for name, value in vars(c.model).items()} for c in (old, new))
     changed = {name: f"{name} {before[name]} → {now[name]}" for name in before if before[name] != now[name]}
@@ -139,13 +139,15 @@ def _check_data(resume, described, clips):
     print(f"warning: {run} goes on with other data than before: {path}, {len(clips)} clips instead of {described.get('clips')}")
 
 
-def _data_path(clips):
-    """Where the clips come from: what was packed, or the packed folder that was named; None of the built-in sky."""
-    return None if clips.builtin else clips.info.get("origin") or str(clips.path.resolve())
+def _data_path(config, clips):
+    """Where the clips come from: what was packed, or the packed folder that was named; None is the built-in sky."""
+    if config.data is None and clips.builtin:
+        return None
+    return clips.info.get("origin") or str(clips.path.resolve())
 
 
 def _write_config(run, config, clips):
-    data = {"builtin_data": clips.builtin, "data": _data_path(clips), "clips": len(clips)}
+    data = {"builtin_data": clips.builtin, "data": _data_path(config, clips), "clips": len(clips)}
     data["data_fingerprint"] = clips.fingerprint
     described = dataclasses.asdict(config) | data
     if distributed.launch():

@@ -114,10 +114,9 @@ def jobs_of(source, settings):
     """The jobs of a source. A film is cut into stretches at least twice as long as its key frames lie apart,
     for each job begins at the key frame before its first clip."""
     length, each = source.length(settings), settings.clip_length
-    seekable = source.kind == "folder" or source.timing.gap is not None
-    if each is None or length is None or length <= each or not seekable:
+    if each is None or length is None or length <= each or source.timing.gap is None:
         return [Job()]
-    stretch = max(1, math.ceil(2 * (source.timing.gap or 0) * source.fps(settings) / each))
+    stretch = max(1, math.ceil(2 * source.timing.gap * source.fps(settings) / each))
     firsts = range(0, math.ceil(length / each), stretch)
     return [Job(first, stretch) for first in firsts[:-1]] + [Job(firsts[-1])]
 

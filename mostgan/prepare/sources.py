@@ -95,9 +95,10 @@ class Source:
             elif self.kind == "array":
                 with root.open(self.files[0]) as file:
                     length = pictures.array_shape(file)[0] / PICTURE_RATE
-                self.timing = Timing(PICTURE_RATE, 0.0, length)
+                self.timing = Timing(PICTURE_RATE, 0.0, length, gap=0.0)
             else:
-                self.timing = Timing(PICTURE_RATE, 0.0, len(self.files) / PICTURE_RATE)
+                length = len(self.files) / PICTURE_RATE
+                self.timing = Timing(PICTURE_RATE, 0.0, length, gap=0.0)
             if self.mask:
                 self.box = mask_box(self.mask, settings)
         except UNREADABLE as error:

@@ -1,0 +1,450 @@
+"""What is a clip: finding the videos, animations, arrays and folders of pictures in a folder, an archive or a file."""
+
+import os
+import re
+from collections import Counter, defaultdict
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+
+import av
+import numpy as np
+
+from mostgan.config import UserError
+from mostgan.prepare import archives, pictures, videos
+from mostgan.prepare.frames import PICTURE_RATE, Timing, on_screen
+
+STILLS = set(".jpg .jpeg .jpe .jfif .bmp .dib .ppm .pgm .pbm .pnm .tga .jp2 .j2k .pcx .sgi".split())
+STILLS |= pictures.ANIMATED
+VIDEOS = set(
+    ".mp4 .m4v .mov .qt .mkv .webm .avi .mpg .mpeg .m2v .mpv .ts .mts .m2ts .vob .wmv .asf .flv .f4v .ogv .3gp .3g2"
+    " .mxf .dv .rm .rmvb .nut .y4m .h264 .264 .h265 .265 .hevc .ivf .obu .mjpeg .mjpg .wtv".split()
+)
+# Files that are known not to be videos. Others are shown to FFmpeg.
+OTHERS = set(
+    ".txt .json .csv .tsv .md .html .xml .yaml .yml .nfo .srt .vtt .ass .ssa .sub .idx .sup .log .pdf .doc .docx"
+    " .md5 .sha1 .sha256 .sfv .ini .db .url .lnk .py .sh .bat .exe .safetensors .npz .pkl .pt .pth .h5 .part .tmp"
+    " .mp3 .wav .flac .aac .m4a .opus .wma .aif .aiff .mid .svg .psd .ai .eps .heic .ico".split()
+)
+PLAYLISTS = set(".m3u8 .m3u .ffconcat .concat .mpd .sdp .pls .xspf .imf .cue .asx".split())
+NOT_OURS = {
+    "__MACOSX",
+    "@eaDir",
+    ".thumbnails",
+    "$RECYCLE.BIN",
+    "lost+found",
+    "System Volume Information",
+}
+COVERS = re.compile(
+    r"(.*[-_. ])?(thumb|thumbnail|poster|preview|cover|folder|fanart|banner|contact_?sheet)s?$",
+    re.I,
+)
+FEW = 200  # files of a folder of which each is looked at: whether it holds several pictures
+
+# What reading a damaged or strange file may raise.
+UNREADABLE = (av.FFmpegError, AttributeError, *pictures.DAMAGED, *archives.DAMAGED)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How every clip is made. crop: as in frames.square. fps: None keeps each source's. clip_length: None does not cut."""
+
+    resolution: int
+    coding: str  # "raw" or "jpeg"
+    crop: str | tuple[int, int, int, int] = "center"
+    fps: float | None = None
+    clip_length: int | None = None
+
+
+@dataclass
+class Source:
+    """One clip to be, or one film to be cut into clips. kind: "video", "animation", "array", "folder" (of pictures)."""
+
+    name: str
+    kind: str
+    root: str  # the folder or archive that it lies in
+    files: list[str]  # names in the root
+    problem: str | None = None  # why it cannot be used
+    label: int | list[float] | None = None
+    mask: "Source | None" = None  # white where a face is (FaceForensics)
+    # Told by look:
+    timing: Timing | None = None
+    pixel_aspect: float = 1.0
+    seconds: list[float] = field(default_factory=list)  # of each picture of an animation
+    box: tuple | None = None  # what the mask says to crop
+    facts: set = field(
+        default_factory=set
+    )  # what a user should know, e.g. that transparency was shown over black
+
+    def stamp(self):
+        """Names, sizes and times of change: different when the source is. Reads nothing."""
+        root = archives.open_root(self.root)
+        own = [self.name, [[printable(name), *root.stamp(name)] for name in self.files]]
+        return own + self.mask.stamp() if self.mask else own
+
+    def look(self, settings):
+        """Finds out what can be told without reading it all; sets `problem` where it cannot be read."""
+        try:
+            root = archives.open_root(self.root)
+            if self.kind == "video":
+                searched = settings.clip_length is not None and os.path.isdir(self.root)
+                file = root.video(self.files[0])
+                self.timing, self.pixel_aspect = videos.video_timing(file, searched)
+            elif self.kind == "animation":
+                with root.open(self.files[0]) as file:
+                    self.timing, self.seconds, self.facts = pictures.animation_timing(file)
+            elif self.kind == "array":
+                with root.open(self.files[0]) as file:
+                    length = pictures.array_shape(file)[0] / PICTURE_RATE
+                self.timing = Timing(PICTURE_RATE, 0.0, length, gap=0.0)
+            else:
+                length = len(self.files) / PICTURE_RATE
+                self.timing = Timing(PICTURE_RATE, 0.0, length, gap=0.0)
+            if self.mask:
+                self.box = mask_box(self.mask, settings)
+        except UNREADABLE as error:
+            self.problem = pictures.reason(error)
+
+    def fps(self, settings):
+        return settings.fps or self.timing.fps
+
+    def length(self, settings):
+        """Frames that it will give, or None where only reading it would tell."""
+        if self.timing.length is None:
+            return None
+        if self.kind in ("folder", "array"):  # they have no times: any rate keeps every picture
+            return round(self.timing.length * self.timing.fps)
+        return max(1, round(self.timing.length * self.fps(settings)))
+
+    def frames(self, settings, first, count, errors, facts):
+        """Yields (number, Shown) for frames number first … (see frames.on_screen), read from the nearest place before."""
+        root, fps = archives.open_root(self.root), self.fps(settings)
+        if self.kind == "video":
+            time = self.timing.start + first / fps if first else None
+            shown = videos.video_frames(root.video(self.files[0]), self.timing, time, errors)
+        elif self.kind == "animation":
+            shown = pictures.animation_frames(root.open(self.files[0]), self.seconds, errors, facts)
+        elif self.kind == "array":
+            shown = pictures.array_frames(root.open(self.files[0]), fps, first, errors)
+        else:
+            opens = [lambda name=name: root.open(name) for name in self.files]
+            whole = self.box is None and settings.crop in ("center", "none")
+            passes = settings.resolution if settings.coding == "jpeg" and whole else None
+            shown = pictures.folder_frames(opens, fps, first, passes, errors, facts)
+        return on_screen(shown, fps, self.timing.start, first, count)
+
+    def framing(self, settings, facts):
+        """A function: Shown.image → uint8 [R, R, 3], or the bytes of a JPEG that needs no change."""
+        crop = self.box or settings.crop
+        if self.kind == "video":
+            return videos.VideoFraming(crop, settings.resolution, self.pixel_aspect, facts)
+        return pictures.PictureFraming(crop, settings.resolution)
+
+
+def mask_box(mask, settings):
+    """The smallest square (x, y, side, side) that holds the white of every frame of a mask, as far as the frame goes.
+
+    One box for the clip, so that the crop neither shakes nor cuts. Raises ValueError where the mask is black throughout.
+    """
+    mask.look(Settings(settings.resolution, "raw"))
+    if mask.problem:
+        raise ValueError(f"its mask {mask.name}: {mask.problem}")
+    rows, columns = set(), set()
+    size = None
+    for _, shown in mask.frames(Settings(0, "raw"), 0, None, {}, set()):
+        image = (
+            shown.image.to_ndarray(format="gray")
+            if mask.kind == "video"
+            else np.asarray(shown.image.convert("L"))
+        )
+        rows.update(np.flatnonzero((image > 127).any(1)).tolist())
+        columns.update(np.flatnonzero((image > 127).any(0)).tolist())
+        size = image.shape
+    if not rows:
+        raise ValueError(f"its mask {mask.name} is black throughout")
+    x, y = min(columns), min(rows)
+    width, height = max(columns) + 1 - x, max(rows) + 1 - y
+    side = min(max(width, height), *size)
+    x, y = x + (width - side) // 2, y + (height - side) // 2
+    return min(max(x, 0), size[1] - side), min(max(y, 0), size[0] - side), side, side
+
+
+# ------------------------------------------------------------------------------------------------- names
+
+
+def printable(name):
+    """A name as text that can be printed and stored: control characters and bytes that are no UTF-8 as \\x1b, \\xff."""
+    text = name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    return re.sub(r"[\x00-\x1f\x7f]", lambda match: ascii(match[0])[1:-1], text)
+
+
+NUMBER = r"(?<![\d.])\d+\.\d+(?![\d.])|\d+"  # 7 or 0.25, but the numbers of 2020.10.05 apart
+
+
+def natural(name):
+    """Sort key in which frame2 comes before frame10, and 0.15 before 0.2."""
+    parts = re.split(f"({NUMBER})", stem(name))
+    key = []
+    for text, number in zip(parts[::2], [*parts[1::2], ""]):
+        whole, _, fraction = number.partition(".")
+        key.append((text, int(whole or -1), fraction))
+    return key, suffix(name)
+
+
+def stem(name):
+    return os.path.splitext(name)[0]
+
+
+def suffix(name):
+    return os.path.splitext(name)[1].lower()
+
+
+# ----------------------------------------------------------------------------------------------- finding
+
+
+class Notes:
+    """Everything that was skipped or guessed: what, why, how many, and some names of each."""
+
+    EXAMPLES = 10
+
+    def __init__(self):
+        self.names = defaultdict(list)
+
+    def add(self, what, why, *names):
+        self.names[what, why] += [printable(name) for name in names]
+
+    def table(self):
+        """Rows for the index: {what, why, count, names (the first ten)}, in an order that depends on nothing else."""
+        rows = []
+        for (what, why), names in sorted(self.names.items()):
+            examples = sorted(names, key=natural)[: self.EXAMPLES]
+            rows.append({"what": what, "why": why, "count": len(names), "names": examples})
+        return rows
+
+
+def find_sources(src, notes, scratch=None):
+    """Every clip-to-be in SRC (a folder, an archive or a file): a list of Source in the order of their names.
+
+    notes: a Notes that takes what is left out. scratch: a folder for compressed tars, which are unpacked to be read.
+    Raises UserError where SRC is missing or holds nothing.
+    """
+    src = Path(src)
+    if not src.exists():
+        raise UserError(f"{printable(str(src))} does not exist")
+    if src.is_dir():
+        sources = _in_folder(src, notes, scratch)
+    elif archives.is_archive(src.name):
+        sources = _in_archive(src, "", notes, scratch)
+    else:
+        sources = _group(str(src.resolve().parent), [src.resolve().name], src.name, notes)
+    if not sources:
+        raise UserError(
+            f"{printable(str(src))} holds no videos, animations, folders of pictures or archives of them"
+        )
+    if len(sources) == 1 and sources[0].problem and not src.is_dir():
+        raise UserError(f"{printable(str(src))} cannot be used: {sources[0].problem}")
+    return sorted(sources, key=lambda source: natural(source.name))
+
+
+def _in_folder(src, notes, scratch):
+    names = archives.Folder(str(src)).names([os.path.realpath(scratch)] if scratch else [])
+    packed = [name for name in names if archives.is_archive(name) and not _hidden(name)]
+    sources = _group(str(src), sorted(set(names) - set(packed)), src.resolve().name, notes)
+    for name in packed:
+        sources += _in_archive(src / name, f"{name}/", notes, scratch)
+    return sources
+
+
+def _in_archive(path, prefix, notes, scratch):
+    """The sources in an archive; prefix: of their names, where there may be several archives."""
+    try:
+        if scratch is None and suffix(path.name) in archives.OPENERS:
+            raise ValueError("it is compressed as a whole; unpack it")
+        root = str(archives.unpacked(str(path), scratch))
+        opened = archives.open_root(root)
+    except archives.DAMAGED as error:
+        problem = f"a damaged archive ({pictures.reason(error)})"
+        return [
+            Source(prefix.rstrip("/") or path.name, "video", str(path.parent), [path.name], problem)
+        ]
+    if getattr(opened, "cut", None):
+        notes.add("damaged archive, of which the rest is missing", opened.cut, path.name)
+    names = sorted(opened.names())
+    if not names:
+        problem = "an empty archive"
+        return [
+            Source(prefix.rstrip("/") or path.name, "video", str(path.parent), [path.name], problem)
+        ]
+    sources = _group(root, names, _bare(path.name), notes)
+    wrapper = _wrapper([source.name for source in sources])
+    for source in sources:
+        source.name = prefix + source.name.removeprefix(wrapper)
+    return sources
+
+
+def _bare(name):
+    """An archive's name without its suffixes."""
+    for end in sorted(archives.ARCHIVES, key=len, reverse=True):
+        if name.lower().endswith(end):
+            return name[: -len(end)]
+    return stem(name)
+
+
+def _wrapper(names):
+    """ "folder/" where one folder is around everything, else ""."""
+    first = {name.partition("/")[0] for name in names}
+    if len(names) > 1 and len(first) == 1 and all("/" in name for name in names):
+        return first.pop() + "/"
+    return ""
+
+
+def _hidden(name):
+    return any(part.startswith(".") or part in NOT_OURS for part in PurePosixPath(name).parts)
+
+
+def _group(root, names, own_name, notes):
+    """Names of files → Sources: one for each video, animation and array, and one for each folder of pictures."""
+    opened = archives.open_root(root)
+    sources, stills, left = [], defaultdict(list), Counter()
+    stems = {stem(name) for name in names if suffix(name) in VIDEOS and not _hidden(name)}
+    for name in names:
+        if _hidden(name):
+            left["hidden files and system folders"] += 1
+        elif problem := _known_problem(opened, name):
+            sources.append(Source(name, "video", root, [name], problem))
+        elif suffix(name) in STILLS and _belongs_to_video(name, stems):
+            notes.add("pictures of a video beside it, left out", "they have its name", name)
+        elif suffix(name) in STILLS:
+            stills[os.path.dirname(name)].append(name)
+        elif suffix(name) == ".npy":
+            sources.append(Source(name, "array", root, [name]))
+        elif suffix(name) in VIDEOS or _is_video(opened, name):
+            sources.append(Source(name, "video", root, [name]))
+        else:
+            left[f"{suffix(name) or 'without a suffix'}"] += 1
+    for folder, files in stills.items():
+        sources += _of_pictures(root, folder, files, own_name, notes)
+    if left:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(left.items()))
+        notes.add("neither videos nor pictures, left out", kinds, *["files"] * left.total())
+    return sources
+
+
+def _known_problem(opened, name):
+    """Why a file cannot be used, as its name or its archive tells; or None."""
+    if problem := opened.problem(name):
+        return problem
+    if name.lower().endswith(archives.ARCHIVES + archives.OTHER_ARCHIVES):
+        return (
+            "an archive in an archive, or of a kind that is not read: give it alone, or unpack it"
+        )
+    if suffix(name) in PLAYLISTS:
+        return "a playlist: it names other files, which are not read"
+    return None
+
+
+def _belongs_to_video(name, stems):
+    """Whether a picture is a thumbnail of a video: a.jpg, a.mp4.jpg, a-thumb.jpg, a_poster.jpg of a.mp4."""
+    own = stem(name)
+    bare = re.sub(r"[-_. ](thumb|thumbnail|poster|preview|cover|fanart)s?$", "", own, flags=re.I)
+    return not stems.isdisjoint({own, stem(own), bare, stem(bare)})
+
+
+def _is_video(opened, name):
+    """Whether FFmpeg takes a file, whose suffix says nothing, for a video."""
+    if suffix(name) in OTHERS:
+        return False
+    try:
+        container, _ = videos.open_video(opened.video(name))
+    except UNREADABLE:
+        return False
+    container.close()
+    return True
+
+
+def _of_pictures(root, folder, files, own_name, notes):
+    """The pictures of one folder: files that hold several are clips of their own, the others one clip, or one for each
+    numbered sequence."""
+    opened = archives.open_root(root)
+    candidates = [name for name in files if suffix(name) in pictures.ANIMATED]
+    if len(candidates) > FEW and not _several(opened, candidates[0]):
+        candidates = [name for name in candidates if suffix(name) == ".gif"]
+    animations = {name for name in candidates if _several(opened, name)}
+    sources = [Source(name, "animation", root, [name]) for name in sorted(animations)]
+    rest = _one_of_each_stem(opened, sorted(set(files) - animations, key=natural), notes)
+    for prefix, names in _sequences(rest, notes):
+        sources.append(
+            Source("/".join(filter(None, (folder, prefix))) or own_name, "folder", root, names)
+        )
+    return sources
+
+
+def _several(opened, name):
+    try:
+        with opened.open(name) as file:
+            return pictures.number_of_pictures(file) > 1
+    except UNREADABLE:
+        return False
+
+
+def _one_of_each_stem(opened, names, notes):
+    """Where 000.png lies beside 000.jpg, the kind whose files are larger: the other may be previews or masks."""
+    kinds = defaultdict(dict)
+    for name in names:
+        kinds[stem(name)][suffix(name)] = name
+    twice = [group for group in kinds.values() if len(group) > 1]
+    if not twice:
+        return names
+    sizes = Counter()
+    for group in twice:
+        sizes.update({kind: opened.stamp(name)[0] for kind, name in group.items()})
+    order = [kind for kind, _ in sizes.most_common()]
+    kept = {min(group.values(), key=lambda name: order.index(suffix(name))) for group in twice}
+    left = [name for group in twice for name in group.values() if name not in kept]
+    notes.add(
+        "pictures that share their name with another, left out",
+        f"{order[0]} is taken, its files are larger",
+        *left,
+    )
+    return [name for name in names if name not in set(left)]
+
+
+def _sequences(names, notes):
+    """[(name, files)]: names of stills in one folder, grouped where there are several numbered sequences (a_000, b_000).
+
+    Pictures without a number beside a sequence, such as a cover, are left out.
+    """
+    groups = defaultdict(list)
+    for name in names:
+        base = os.path.basename(stem(name))
+        match = re.search(rf"(?:{NUMBER})$", base)
+        groups[base[: match.start()] if match else None].append((name, match and match[0]))
+    loose = [name for name, _ in groups.pop(None, [])]
+    if not any(len(group) > 2 for group in groups.values()):
+        covers = [name for name in loose if COVERS.match(os.path.basename(stem(name)))]
+        if 0 < len(covers) < len(names):
+            notes.add("covers, left out", "their names say so", *covers)
+            names = [name for name in names if name not in covers]
+        return [("", names)] if names else []
+    if loose:
+        notes.add("pictures beside a numbered sequence, left out", "they have no number", *loose)
+    if len(groups) > 1 and _are_sequences(groups):
+        return [
+            (prefix.rstrip("_-. ") or "frames", [name for name, _ in group])
+            for prefix, group in groups.items()
+        ]
+    return [("", [name for name in names if name not in set(loose)])]
+
+
+def _are_sequences(groups):
+    """Whether numbered pictures with different prefixes are different clips: the prefixes differ by more than numbers, or
+    each counts on by ones. Else they are parts of a date or a time, 12-00-05 and 12-01-05."""
+    if len({re.sub(r"\d+", "0", prefix) for prefix in groups}) == len(groups):
+        return True
+    for prefix, group in groups.items():
+        numbers = [number for _, number in group]
+        dated = len(re.sub(r"\D", "", prefix)) >= 8
+        if dated or any("." in number for number in numbers):
+            return False
+        if any(int(b) - int(a) != 1 for a, b in zip(numbers, numbers[1:])):
+            return False
+    return True

@@ -4,12 +4,14 @@ Most videos here are numbered: frame k is flat and has the gray level FIRST + ST
 which frame of its source it shows, whatever coded it.
 """
 
+import os
 import resource
 import sys
 import time
 from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
+from unittest import mock
 
 import av
 import numpy as np
@@ -225,16 +227,15 @@ def files_of(folder):
 
 
 def command(capfd, *arguments):
-    """Runs the command in this process: (exit status, stdout, stderr)."""
-    argv, sys.argv = sys.argv, ["prepare", *map(str, arguments)]
+    """Runs the command in this process, without workers: (exit status, stdout, stderr)."""
     capfd.readouterr()
-    try:
-        command_line.main()
-        status = 0
-    except SystemExit as end:
-        status = end.code or 0
-    finally:
-        sys.argv = argv
+    one_core = mock.patch.object(os, "sched_getaffinity", lambda process: {0})
+    with one_core, mock.patch.object(sys, "argv", ["prepare", *map(str, arguments)]):
+        try:
+            command_line.main()
+            status = 0
+        except SystemExit as end:
+            status = end.code or 0
     return status, *capfd.readouterr()
 
 

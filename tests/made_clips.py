@@ -17,6 +17,7 @@ from PIL import Image
 
 from mostgan import prepare
 from mostgan.data import Clips
+from mostgan.prepare import __main__ as command_line
 
 FIRST, STEP = 16, 4
 MOST_NUMBERS = 58  # FIRST + STEP * 57 is still below white in video range
@@ -228,7 +229,7 @@ def command(capfd, *arguments):
     argv, sys.argv = sys.argv, ["prepare", *map(str, arguments)]
     capfd.readouterr()
     try:
-        prepare.main()
+        command_line.main()
         status = 0
     except SystemExit as end:
         status = end.code or 0

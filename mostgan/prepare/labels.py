@@ -107,7 +107,10 @@ def _read_json(data, where):
         if labels is None:
             return None
         rows = labels.items() if isinstance(labels, dict) else labels
-        return [(str(name), label) for name, label in rows]
+        rows = [(str(name), label) for name, label in rows]
+        if not all(isinstance(label, (int, float, str, list)) for _, label in rows):
+            raise ValueError("a label that is none")
+        return rows
     except (ValueError, KeyError, TypeError, RecursionError):
         form = '{"labels": [["name", label], ...]}'
         raise UserError(f"{printable(str(where))} is not of the form {form}") from None
@@ -243,19 +246,18 @@ def _look_up(rows, ours, dropped, lower):
 
 
 def _classes(values):
-    """The classes' names in order and {value: number}, or None where the values are no classes but
-    numbers.
-    """
+    """(the classes' names in order, {name: number}), or None where the values are no classes but numbers."""
     if any(isinstance(value, (list, tuple)) for value in values):
         return None
     if any(isinstance(value, float) and not value.is_integer() for value in values):
         return None
-    names = sorted({_class_name(value) for value in values}, key=natural)
+    numbers = all(isinstance(value, (int, float)) for value in values)
+    names = sorted({_class_name(value) for value in values}, key=int if numbers else natural)
     return names, {name: number for number, name in enumerate(names)}
 
 
 def _class_name(value):
-    return str(int(value)) if isinstance(value, (int, float)) else str(value)
+    return str(int(value)) if isinstance(value, (int, float)) else value
 
 
 def _vector(value, where):

@@ -128,7 +128,7 @@ def pack(sources, dst, settings, notes=None, about=None, strict=False, jobs=None
         )
     try:
         with _locked(dst):
-            plan = _plan(sources, settings)
+            plan, name = _plan(sources, settings), (about or {}).get("source", "it")
             if index := _finished(dst, plan):
                 return index
             _take_up(dst, plan, sources)
@@ -136,7 +136,7 @@ def pack(sources, dst, settings, notes=None, about=None, strict=False, jobs=None
                 jobs or cores(), len(sources) if settings.clip_length is None else sys.maxsize
             )
             with _workers(max(1, jobs)) as pool:
-                rows = _make_all(pool, sources, dst, settings, notes, strict)
+                rows = _make_all(pool, sources, dst, settings, notes, strict, name)
             return _finish(dst, rows, plan, settings, notes, about or {})
     except OSError as error:
         raise UserError(
@@ -236,7 +236,7 @@ def _take_up(dst, plan, sources):
         print(f"going on with {printable(str(dst))}", file=sys.stderr)
 
 
-def _make_all(pool, sources, dst, settings, notes, strict):
+def _make_all(pool, sources, dst, settings, notes, strict, name):
     """The rows of all clips, those that an earlier run left and those that are made now."""
     ready = [source for source in sources if source.problem]
     looked = [pool.submit(look, source, settings) for source in sources if not source.problem]
@@ -273,8 +273,8 @@ def _make_all(pool, sources, dst, settings, notes, strict):
         )
     rows = [row for rows, _ in made.values() for row in rows]
     if not rows:
-        told = notes.first("left out") or "there are no clips"
-        raise UserError(f"none of {len(sources)} clips can be used; {told}")
+        told = notes.first("left out") or "there are none"
+        raise UserError(f"{name}: none of its {len(sources)} clips can be used ({told})")
     return sorted(rows, key=lambda row: (natural(row["source"]), row["start"], row["file"]))
 
 

@@ -333,11 +333,12 @@ def _group(root, opened, names, own_name, notes, tables):
     """Names of files → Sources: one for each video, animation and array, and one for each folder of
     pictures.
     """
-    sources, stills, left = [], defaultdict(list), Counter()
+    sources, unusable, stills, left = [], {}, defaultdict(list), Counter()
     videos_here = {stem(name) for name in names if suffix(name) in VIDEOS and not _hidden(name)}
     for name in sorted(names):
         if problem := opened.problem(name):
-            sources.append(Source(name, "video", root, [name], problem))
+            place = os.path.dirname(name) or own_name if suffix(name) in STILLS else name
+            unusable.setdefault(place, Source(place, "video", root, [name], problem))
         elif _hidden(name):
             left["hidden files and system folders"] += 1
         elif problem := _known_problem(name):
@@ -357,6 +358,7 @@ def _group(root, opened, names, own_name, notes, tables):
         notes.add(
             "files that are neither videos nor pictures, left out", kinds, *[""] * left.total()
         )
+    sources += unusable.values()
     around = _wrapper([source.name for source in sources])
     for place in ("", around):
         if f"{place}dataset.json" in names and not any(tables):

@@ -1,8 +1,10 @@
-"""Packed clips → batches of frames and times: opening, frame sampling (spec §8), an endless reproducible loader.
+"""Packed clips → batches of frames and times: opening, frame sampling (spec §8), an endless
+reproducible loader.
 
-Sample number i of a run is a pure function of (seed, i), so a run resumed at batch k goes on exactly as if it had never
-stopped. Of `world` processes, each takes its part of every batch, in the order of their ranks: together they make the
-run that one process would make with batches `world` times as large.
+Sample number i of a run is a pure function of (seed, i), so a run resumed at batch k goes on
+exactly as if it had never stopped. Of `world` processes, each takes its part of every batch, in the
+order of their ranks: together they make the run that one process would make with batches `world`
+times as large.
 """
 
 import functools
@@ -35,11 +37,14 @@ FORMAT, VERSION = (
 )  # of packed folders; mostgan/prepare/pack.py says what they hold
 
 
-# ------------------------------------------------------------------------------------------ packed clips
+# ------------------------------------------------------------------------------------------ packed
+# clips
 
 
 def is_packed(path):
-    """Whether a folder holds packed clips, of this version or an earlier one, rather than videos or pictures."""
+    """Whether a folder holds packed clips, of this version or an earlier one, rather than videos or
+    pictures.
+    """
     path = Path(path)
     if (path / "plan.json").is_file() or (path / "packing.jsonl").is_file():  # it was not finished
         return True
@@ -51,7 +56,9 @@ def is_packed(path):
 
 
 def read_index(path):
-    """The index of a packed folder, a dict. Raises UserError where there is none, or one of another version."""
+    """The index of a packed folder, a dict. Raises UserError where there is none, or one of another
+    version.
+    """
     path = Path(path)
     if not path.is_dir():
         raise UserError(f"{path} is no folder of packed clips")
@@ -79,10 +86,11 @@ def read_index(path):
 class Clips:
     """An opened packed folder. Cheap to open and to pickle; nothing of a clip is kept open.
 
-    path; resolution; fps (median of the clips); names, a list; lengths int64 [N]; labels: None, int64 [N] (classes) or
-    float32 [N, C] (vectors); num_labels: 0, the number of classes, or C; fingerprint: a checksum of all of it; builtin:
-    whether this is the procedural sky; info: the index, a dict.
-    Raises UserError naming the path where it is missing, of another version, or incomplete.
+    path; resolution; fps (median of the clips); names, a list; lengths int64 [N]; labels: None,
+    int64 [N] (classes) or float32 [N, C] (vectors); num_labels: 0, the number of classes, or C;
+    fingerprint: a checksum of all of it; builtin: whether this is the procedural sky; info: the
+    index, a dict. Raises UserError naming the path where it is missing, of another version, or
+    incomplete.
     """
 
     def __init__(self, path):
@@ -131,7 +139,9 @@ class Clips:
         return Clips, (self.path,)
 
     def condition(self, clip):
-        """What a model is conditioned on: float32 [num_labels], of a class its one-hot vector (spec §13)."""
+        """What a model is conditioned on: float32 [num_labels], of a class its one-hot vector (spec
+        §13).
+        """
         if self.labels is None:
             return np.zeros(0, np.float32)
         if self.labels.ndim == 2:
@@ -174,18 +184,23 @@ def read_clip(path, indices):
 
 
 def decode_jpeg(data):
-    """The bytes of a JPEG → uint8 [H, W, 3], by Pillow, as the other codebases of the field decode them."""
+    """The bytes of a JPEG → uint8 [H, W, 3], by Pillow, as the other codebases of the field decode
+    them.
+    """
     image = Image.open(io.BytesIO(data), formats=["JPEG"])
     return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
 
 
-# ------------------------------------------------------------------------------------------------------- frame sampling
+# -------------------------------------------------------------------------------------------------------
+# frame sampling
 
 
 def sample_span(length, num_frames, rng):
-    """Frames of one sample relative to its first: int64 [T], 0 … span ascending, T−2 distinct ones strictly between.
+    """Frames of one sample relative to its first: int64 [T], 0 … span ascending, T−2 distinct ones
+    strictly between.
 
-    The span is uniform over those of SPANS that fit into the clip and hold num_frames, else just num_frames − 1.
+    The span is uniform over those of SPANS that fit into the clip and hold num_frames, else just
+    num_frames − 1.
     """
     if length < num_frames:
         raise ValueError(f"a clip of {length} frames cannot give {num_frames}")
@@ -198,7 +213,9 @@ def sample_span(length, num_frames, rng):
 
 
 def sample_uniform(length, num_frames, rng):
-    """As sample_span, without its spans: once the offset is drawn too, any T frames of the clip are equally likely."""
+    """As sample_span, without its spans: once the offset is drawn too, any T frames of the clip are
+    equally likely.
+    """
     if length < num_frames:
         raise ValueError(f"a clip of {length} frames cannot give {num_frames}")
     frames = np.sort(rng.choice(length, num_frames, replace=False))
@@ -209,9 +226,11 @@ SAMPLINGS = {"spans": sample_span, "uniform": sample_uniform}
 
 
 def sample_real(length, num_frames, rng, max_num_frames=1024, sampling="spans"):
-    """Which frames of a clip to show the discriminator: (frame indices int64 [T], times float64 [T]).
+    """Which frames of a clip to show the discriminator: (frame indices int64 [T], times float64
+    [T]).
 
-    A clip longer than max_num_frames is cut to a random window first, from whose start the times count.
+    A clip longer than max_num_frames is cut to a random window first, from whose start the times
+    count.
     """
     window = int(rng.integers(0, length - max_num_frames + 1)) if length > max_num_frames else 0
     length = min(length, max_num_frames)
@@ -223,7 +242,9 @@ def sample_real(length, num_frames, rng, max_num_frames=1024, sampling="spans"):
 
 
 def sample_fake(lengths, batch, num_frames, rng, max_num_frames=1024, sampling="spans"):
-    """Times for the generator: float64 [batch,T]. As sample_real, with a length drawn from the data's."""
+    """Times for the generator: float64 [batch,T]. As sample_real, with a length drawn from the
+    data's.
+    """
     lengths = np.minimum(lengths, max_num_frames)
     lengths = lengths[lengths >= num_frames]
     if not len(lengths):
@@ -235,7 +256,8 @@ def sample_fake(lengths, batch, num_frames, rng, max_num_frames=1024, sampling="
     return t
 
 
-# -------------------------------------------------------------------------------------------------------------- batches
+# --------------------------------------------------------------------------------------------------------------
+# batches
 
 
 class Batch(NamedTuple):
@@ -311,13 +333,15 @@ def batches(
     rank=0,
     world=1,
 ):
-    """Yields Batch number start, start + 1, … on `device`, forever; close() it, or drop it, to stop.
+    """Yields Batch number start, start + 1, … on `device`, forever; close() it, or drop it, to
+    stop.
 
-    Each pass over the data takes every clip once, in an order that depends on (seed, pass). mirror: half of the clips
-    are flipped left to right, all frames alike. sampling: "spans" (spec §8) or "uniform" (any frames of the clip).
-    workers: processes that decode ahead; 0 uses one thread, enough for small models. rank, world: this process and how
-    many there are; each has its own batch_size clips of a batch. Raises UserError where no clip has num_frames frames,
-    a clip is damaged, or a worker process dies.
+    Each pass over the data takes every clip once, in an order that depends on (seed, pass). mirror:
+    half of the clips are flipped left to right, all frames alike. sampling: "spans" (spec §8) or
+    "uniform" (any frames of the clip). workers: processes that decode ahead; 0 uses one thread,
+    enough for small models. rank, world: this process and how many there are; each has its own
+    batch_size clips of a batch. Raises UserError where no clip has num_frames frames, a clip is
+    damaged, or a worker process dies.
     """
     if sampling not in SAMPLINGS or not 0 <= rank < world:
         raise ValueError(f"sampling {sampling!r} of {list(SAMPLINGS)}, rank {rank} of {world}")
@@ -339,8 +363,9 @@ def _deliver(ahead, device):
 
 
 def _upload(ahead, device):
-    """Copies pinned batches to the GPU on a stream of their own, so that they need not wait for the step before them,
-    whose kernels are still queued when the host asks for the next batch."""
+    """Copies pinned batches to the GPU on a stream of their own, so that they need not wait for the
+    step before them, whose kernels are still queued when the host asks for the next batch.
+    """
     stream = torch.cuda.Stream(device)
     with closing(ahead):
         for batch in ahead:
@@ -404,7 +429,9 @@ def _by_processes(source, start, workers, pin):
 
 
 def _begin_worker(reading, worker):
-    """Signals that reach a whole process group or job are the training process's: it needs the workers to go on."""
+    """Signals that reach a whole process group or job are the training process's: it needs the
+    workers to go on.
+    """
     reading[worker, 0] = os.getpid()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)

@@ -1,6 +1,8 @@
-"""Videos, animations, folders of pictures and archives of them → packed clips, which training reads frame by frame.
+"""Videos, animations, folders of pictures and archives of them → packed clips, which training reads
+frame by frame.
 
-`python -m mostgan.prepare SRC DST --resolution 256` is the command, `prepare` the same as a function.
+`python -m mostgan.prepare SRC DST --resolution 256` is the command, `prepare` the same as a
+function.
 """
 
 from mostgan.prepare.data_sets import check, open_data, pack_sky, prepare

@@ -27,7 +27,8 @@ def prepare(
     strict: bool = False,
     check: Path | None = None,
 ):
-    """Packs videos, animations, folders of pictures, or archives of them into a form that training reads frame by frame.
+    """Packs videos, animations, folders of pictures, or archives of them into a form that training
+    reads frame by frame.
 
     Interrupted, it leaves nothing that looks finished; the same command goes on where it stopped.
 
@@ -35,20 +36,24 @@ def prepare(
         src: folder (nested and mixed as you like), zip, tar, or a single file.
         dst: the folder to make.
         resolution: side of the square frames, in pixels.
-        crop: `center`: the largest centered square; `none`: the whole frame, squeezed into the square; or a box
+        crop: `center`: the largest centered square; `none`: the whole frame, squeezed into the
+        square; or a box
             X,Y,W,H in pixels of the source.
-        masks: folder or zip of masks (white on black, named as the clips, or CLIP_ANYTHING as FaceForensics does):
+        masks: folder or zip of masks (white on black, named as the clips, or CLIP_ANYTHING as
+        FaceForensics does):
             crops the square around everything white in a clip, the same for all its frames.
-        fps: frames per second to resample to. Default: each source's usual rate. Folders of pictures and arrays have no
+        fps: frames per second to resample to. Default: each source's usual rate. Folders of
+        pictures and arrays have no
             times; their frames are kept as they are, and taken to have this rate (25 by default).
         clip_length: cut longer videos into clips of this many frames.
-        labels: `folders` makes each top-level folder a class; a file gives them (like dataset.json, or lines of
+        labels: `folders` makes each top-level folder a class; a file gives them (like dataset.json,
+        or lines of
             clip,label or clip,number,number,...); otherwise a dataset.json is used if there is one.
         split: pack only this part. Which clips are `test` depends on nothing but their names.
         test_share: how much of the data is `test`.
-        lossless: keep every frame exactly, also above 128 pixels, where frames are JPEGs of quality 95 otherwise.
-        strict: stop at the first source that cannot be used, or is damaged, instead of leaving it out.
-        check: verify this packed folder, every byte, and do nothing else.
+        lossless: keep every frame exactly, also above 128 pixels, where frames are JPEGs of quality
+        95 otherwise. strict: stop at the first source that cannot be used, or is damaged, instead
+        of leaving it out. check: verify this packed folder, every byte, and do nothing else.
     """
     if check is not None:
         _check(check)

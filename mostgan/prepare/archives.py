@@ -1,6 +1,7 @@
 """The files of a folder, a zip or a tar, listed and opened in one way. Archives are read in place.
 
-A file's name is its path below the root, with slashes, whatever the system or the program that packed it.
+A file's name is its path below the root, with slashes, whatever the system or the program that
+packed it.
 """
 
 import bz2
@@ -27,8 +28,8 @@ HELD_BYTES = (
 )  # a member of a zip is held in memory up to this size, else in a temporary file
 LARGEST_MEMBER = 4 << 30  # bytes that a packed member may unpack to
 MOST_PACKED = 100  # times that media may shrink: what shrinks more is meant to fill the disk
-OPENERS = {".gz": gzip.open, ".tgz": gzip.open, ".bz2": bz2.open, ".tbz2": bz2.open}
-OPENERS |= {".xz": lzma.open, ".txz": lzma.open}
+# How compressed files begin, whatever their names say.
+OPENERS = {b"\x1f\x8b": gzip.open, b"BZ": bz2.open, b"\xfd7": lzma.open}
 READ_BY_US = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2)
 
 
@@ -42,12 +43,15 @@ class Folder:
     def __init__(self, path):
         self.path = path
 
-    def names(self, leave_out=()):
-        """Paths of all files but those in folders of our own clips and in the folders `leave_out` (real paths)."""
-        names, seen = [], set(leave_out)
+    def names(self, leave_out=None):
+        """Paths of all files but those in folders of our own clips and in the folder `leave_out` (a
+        real path).
+        """
+        names, seen = [], {leave_out}
         for folder, subfolders, files in os.walk(self.path, followlinks=True):
             here = os.path.realpath(folder)
-            # Links may lead in circles; and clips that we packed may lie among the videos that they were made from.
+            # Links may lead in circles; and clips that we packed may lie among the videos that they
+            # were made from.
             ours = (
                 folder.endswith(".clips")
                 or "index.json" in files
@@ -58,12 +62,13 @@ class Folder:
                 continue
             seen.add(here)
             paths = (os.path.join(folder, file) for file in files)
-            # No pipes, which never end; but links that lead nowhere, to be named.
-            kept = (path for path in paths if os.path.isfile(path) or not os.path.exists(path))
-            names += [os.path.relpath(path, self.path).replace(os.sep, "/") for path in kept]
+            names += [os.path.relpath(path, self.path).replace(os.sep, "/") for path in paths]
         return names
 
     def problem(self, name):
+        path = os.path.join(self.path, name)
+        if os.path.exists(path) and not os.path.isfile(path):
+            return "it is no file"  # a pipe would never end
         return None
 
     def stamp(self, name):
@@ -84,15 +89,18 @@ class Folder:
 class Archive:
     """What zips and tars have in common. members: {name: what the library knows of it}."""
 
+    cut = None  # why the rest of it could not be read
+
     def __init__(self, members):
-        # Windows programs have written backslashes; nobody means one inside a name unless there are slashes too.
+        # Windows programs have written backslashes; nobody means one inside a name unless there are
+        # slashes too.
         windows = not any("/" in name for name in members)
         self.members = {}
         for name, member in members.items():
             name = name.replace("\\", "/") if windows else name
             self.members[name.removeprefix("./")] = member
 
-    def names(self, leave_out=()):
+    def names(self):
         return list(self.members)
 
     def problem(self, name):
@@ -147,7 +155,6 @@ class Tar(Archive):
 
     def __init__(self, path):
         self.file, members = tarfile.open(path, "r:"), {}
-        self.cut = None  # why the rest of it could not be read
         try:
             for info in self.file:
                 if info.isfile():
@@ -167,15 +174,17 @@ class Tar(Archive):
 
 
 def unpacked(path, scratch):
-    """A compressed tar → the path of the same tar uncompressed, in the folder `scratch`, which is faster to read out of
-    order. Returns other paths as they are. Raises ValueError where it unpacks to far more than it should; OSError.
+    """A compressed tar → the path of the same tar uncompressed, in the folder `scratch`, which is
+    faster to read out of order. Returns other paths as they are. Raises ValueError where it unpacks
+    to far more than it should; OSError.
     """
-    suffix = os.path.splitext(path)[1].lower()
-    if not is_archive(path) or suffix not in OPENERS:
+    with open(path, "rb") as file:
+        opener = OPENERS.get(file.read(2))
+    if opener is None:
         return path
     limit = MOST_PACKED * os.path.getsize(path) + (1 << 30)
     out = os.path.join(scratch, f".{os.path.basename(path)}.unpacked")
-    with OPENERS[suffix](path) as packed, whole_file(out) as file:
+    with opener(path) as packed, whole_file(out) as file:
         while data := _readable(packed):
             file.write(data)
             if file.tell() > limit:
@@ -184,7 +193,9 @@ def unpacked(path, scratch):
 
 
 def _readable(packed):
-    """The next megabyte of a compressed file, b"" at its end, or where the rest is damaged: what is before can be used."""
+    """The next megabyte of a compressed file, b"" at its end, or where the rest is damaged: what is
+    before can be used.
+    """
     try:
         return packed.read(1 << 20)
     except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile):
@@ -196,7 +207,9 @@ def _readable(packed):
 
 
 def open_root(path):
-    """The Folder, Zip or Tar at `path`; an archive is opened once in each process. Raises what DAMAGED lists."""
+    """The Folder, Zip or Tar at `path`; an archive is opened once in each process. Raises what
+    DAMAGED lists.
+    """
     path = str(path)
     if os.path.isdir(path):
         return Folder(path)
@@ -206,5 +219,5 @@ def open_root(path):
 @lru_cache(maxsize=8)
 def _open_archive(path, _changed, _process):
     with open(path, "rb") as file:
-        is_zip = path.lower().endswith(".zip") or file.read(4) == b"PK\3\4"
+        is_zip = file.read(2) == b"PK"
     return Zip(path) if is_zip else Tar(path)

@@ -1,4 +1,6 @@
-"""From whatever the user has to a packed data set: finding, labels and masks, packing; its check; its cache beside the source."""
+"""From whatever the user has to a packed data set: finding, labels and masks, packing; its check;
+its cache beside the source.
+"""
 
 import hashlib
 import json
@@ -30,10 +32,11 @@ def prepare(
     jobs=None,
     about=None,
 ):
-    """Packs the clips in SRC (a folder, an archive or a file) into the folder DST and returns its index, a dict.
+    """Packs the clips in SRC (a folder, an archive or a file) into the folder DST and returns its
+    index, a dict.
 
-    The options are those of the command (`python -m mostgan.prepare --help`); jobs: processes, None for one a core; about:
-    more entries of the index. Raises UserError.
+    The options are those of the command (`python -m mostgan.prepare --help`); jobs: processes, None
+    for one a core; about: more entries of the index. Raises UserError.
     """
     if fps is not None and not 0 < fps <= 1000:
         raise UserError(f"--fps {fps:g} is not possible: above 0, up to 1000")
@@ -50,10 +53,10 @@ def prepare(
     except OSError as error:
         raise UserError(f"cannot make {printable(str(dst))}: {error.strerror}") from None
     try:
-        sources = find_sources(src, notes, scratch=str(dst))
-        sources, meaning = label_sources(sources, src, labels, notes)
+        sources, tables = find_sources(src, notes, dst)
+        sources, meaning = label_sources(sources, tables, labels, notes)
         if masks is not None:
-            _find_masks(sources, masks, notes, dst)
+            _find_masks(sources, masks, dst)
         if split:
             sources = [
                 source
@@ -100,17 +103,21 @@ def _crop(crop):
 
 
 def place(name):
-    """A number in [0, 1) that depends on nothing but a clip's name: no other clip, no order, no machine."""
+    """A number in [0, 1) that depends on nothing but a clip's name: no other clip, no order, no
+    machine.
+    """
     return (
         int.from_bytes(hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()[:6], "big")
         / 2**48
     )
 
 
-def _find_masks(sources, masks, notes, scratch):
-    """Gives each source the mask of its path (any suffix), else of its name, else the first named <name>_<anything>."""
+def _find_masks(sources, masks, scratch):
+    """Gives each source the mask of its path (any suffix), else of its name, else the first named
+    <name>_<anything>.
+    """
     found = {}
-    for mask in reversed(find_sources(masks, Notes(), scratch=str(scratch))):
+    for mask in reversed(find_sources(masks, Notes(), scratch)[0]):
         base = stem(mask.name).rpartition("/")[2]
         beginnings = [base[: i + 1] + "*" for i, letter in enumerate(base) if letter == "_"]
         found |= dict.fromkeys([stem(mask.name), base, *beginnings], mask)
@@ -125,11 +132,13 @@ def _find_masks(sources, masks, notes, scratch):
         )
 
 
-# -------------------------------------------------------------------------------------------------- checking
+# --------------------------------------------------------------------------------------------------
+# checking
 
 
 def check(path):
-    """What is wrong with a packed folder: a list of lines, each naming a file; empty: nothing. Reads every byte.
+    """What is wrong with a packed folder: a list of lines, each naming a file; empty: nothing.
+    Reads every byte.
 
     Raises UserError where there is no index to read.
     """
@@ -156,15 +165,17 @@ def check(path):
     return wrong
 
 
-# ----------------------------------------------------------------------------------------- opening whatever there is
+# ----------------------------------------------------------------------------------------- opening
+# whatever there is
 
 
 def open_data(path, dataset, resolution, cache=None):
     """Whatever the user has → mostgan.data.Clips of the right resolution.
 
-    path: a packed folder; or videos, pictures or archives in any form that prepare takes, which are packed once: beside the
-    source, or under `cache` (default data/cache) when that is given or the place beside is read-only; packed anew when the
-    source changes. None: data/<dataset>, else for "sky" the built-in procedural sky. Raises UserError.
+    path: a packed folder; or videos, pictures or archives in any form that prepare takes, which are
+    packed once: beside the source, or under `cache` (default data/cache) when that is given or the
+    place beside is read-only; packed anew when the source changes. None: data/<dataset>, else for
+    "sky" the built-in procedural sky. Raises UserError.
     """
     from mostgan.data import Clips, is_packed  # not above: see pack._write_preview
 
@@ -200,7 +211,9 @@ def open_data(path, dataset, resolution, cache=None):
 
 
 def _usual_place(dataset):
-    """Where a data set lies that nobody named: data/<dataset>, or an archive or video of that name; else None."""
+    """Where a data set lies that nobody named: data/<dataset>, or an archive or video of that name;
+    else None.
+    """
     for suffix in ("", *archives.ARCHIVES, ".mp4"):
         if (found := Path("data", dataset + suffix)).exists():
             return found
@@ -217,11 +230,14 @@ def _opened(place):
 
 
 def _cache_place(path, resolution, cache):
-    """A folder for the packed clips of a source, of a name that no other source has, nor this one in another state."""
+    """A folder for the packed clips of a source, of a name that no other source has, nor this one
+    in another state.
+    """
     path = path.resolve()
     kind = "folder" if path.is_dir() else path.suffix.lower().lstrip(".") or "file"
     name = f"{path.name if path.is_dir() else path.stem}-{kind}-{source_fingerprint(path)}-{resolution}px.clips"
-    # Root may write anywhere; a folder without any write permission is still meant to be left alone.
+    # Root may write anywhere; a folder without any write permission is still meant to be left
+    # alone.
     writable = os.access(path.parent, os.W_OK) and path.parent.stat().st_mode & 0o222
     if cache is None and writable:
         return path.parent / name
@@ -229,7 +245,9 @@ def _cache_place(path, resolution, cache):
 
 
 def source_fingerprint(path):
-    """Eight digits that change when a source does: its place, and its files' names, sizes and times of change."""
+    """Eight digits that change when a source does: its place, and its files' names, sizes and times
+    of change.
+    """
     digest = hashlib.sha256(str(path).encode("utf-8", "surrogateescape"))
     folder = archives.Folder(str(path if path.is_dir() else path.parent))
     for name in sorted(folder.names()) if path.is_dir() else [path.name]:
@@ -238,7 +256,9 @@ def source_fingerprint(path):
 
 
 def _name_older(place):
-    """Says which caches are of the source as it was before: they may be removed, unless a training still reads them."""
+    """Says which caches are of the source as it was before: they may be removed, unless a training
+    still reads them.
+    """
     name, kind, _, size = place.name.rsplit("-", 3)
     for older in sorted(
         place.parent.glob(f"*-{kind}-????????-{size}"), key=lambda path: natural(path.name)
@@ -250,7 +270,9 @@ def _name_older(place):
 
 
 def pack_sky(dst, resolution, count=None, frames=None):
-    """Packs the first `count` clips of the built-in procedural sky, of `frames` frames each; returns the index."""
+    """Packs the first `count` clips of the built-in procedural sky, of `frames` frames each;
+    returns the index.
+    """
     from mostgan.prepare import sky  # not above: it brings PyTorch, see pack._write_preview
 
     settings = Settings(resolution, "raw" if resolution <= RAW_UP_TO else "jpeg")
@@ -270,11 +292,14 @@ def _builtin_sky(resolution, folder):
     return Clips(place)
 
 
-# --------------------------------------------------------------------------------------------------- telling
+# ---------------------------------------------------------------------------------------------------
+# telling
 
 
 def summary(index):
-    """What was packed, as a few lines: clips, lengths, rates, labels, and a line for everything skipped or guessed."""
+    """What was packed, as a few lines: clips, lengths, rates, labels, and a line for everything
+    skipped or guessed.
+    """
     clips = index["clips"]
     lengths = sorted(clips["frames"])
     seconds = sum(frames / fps for frames, fps in zip(clips["frames"], clips["fps"]))

@@ -1,4 +1,5 @@
-"""What videos and pictures have in common: when a frame is on screen, and which square of it is taken.
+"""What videos and pictures have in common: when a frame is on screen, and which square of it is
+taken.
 
 A reader yields `Shown` frames in the order of their times. `on_screen` picks those that are on screen at 0, 1/fps,
 2/fps … seconds, so that frames left out, repeated, or shown for longer come out at an even rate.
@@ -17,7 +18,9 @@ LONGEST_HOLD = 60.0  # seconds that one frame may stay on screen; more is a dama
 
 
 class Shown(NamedTuple):
-    """A picture and when it is on screen, in seconds. image: an av.VideoFrame, a PIL image, or the bytes of a JPEG."""
+    """A picture and when it is on screen, in seconds. image: an av.VideoFrame, a PIL image, or the
+    bytes of a JPEG.
+    """
 
     time: float
     duration: float
@@ -28,8 +31,9 @@ class Shown(NamedTuple):
 class Timing:
     """What is known of a source's times before it is read. All in seconds, but for fps.
 
-    start: when its first frame is shown. length: None where only reading it all would tell. gap: the longest distance
-    between two frames from which decoding can start; None where nothing can be searched for.
+    start: when its first frame is shown. length: None where only reading it all would tell. gap:
+    the longest distance between two frames from which decoding can start; None where nothing can be
+    searched for.
     """
 
     fps: float
@@ -39,11 +43,12 @@ class Timing:
 
 
 def usual_rate(times, stated=None, rounding=ROUNDING):
-    """Frames per second of frames that are shown at `times`: the usual gap counts, longer ones are multiples of it.
+    """Frames per second of frames that are shown at `times`: the usual gap counts, longer ones are
+    multiples of it.
 
-    So neither rounded times, nor frames that were left out, nor one long pause changes the rate, nor does a rate that
-    the file states and its frames do not have. `stated` is taken where there are too few times to tell, and where it
-    agrees with them.
+    So neither rounded times, nor frames that were left out, nor one long pause changes the rate,
+    nor does a rate that the file states and its frames do not have. `stated` is taken where there
+    are too few times to tell, and where it agrees with them.
     """
     gaps = np.diff(np.unique([time for time in times if time is not None]))
     gaps = gaps[(gaps > 0.5 / HIGHEST_RATE) & (gaps < LONGEST_HOLD)]
@@ -66,10 +71,12 @@ def usual_rate(times, stated=None, rounding=ROUNDING):
 
 
 def on_screen(shown, fps, start, first, count):
-    """Yields (number, Shown) for the frames number first, first + 1, …, where number n is on screen n/fps s after `start`.
+    """Yields (number, Shown) for the frames number first, first + 1, …, where number n is on screen
+    n/fps s after `start`.
 
-    shown: Shown frames in order, from the one that is on screen at frame number `first` or earlier. count: how many;
-    None goes on to the end of the last one. Raises ValueError where a frame would stay for longer than a minute.
+    shown: Shown frames in order, from the one that is on screen at frame number `first` or earlier.
+    count: how many; None goes on to the end of the last one. Raises ValueError where a frame would
+    stay for longer than a minute.
     """
     end = math.inf if count is None else first + count
     number, last = first, None

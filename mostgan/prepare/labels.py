@@ -12,16 +12,15 @@ import os
 from pathlib import Path
 
 from mostgan.config import UserError
-from mostgan.prepare import archives
 from mostgan.prepare.sources import STILLS, VIDEOS, natural, printable, suffix
 
 SHOWN = 3  # names that tell what did not match
 
 
-def label_sources(sources, src, how, notes):
+def label_sources(sources, tables, how, notes):
     """Gives the sources their labels; returns those that have one, and what the labels mean.
 
-    how: "folders", the path of a table, or None: a dataset.json in SRC, if there is one. What they mean: None where there
+    how: "folders", the path of a table, or None: the `tables` that find_sources found, if there are any. What they mean: None where there
     are none, {"classes": names} where label i is the class names[i], or {"size": C} where labels are vectors of C floats.
     Raises UserError where nothing fits.
     """
@@ -29,7 +28,7 @@ def label_sources(sources, src, how, notes):
     if how == "folders":
         found, where = _by_folder(usable), "the folders"
     else:
-        rows, where = _rows_of(src, how)
+        rows, where = _rows_of(tables, how)
         if rows is None or not usable:
             return sources, None
         found = _by_table(usable, rows, where, notes)
@@ -76,18 +75,19 @@ def _by_folder(sources):
     return {number: part[depth] for number, part in enumerate(parts)}
 
 
-# ------------------------------------------------------------------------------------------------ tables
+# ------------------------------------------------------------------------------------------------
+# tables
 
 
-def _rows_of(src, how):
-    """([(name, label)] or None, where they are from). how: a file, or None for a dataset.json in SRC."""
+def _rows_of(tables, how):
+    """([(name, label)] or None, where they are from). how: a file, or None for the tables found
+    beside the clips.
+    """
     if how is None:
-        rows, places = [], []
-        for where, prefix, data in _dataset_files(Path(src)):
-            found = _read_json(data, where)
-            rows += [(prefix + name, value) for name, value in found or []]
-            places += [where] if found else []
-        return rows or None, ", ".join(places)
+        rows = []
+        for where, prefix, data in tables:
+            rows += [(prefix + name, label) for name, label in _read_json(data, where) or ()]
+        return rows or None, ", ".join(where for where, _, _ in tables)
     try:
         data = Path(how).read_bytes()
     except OSError as error:
@@ -101,43 +101,25 @@ def _rows_of(src, how):
     return rows, how
 
 
-def _dataset_files(src):
-    """Yields (where, what comes before the names in it, its bytes) for the dataset.json at the top of SRC and its archives."""
-    roots = [(src, "")]
-    if src.is_dir():
-        names = sorted(entry.name for entry in src.iterdir() if archives.is_archive(entry.name))
-        roots += [(src / name, f"{name}/") for name in names]
-    for path, prefix in roots:
-        if path.is_file() and not archives.is_archive(path.name):
-            continue
-        try:
-            root = archives.open_root(str(path))
-            if path.is_dir():
-                names = ["dataset.json"] if (path / "dataset.json").is_file() else []
-            else:
-                names = [name for name in root.names() if os.path.basename(name) == "dataset.json"]
-            if names:
-                name = min(names, key=lambda name: name.count("/"))
-                with root.open(name) as file:
-                    yield f"{path.name}/{name}", prefix, file.read()
-        except archives.DAMAGED:
-            continue  # finding its clips names it
-
-
 def _read_json(data, where):
     try:
         labels = json.loads(data.decode("utf-8-sig"))["labels"]
         if labels is None:
             return None
         rows = labels.items() if isinstance(labels, dict) else labels
-        return [(str(name), label) for name, label in rows]
+        rows = [(str(name), label) for name, label in rows]
+        if not all(isinstance(label, (int, float, str, list)) for _, label in rows):
+            raise ValueError("a label that is none")
+        return rows
     except (ValueError, KeyError, TypeError, RecursionError):
         form = '{"labels": [["name", label], ...]}'
         raise UserError(f"{printable(str(where))} is not of the form {form}") from None
 
 
 def _read_lines(data, where):
-    """CSV with commas, semicolons or tabs, or lines of a name, a space and a label; a header is passed over."""
+    """CSV with commas, semicolons or tabs, or lines of a name, a space and a label; a header is
+    passed over.
+    """
     try:
         lines = [line for line in data.decode("utf-8-sig").splitlines() if line.strip()]
     except UnicodeDecodeError:
@@ -172,7 +154,8 @@ def _numbers(cells):
     return None
 
 
-# ---------------------------------------------------------------------------------------------- matching
+# ----------------------------------------------------------------------------------------------
+# matching
 
 
 def _by_table(sources, rows, where, notes):
@@ -209,7 +192,9 @@ def _by_table(sources, rows, where, notes):
 
 
 def _keys_of(source):
-    """Names that a table may have for a source: its own, and where it is a folder, those of its pictures and their folder."""
+    """Names that a table may have for a source: its own, and where it is a folder, those of its
+    pictures and their folder.
+    """
     yield _bare(source.name)
     if source.kind == "folder":
         inside = source.name if "/" in source.files[0] else ""
@@ -239,7 +224,9 @@ def _unique(pairs):
 
 
 def _look_up(rows, ours, dropped, lower):
-    """({index of source: label}, the numbers of the rows that name a source). A frame's row counts for its folder."""
+    """({index of source: label}, the numbers of the rows that name a source). A frame's row counts
+    for its folder.
+    """
     found, used, differ = {}, set(), set()
     for number, (name, label) in enumerate(rows):
         bare = _bare(name)
@@ -254,21 +241,23 @@ def _look_up(rows, ours, dropped, lower):
     return {source: label for source, label in found.items() if source not in differ}, used
 
 
-# ---------------------------------------------------------------------------------------- what they mean
+# ---------------------------------------------------------------------------------------- what they
+# mean
 
 
 def _classes(values):
-    """The classes' names in order and {value: number}, or None where the values are no classes but numbers."""
+    """(the classes' names in order, {name: number}), or None where the values are no classes but numbers."""
     if any(isinstance(value, (list, tuple)) for value in values):
         return None
     if any(isinstance(value, float) and not value.is_integer() for value in values):
         return None
-    names = sorted({_class_name(value) for value in values}, key=natural)
+    numbers = all(isinstance(value, (int, float)) for value in values)
+    names = sorted({_class_name(value) for value in values}, key=int if numbers else natural)
     return names, {name: number for number, name in enumerate(names)}
 
 
 def _class_name(value):
-    return str(int(value)) if isinstance(value, (int, float)) else str(value)
+    return str(int(value)) if isinstance(value, (int, float)) else value
 
 
 def _vector(value, where):

@@ -1,29 +1,30 @@
-"""Making a packed folder: jobs that read stretches of the sources side by side, a file for each clip, the index at the end.
+"""Making a packed folder: worker processes make the clips, each a file of its own, and the index
+comes last.
 
 A packed folder holds
-    NAME.safetensors    one clip: `frames` uint8 [n, 3, R, R], or `jpeg` uint8 [bytes] with `offsets` int64 [n + 1], where
-                        frame i is the JPEG jpeg[offsets[i] : offsets[i + 1]]; as metadata, under the key `clip`, a JSON
-                        object with name, source, label, fps, start and time (of its first frame in its source), …
+    NAME.safetensors    one clip: `frames` uint8 [n, 3, R, R], or `jpeg` uint8 [bytes] with
+    `offsets` int64 [n + 1], where
+                        frame i is the JPEG jpeg[offsets[i] : offsets[i + 1]]; as metadata, under
+                        the key `clip`, a JSON object with name, source, label, fps, start and time
+                        (of its first frame in its source), …
     labels.safetensors  `labels` float32 [clips, C], where the labels are vectors
     preview.png         first, middle and last frame of some clips
     index.json          written last: without it, the folder is not finished
-and, while it is made, `plan.json`: what it is made of. Clip k of a source has the frames number k · length … of the source,
-so it depends on no other clip, and a run that goes on after an interruption makes those that are not there.
+and, while it is made, `plan.json`: what it is made of. A run that goes on after an interruption
+makes the clips that are not there.
 """
 
 import contextlib
 import hashlib
 import json
-import math
 import multiprocessing
 import os
-import re
 import signal
 import sys
 import threading
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import av
@@ -31,256 +32,26 @@ import numpy as np
 import PIL
 import safetensors.numpy
 from PIL import Image
-from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 from mostgan.config import UserError
 from mostgan.files import sha256_of, whole_file, write_whole
-from mostgan.prepare.pictures import encode_jpeg, reason
-from mostgan.prepare.sources import UNREADABLE, Notes, natural, printable, stem
+from mostgan.prepare.clips import MIN_FRAMES, file_name, jobs_of, made_before, make
+from mostgan.prepare.sources import Notes, natural, printable
 
 FORMAT, VERSION = "mostgan-clips", 3  # as mostgan/data.py reads it
-MIN_FRAMES = 3  # what training takes of a clip
 RAW_UP_TO = 128  # pixels a side: opening a small JPEG costs more than reading it raw
 COLUMNS = ("file", "name", "source", "label", "fps", "start", "time", "frames", "damaged", "sha256")
 PREVIEW_CLIPS, PREVIEW_PIXELS = 12, 128
 
 
-# ---------------------------------------------------------------------------------------------- one clip's file
-
-
-@contextlib.contextmanager
-def clip_file(path, resolution, coding, about):
-    """Writes one clip as its frames come: yields a function that takes one, uint8 [R, R, 3] or the bytes of a JPEG.
-
-    about: the metadata, a dict, to which `frames` is added; it may change until the block ends. Nothing but the frame at
-    hand is in memory. The file appears, whole, when the block ends well.
-    """
-    sizes, room = [], 1024 + 2 * len(json.dumps(json.dumps(about)))
-    with whole_file(path) as file:
-        file.write(bytes(8 + room))
-
-        def write(frame):
-            data = frame
-            if isinstance(frame, np.ndarray):
-                data = (
-                    encode_jpeg(frame) if coding == "jpeg" else frame.transpose(2, 0, 1).tobytes()
-                )
-            file.write(data)
-            sizes.append(len(data))
-
-        yield write
-        about["frames"], end = len(sizes), sum(sizes)
-        if coding == "raw":
-            tensors = {"frames": ("U8", [len(sizes), 3, resolution, resolution], 0, end)}
-        else:
-            file.write(bytes(-end % 8))  # so that the offsets are aligned
-            end += -end % 8
-            offsets = np.cumsum([0, *sizes], dtype=np.int64)
-            file.write(offsets.tobytes())
-            tensors = {"jpeg": ("U8", [end], 0, end)}
-            tensors["offsets"] = ("I64", [len(offsets)], end, end + offsets.nbytes)
-        header = {"__metadata__": {"clip": json.dumps(about)}}
-        for name, (dtype, shape, begin, stop) in tensors.items():
-            header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, stop]}
-        header = json.dumps(header).encode()
-        if len(header) > room:
-            raise ValueError(f"the metadata of {path} need {len(header)} bytes")
-        file.seek(0)
-        file.write(room.to_bytes(8, "little") + header.ljust(room))
-
-
-def about_clip(path):
-    """The metadata of a clip's file, or None where there is no whole one."""
-    try:
-        with safe_open(path, "numpy") as file:
-            return json.loads(file.metadata()["clip"])
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError):
-        return None
-
-
-# ------------------------------------------------------------------------------------------------------- jobs
-
-
-@dataclass(frozen=True)
-class Job:
-    """Clips number first … first + count − 1 of a source; count None: all that are left."""
-
-    first: int = 0
-    count: int | None = None
-
-
-def jobs_of(source, settings):
-    """The jobs of a source. A film is cut into stretches at least twice as long as its key frames lie apart,
-    for each job begins at the key frame before its first clip."""
-    length, each = source.length(settings), settings.clip_length
-    if each is None or length is None or length <= each or source.timing.gap is None:
-        return [Job()]
-    stretch = max(1, math.ceil(2 * source.timing.gap * source.fps(settings) / each))
-    firsts = range(0, math.ceil(length / each), stretch)
-    return [Job(first, stretch) for first in firsts[:-1]] + [Job(firsts[-1])]
-
-
-def file_name(source, k):
-    """The same on every machine, and different for any two clips."""
-    readable = re.sub(r"[^A-Za-z0-9]+", "-", stem(source.name))[-60:].strip("-")
-    digest = hashlib.sha256(source.name.encode("utf-8", "surrogateescape")).hexdigest()[:8]
-    return f"{readable}-{digest}-{k:05d}.safetensors".lstrip("-")
-
-
-def made_before(source, job, dst):
-    """The rows of a job all of whose clips are there, or None."""
-    rows, k = [], job.first
-    while about := about_clip(dst / file_name(source, k)):
-        rows.append(_row(source, k, about, dst))
-        k += 1
-        if about["last"] or k - job.first == job.count:
-            return rows
-    return None
-
-
-def _row(source, k, about, dst):
-    """What the index holds of a clip, and its facts. The checksum is of what lies on the disk."""
-    name = file_name(source, k)
-    return about | {"file": name, "sha256": sha256_of(dst / name)}
-
-
-class _TooShort(Exception):
-    """A clip has too few frames; its file shall not appear."""
-
-
-class Maker:
-    """Makes the clips of a job that are not there yet. rows: of all its clips, for the index. problems: (time, reason)."""
-
-    def __init__(self, source, job, settings, dst):
-        self.source, self.job, self.settings, self.dst = source, job, settings, Path(dst)
-        self.length = settings.clip_length or sys.maxsize
-        self.rows, self.problems, self.there = [], [], {}
-        self.errors, self.facts = {}, set()
-
-    def run(self):
-        """(rows, problems). A film that breaks off is taken up again behind the clip in which that happened."""
-        first, end = self.job.first, self._end()
-        while True:
-            clip = self._read_on(first)
-            first = clip + 1
-            if end is None or first >= end:
-                return self.rows, self.problems
-
-    def _end(self):
-        """The clip before which the job ends, as far as that is known and there are places to go on from."""
-        if self.source.timing.gap is None:
-            return None
-        if self.job.count is not None:
-            return self.job.first + self.job.count
-        return math.ceil(self.source.length(self.settings) / self.length)
-
-    def _read_on(self, first):
-        """Makes clips from number `first` on, as far as the source can be read without a break; returns the last one's
-        number."""
-        count = None
-        if self.job.count is not None:
-            count = (self.job.first + self.job.count - first) * self.length
-        images = self._images(first * self.length if first else 0, count)
-        upcoming, clip = next(images, None), first
-        while upcoming is not None:
-            clip = upcoming[0] // self.length
-            upcoming = self._make_clip(clip, upcoming, images)
-        return clip
-
-    def _images(self, first, count):
-        """Yields (number, image) for frames number first …; image: uint8 [R, R, 3], the bytes of a JPEG, or None where
-        the clip is there already. Ends where the source cannot be read on, and takes note of that."""
-        framing, held, image, number = (
-            self.source.framing(self.settings, self.facts),
-            None,
-            None,
-            first,
-        )
-        try:
-            for number, shown in self.source.frames(
-                self.settings, first, count, self.errors, self.facts
-            ):
-                if self._before(number // self.length) is not None:
-                    yield number, None
-                    continue
-                if shown is not held:  # else the same frame stays on screen
-                    held = shown
-                    image = shown.image if isinstance(shown.image, bytes) else framing(shown.image)
-                yield number, image
-        except UNREADABLE as error:
-            self.problems.append((self._time(number), reason(error)))
-
-    def _before(self, clip):
-        """The metadata of a clip that an earlier run made, or None."""
-        if clip not in self.there:
-            self.there[clip] = about_clip(self.dst / file_name(self.source, clip))
-        return self.there[clip]
-
-    def _time(self, number):
-        return self.source.timing.start + number / self.source.fps(self.settings)
-
-    def _make_clip(self, clip, upcoming, images):
-        """Writes one clip, whose first frame is `upcoming`; returns the first one behind it, or None at the end."""
-        about, first = self._about(clip, upcoming[0]), upcoming[0]
-        path = self.dst / file_name(self.source, clip)
-        count = 0
-        with contextlib.ExitStack() as stack:
-            write = None
-            if self._before(clip) is None:
-                stack.enter_context(contextlib.suppress(_TooShort))
-                write = stack.enter_context(
-                    clip_file(path, self.settings.resolution, self.settings.coding, about)
-                )
-            while upcoming is not None and upcoming[0] // self.length == clip:
-                if write:
-                    write(upcoming[1])
-                count += 1
-                upcoming = next(images, None)
-            last = upcoming is None and self.job.count is None
-            about["last"], about["damaged"] = last, self._damage(first, first + count, last)
-            about["facts"] = sorted(self.facts | self.source.facts)
-            self.facts.clear()
-            if write and count < MIN_FRAMES:
-                raise _TooShort
-        if count >= MIN_FRAMES:
-            self.rows.append(_row(self.source, clip, self._before(clip) or about, self.dst))
-        return upcoming
-
-    def _about(self, clip, number):
-        source, cut = self.source, self.settings.clip_length is not None
-        return {
-            "name": printable(source.name) + (f"#{clip}" if cut and self._is_cut(clip) else ""),
-            "source": printable(source.files[0] if len(source.files) == 1 else source.name),
-            "label": source.label,
-            "fps": source.fps(self.settings),
-            "start": number,
-            "time": round(self._time(number), 6),
-        }
-
-    def _is_cut(self, clip):
-        length = self.source.length(self.settings)
-        return clip > 0 or length is None or length > self.length
-
-    def _damage(self, first, stop, last):
-        """How many damaged packets or pictures were reported between two frames of the source."""
-        begin, end = self._time(first), math.inf if last else self._time(stop)
-        begin = -math.inf if first == 0 else begin - 1e-6
-        return sum(time is None or begin <= time < end - 1e-6 for time in self.errors)
-
-
-def make(source, job, settings, dst):
-    """(rows, problems) of a job: see Maker. What a worker process calls."""
-    return Maker(source, job, settings, dst).run()
+# ----------------------------------------------------------------------------------------- workers
 
 
 def look(source, settings):
     """The source, having looked at what it is (see Source.look). What a worker process calls."""
     source.look(settings)
     return source
-
-
-# ---------------------------------------------------------------------------------------------------- workers
 
 
 def cores():
@@ -299,7 +70,9 @@ class _Here:
 
 @contextlib.contextmanager
 def _workers(jobs):
-    """A pool of spawned processes that end with this one, however it ends. (A fork would copy locks that threads hold.)"""
+    """A pool of spawned processes that end with this one, however it ends. (A fork would copy locks
+    that threads hold.)
+    """
     if jobs == 1:
         yield _Here()
         return
@@ -319,7 +92,9 @@ def _workers(jobs):
 
 
 def _begin_worker():
-    """Ctrl-C is for the first process alone; and when that is killed, its workers would wait for ever."""
+    """Ctrl-C is for the first process alone; and when that is killed, its workers would wait for
+    ever.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
@@ -329,16 +104,18 @@ def _end_with_parent():
     os._exit(1)
 
 
-# ----------------------------------------------------------------------------------------------------- packing
+# -----------------------------------------------------------------------------------------------------
+# packing
 
 
 def pack(sources, dst, settings, notes=None, about=None, strict=False, jobs=None):
-    """Packs sources into the folder `dst` and returns its index (a dict). Goes on where an interrupted run stopped.
+    """Packs sources into the folder `dst` and returns its index (a dict). Goes on where an
+    interrupted run stopped.
 
-    sources: objects like sources.Source. notes: what is known already of files left out. about: more entries of the
-    index. jobs: processes; None: one for each core. Sources that cannot be used are left out, with a note; strict makes
-    that, and any damage, an error. Raises UserError for that, when no clip is left, when dst holds something else or
-    cannot be written.
+    sources: objects like sources.Source. notes: what is known already of files left out. about:
+    more entries of the index. jobs: processes; None: one for each core. Sources that cannot be used
+    are left out, with a note; strict makes that, and any damage, an error. Raises UserError for
+    that, when no clip is left, when dst holds something else or cannot be written.
     """
     dst, notes = Path(dst), notes or Notes()
     if not 4 <= settings.resolution <= 4096:
@@ -351,7 +128,7 @@ def pack(sources, dst, settings, notes=None, about=None, strict=False, jobs=None
         )
     try:
         with _locked(dst):
-            plan = _plan(sources, settings)
+            plan, name = _plan(sources, settings), (about or {}).get("source", "it")
             if index := _finished(dst, plan):
                 return index
             _take_up(dst, plan, sources)
@@ -359,7 +136,7 @@ def pack(sources, dst, settings, notes=None, about=None, strict=False, jobs=None
                 jobs or cores(), len(sources) if settings.clip_length is None else sys.maxsize
             )
             with _workers(max(1, jobs)) as pool:
-                rows = _make_all(pool, sources, dst, settings, notes, strict)
+                rows = _make_all(pool, sources, dst, settings, notes, strict, name)
             return _finish(dst, rows, plan, settings, notes, about or {})
     except OSError as error:
         raise UserError(
@@ -395,7 +172,9 @@ def _locked(dst):
 
 
 def _plan(sources, settings):
-    """What a folder is made of: {"made by": versions and settings, "sources": {file name of a source: its fingerprint}}."""
+    """What a folder is made of: {"made by": versions and settings, "sources": {file name of a
+    source: its fingerprint}}.
+    """
     # Another FFmpeg or Pillow may give other frames: what it began, this one does not go on with.
     made_by = [VERSION, av.__version__, PIL.__version__, asdict(settings)]
     stamps = {}
@@ -414,7 +193,9 @@ def digest_of(plan):
 
 
 def _finished(dst, plan):
-    """The index of a folder that was finished from the same plan, or None. UserError if it holds anything else."""
+    """The index of a folder that was finished from the same plan, or None. UserError if it holds
+    anything else.
+    """
     if (dst / "index.json").exists():
         index = _read_json(dst / "index.json")
         if index and index.get("made_from") == digest_of(plan):
@@ -455,76 +236,52 @@ def _take_up(dst, plan, sources):
         print(f"going on with {printable(str(dst))}", file=sys.stderr)
 
 
-def _make_all(pool, sources, dst, settings, notes, strict):
+def _make_all(pool, sources, dst, settings, notes, strict, name):
     """The rows of all clips, those that an earlier run left and those that are made now."""
-
-    def skip(source, problem):
-        if strict:
-            raise UserError(
-                f"{printable(source.name)}: {problem} (without --strict it would be left out)"
-            )
-        notes.add("left out", problem, source.name)
-
+    ready = [source for source in sources if source.problem]
     looked = [pool.submit(look, source, settings) for source in sources if not source.problem]
-    ready = [source for source in sources if source.problem] + [
-        future.result() for future in looked
-    ]
-    rows, running, made = [], {}, {}
+    ready += [future.result() for future in looked]
+    made = {source.name: ([], []) for source in ready}  # rows; damage that lies in no clip
+    running = {}
     for source in ready:
-        if source.problem:
-            skip(source, source.problem)
-            continue
-        made[source.name] = []
-        for job in jobs_of(source, settings):
-            before = made_before(source, job, dst)
-            if before is not None:
-                made[source.name] += before
+        for job in jobs_of(source, settings) if not source.problem else ():
+            rows = made_before(source, job, dst)
+            if rows is None:
+                running[pool.submit(make, source, job, settings, str(dst))] = source.name
             else:
-                running[pool.submit(make, source, job, settings, str(dst))] = source
+                made[source.name][0].extend(rows)
     bar = tqdm(as_completed(running), total=len(running), desc="packing", unit="job", disable=None)
-    found = {name: [] for name in made}
     for future in bar:
-        clips, problems = future.result()
-        made[running[future].name] += clips
-        found[running[future].name] += problems
+        for told, more in zip(made[running[future]], future.result()):
+            told.extend(more)
     for source in ready:
-        if source.problem:
-            continue
-        clips, problems = made[source.name], sorted(found[source.name])
-        if not clips:
-            skip(source, problems[0][1] if problems else f"shorter than {MIN_FRAMES} frames")
-        for time, problem in problems if clips else ():
-            if strict:
-                raise UserError(
-                    f"{printable(source.name)}: {problem} at {time:.1f} s (without --strict it is used so far)"
-                )
-            notes.add("could not be read on", problem, f"{source.name} at {time:.1f} s")
-        rows += clips
+        rows, lost = made[source.name]
+        if not rows:
+            problem = source.problem or next(iter(lost), f"shorter than {MIN_FRAMES} frames")
+            notes.add("left out", problem, source.name)
+        elif lost:
+            notes.add("damaged, clips are missing there", lost[0], source.name)
+        for row in rows:
+            if row["damaged"]:
+                told = f"{row['name']}: {row['damaged']} times, {', '.join(row['damage'])}"
+                notes.add("damaged", "what can be read of these clips is used", told)
+            for fact in row["facts"]:
+                notes.add("converted", fact, row["name"])
+    if strict and (told := notes.first("left out", "damaged")):
+        raise UserError(
+            f"{told} (without --strict it would be used as far as it goes, or left out)"
+        )
+    rows = [row for rows, _ in made.values() for row in rows]
     if not rows:
-        raise UserError(f"none of {len(sources)} clips can be used: {_reasons(notes)}")
-    if strict and (damaged := [row for row in rows if row["damaged"]]):
-        raise UserError(f"{damaged[0]['name']}: damaged at about {damaged[0]['time']:.1f} s")
-    return sorted(
-        rows, key=lambda row: (natural(row["name"].partition("#")[0]), row["start"], row["file"])
-    )
-
-
-def _reasons(notes):
-    rows = [row for row in notes.table() if row["what"] == "left out"]
-    return "; ".join(f"{row['count']} {row['why']}" for row in rows[:5])
+        told = notes.first("left out") or "there are none"
+        raise UserError(f"{name}: none of its {len(sources)} clips can be used ({told})")
+    return sorted(rows, key=lambda row: (natural(row["source"]), row["start"], row["file"]))
 
 
 def _finish(dst, rows, plan, settings, notes, about):
-    """Writes what is left to write, the index last, and removes what belongs to no clip. Returns the index."""
-    for row in rows:
-        if row["damaged"]:
-            notes.add(
-                "damaged",
-                "what can be read of these clips is used",
-                f"{row['name']} ({row['damaged']} times, from {row['time']:.1f} s)",
-            )
-        for fact in row["facts"]:
-            notes.add("converted", fact, row["name"])
+    """Writes what is left to write, the index last, and removes what belongs to no clip. Returns
+    the index.
+    """
     files = {}
     if isinstance(rows[0]["label"], list):
         labels = np.array([row["label"] for row in rows], np.float32)

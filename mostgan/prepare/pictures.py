@@ -1,6 +1,8 @@
-"""Reading pictures with Pillow: folders of them, files that hold several, arrays; each upright, square and RGB.
+"""Reading pictures with Pillow: folders of them, files that hold several, arrays; each upright,
+square and RGB.
 
-Pictures that cannot be read are left out, and `errors`, a dict {time in seconds: what is wrong}, takes note of them.
+Pictures that cannot be read are left out, and `errors`, a dict {time in seconds: what is wrong},
+takes note of them.
 """
 
 import io
@@ -43,7 +45,9 @@ TRANSPARENT = "transparent pixels, shown over black"
 
 @contextmanager
 def open_picture(file):
-    """An opened Pillow image that is not too large; closed with the block. Raises what DAMAGED lists."""
+    """An opened Pillow image that is not too large; closed with the block. Raises what DAMAGED
+    lists.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter(
             "ignore"
@@ -68,7 +72,9 @@ def number_of_pictures(file):
 
 
 def to_rgb(image, facts):
-    """A loaded Pillow image of any mode → upright RGB. What changes more than the coding is added to the set `facts`."""
+    """A loaded Pillow image of any mode → upright RGB. What changes more than the coding is added
+    to the set `facts`.
+    """
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):  # 16 bits, whether Pillow holds them in 16 or in 32
         facts.add("16 bits a channel, reduced to 8")
@@ -85,28 +91,31 @@ def to_rgb(image, facts):
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-# ---------------------------------------------------------------------------------------------- kinds of sources
+# ----------------------------------------------------------------------------------------------
+# kinds of sources
 
 
 def folder_frames(opens, fps, first, passes, errors, facts):
     """Yields Shown for a folder of pictures, one each, from number `first` on.
 
-    opens: a function for each picture that opens its file. passes: the resolution at which a JPEG goes through as it
-    is, or None.
+    opens: {name of a picture: function that opens its file}. passes: the resolution at which a JPEG
+    goes through as it is, or None.
     """
-    for number, opened in enumerate(opens[first:], first):
+    for number, (name, opened) in enumerate(list(opens.items())[first:], first):
         time = number / fps
         try:
             with opened() as file:
                 picture = (passes and jpeg_as_it_is(file, passes)) or _only_picture(file, facts)
         except DAMAGED as error:
-            errors[time] = reason(error)
+            errors[time] = f"{name}: {reason(error)}"
         else:
             yield Shown(time, 1 / fps, picture)
 
 
 def jpeg_as_it_is(file, resolution):
-    """A file's bytes, where it is a whole JPEG that has this size and needs neither turning nor other colours; else None."""
+    """A file's bytes, where it is a whole JPEG that has this size and needs neither turning nor
+    other colours; else None.
+    """
     with open_picture(file) as image:
         fits = image.size == (resolution, resolution) and image.mode in ("RGB", "L")
         if image.format != "JPEG" or not fits or image.getexif().get(0x0112, 1) != 1:
@@ -124,7 +133,9 @@ def _only_picture(file, facts):
 
 
 def animation_timing(file):
-    """(Timing, seconds of each picture, facts) of a GIF, animated WebP, APNG, AVIF, or TIFF of several pages."""
+    """(Timing, seconds of each picture, facts) of a GIF, animated WebP, APNG, AVIF, or TIFF of
+    several pages.
+    """
     seconds, facts = [], set()
     with open_picture(file) as image:
         kind, rounding = image.format, 10 * ROUNDING if image.format == "GIF" else ROUNDING
@@ -155,10 +166,11 @@ def animation_frames(file, seconds, errors, facts):
 
 
 def _pages(image, damaged):
-    """Goes through the pictures of an opened file and yields once with each of them loaded; damaged: a list of reasons.
+    """Goes through the pictures of an opened file and yields once with each of them loaded;
+    damaged: a list of reasons.
 
-    A page of a TIFF that cannot be read is left out; other formats build each picture on the one before, so that they
-    end there.
+    A page of a TIFF that cannot be read is left out; other formats build each picture on the one
+    before, so that they end there.
     """
     number = 0
     while True:
@@ -179,7 +191,9 @@ def _pages(image, damaged):
 
 
 def array_shape(file):
-    """(frames, height, width) of an opened .npy file; raises ValueError where it is no uint8 [frames, H, W, 3]."""
+    """(frames, height, width) of an opened .npy file; raises ValueError where it is no uint8
+    [frames, H, W, 3].
+    """
     version = np.lib.format.read_magic(file)
     read = {
         (1, 0): np.lib.format.read_array_header_1_0,
@@ -209,7 +223,8 @@ def array_frames(file, fps, first, errors):
         yield Shown(number / fps, 1 / fps, Image.fromarray(frame))
 
 
-# ------------------------------------------------------------------------------------------------ squares, JPEGs
+# ------------------------------------------------------------------------------------------------
+# squares, JPEGs
 
 
 class PictureFraming:

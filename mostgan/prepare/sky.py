@@ -1,8 +1,9 @@
-"""The built-in procedural sky: time-lapse skies made from nothing, so that training runs before any data is downloaded.
+"""The built-in procedural sky: time-lapse skies made from nothing, so that training runs before any
+data is downloaded.
 
-A clip is a pure function of (seed, index) and looks the same at every resolution: a graded sky, two decks of clouds
-carried by the wind across a plane overhead, a sun that lights and colours them, light that changes with time, and dark
-ridges below.
+A clip is a pure function of (seed, index) and looks the same at every resolution: a graded sky, two
+decks of clouds carried by the wind across a plane overhead, a sun that lights and colours them,
+light that changes with time, and dark ridges below.
 """
 
 import math
@@ -207,7 +208,9 @@ def _palette(mood, drift, t):
 
 
 def _draw_deck(rng, overcast, speed):
-    """Draws one deck of clouds: its octaves' places and turns, the wind, how much of the sky it covers, how softly."""
+    """Draws one deck of clouds: its octaves' places and turns, the wind, how much of the sky it
+    covers, how softly.
+    """
     angle = rng.uniform(-0.6, 0.6) + (
         math.pi if rng.random() < 0.5 else 0
     )  # mostly sideways, slightly towards or away
@@ -226,8 +229,11 @@ def _draw_deck(rng, overcast, speed):
 
 
 def _clouds(seed, deck, x, height, t, sun_x, resolution):
-    """One deck's density and lighting, each [T,H,W] in 0…1. x from −½ to ½; height above the horizon, 0…1."""
-    # Perspective: the deck is a plane overhead; its distance is 1 at the top of the picture and grows to the horizon.
+    """One deck's density and lighting, each [T,H,W] in 0…1. x from −½ to ½; height above the
+    horizon, 0…1.
+    """
+    # Perspective: the deck is a plane overhead; its distance is 1 at the top of the picture and
+    # grows to the horizon.
     distance = 1.35 / (height + 0.35)
     px, pz = x * distance, 1.1 * distance  # [1,H,W] in picture widths
     pixel = (
@@ -269,8 +275,9 @@ def _ridge(bumps, x):
 
 @lru_cache(maxsize=2)
 def _noise(seed):
-    """A periodic random field [1,1,N+1,N+1] of unit variance, with one band of wavelengths around 16 texels; the last
-    row and column repeat the first, so that sampling wraps."""
+    """A periodic random field [1,1,N+1,N+1] of unit variance, with one band of wavelengths around
+    16 texels; the last row and column repeat the first, so that sampling wraps.
+    """
     white = np.random.default_rng([seed, 1 << 31]).standard_normal((NOISE_SIZE, NOISE_SIZE))
     frequency = np.hypot(np.fft.fftfreq(NOISE_SIZE)[:, None], np.fft.fftfreq(NOISE_SIZE)[None, :])
     band = np.exp(-(((frequency * 16 - 1) / 0.45) ** 2))

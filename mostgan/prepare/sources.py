@@ -1,10 +1,13 @@
-"""What is a clip: finding the videos, animations, arrays and folders of pictures in a folder, an archive or a file."""
+"""What is a clip: finding the videos, animations, arrays and folders of pictures in a folder, an
+archive or a file.
+"""
 
 import os
 import re
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from functools import partial
+from pathlib import Path
 
 import av
 import numpy as np
@@ -34,10 +37,6 @@ NOT_OURS = {
     "lost+found",
     "System Volume Information",
 }
-COVERS = re.compile(
-    r"(.*[-_. ])?(thumb|thumbnail|poster|preview|cover|folder|fanart|banner|contact_?sheet)s?$",
-    re.I,
-)
 FEW = 200  # files of a folder of which each is looked at: whether it holds several pictures
 
 # What reading a damaged or strange file may raise.
@@ -46,7 +45,9 @@ UNREADABLE = (av.FFmpegError, AttributeError, *pictures.DAMAGED, *archives.DAMAG
 
 @dataclass(frozen=True)
 class Settings:
-    """How every clip is made. crop: as in frames.square. fps: None keeps each source's. clip_length: None does not cut."""
+    """How every clip is made. crop: as in frames.square. fps: None keeps each source's.
+    clip_length: None does not cut.
+    """
 
     resolution: int
     coding: str  # "raw" or "jpeg"
@@ -57,7 +58,9 @@ class Settings:
 
 @dataclass
 class Source:
-    """One clip to be, or one film to be cut into clips. kind: "video", "animation", "array", "folder" (of pictures)."""
+    """One clip to be, or one film to be cut into clips. kind: "video", "animation", "array",
+    "folder" (of pictures).
+    """
 
     name: str
     kind: str
@@ -82,7 +85,9 @@ class Source:
         return own + self.mask.stamp() if self.mask else own
 
     def look(self, settings):
-        """Finds out what can be told without reading it all; sets `problem` where it cannot be read."""
+        """Finds out what can be told without reading it all; sets `problem` where it cannot be
+        read.
+        """
         try:
             root = archives.open_root(self.root)
             if self.kind == "video":
@@ -116,7 +121,9 @@ class Source:
         return max(1, round(self.timing.length * self.fps(settings)))
 
     def frames(self, settings, first, count, errors, facts):
-        """Yields (number, Shown) for frames number first … (see frames.on_screen), read from the nearest place before."""
+        """Yields (number, Shown) for frames number first … (see frames.on_screen), read from the
+        nearest place before.
+        """
         root, fps = archives.open_root(self.root), self.fps(settings)
         if self.kind == "video":
             time = self.timing.start + first / fps if first else None
@@ -126,7 +133,7 @@ class Source:
         elif self.kind == "array":
             shown = pictures.array_frames(root.open(self.files[0]), fps, first, errors)
         else:
-            opens = [lambda name=name: root.open(name) for name in self.files]
+            opens = {name: partial(root.open, name) for name in self.files}
             whole = self.box is None and settings.crop in ("center", "none")
             passes = settings.resolution if settings.coding == "jpeg" and whole else None
             shown = pictures.folder_frames(opens, fps, first, passes, errors, facts)
@@ -141,9 +148,11 @@ class Source:
 
 
 def mask_box(mask, settings):
-    """The smallest square (x, y, side, side) that holds the white of every frame of a mask, as far as the frame goes.
+    """The smallest square (x, y, side, side) that holds the white of every frame of a mask, as far
+    as the frame goes.
 
-    One box for the clip, so that the crop neither shakes nor cuts. Raises ValueError where the mask is black throughout.
+    One box for the clip, so that the crop neither shakes nor cuts. Raises ValueError where the mask
+    is black throughout.
     """
     mask.look(Settings(settings.resolution, "raw"))
     if mask.problem:
@@ -168,11 +177,14 @@ def mask_box(mask, settings):
     return min(max(x, 0), size[1] - side), min(max(y, 0), size[0] - side), side, side
 
 
-# ------------------------------------------------------------------------------------------------- names
+# -------------------------------------------------------------------------------------------------
+# names
 
 
 def printable(name):
-    """A name as text that can be printed and stored: control characters and bytes that are no UTF-8 as \\x1b, \\xff."""
+    """A name as text that can be printed and stored: control characters and bytes that are no UTF-8
+    as \\x1b, \\xff.
+    """
     text = name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
     return re.sub(r"[\x00-\x1f\x7f]", lambda match: ascii(match[0])[1:-1], text)
 
@@ -198,7 +210,8 @@ def suffix(name):
     return os.path.splitext(name)[1].lower()
 
 
-# ----------------------------------------------------------------------------------------------- finding
+# -----------------------------------------------------------------------------------------------
+# finding
 
 
 class Notes:
@@ -212,107 +225,124 @@ class Notes:
     def add(self, what, why, *names):
         self.names[what, why] += [printable(name) for name in names]
 
+    def first(self, *kinds):
+        """One line on the first note whose `what` begins with one of these words, or None."""
+        for (what, why), names in self.names.items():
+            if what.startswith(kinds):
+                return f"{names[0]}: {why}" if names[0] not in why else why
+        return None
+
     def table(self):
-        """Rows for the index: {what, why, count, names (the first ten)}, in an order that depends on nothing else."""
+        """Rows for the index: {what, why, count, names (the first ten)}, in an order that depends
+        on nothing else.
+        """
         rows = []
         for (what, why), names in sorted(self.names.items()):
-            examples = sorted(names, key=natural)[: self.EXAMPLES]
+            examples = sorted(filter(None, names), key=natural)[: self.EXAMPLES]
             rows.append({"what": what, "why": why, "count": len(names), "names": examples})
         return rows
 
 
-def find_sources(src, notes, scratch=None):
-    """Every clip-to-be in SRC (a folder, an archive or a file): a list of Source in the order of their names.
+def find_sources(src, notes, scratch):
+    """Every clip-to-be in SRC, a folder, an archive or a file: (sources in the order of their
+    names, tables of labels).
 
-    notes: a Notes that takes what is left out. scratch: a folder for compressed tars, which are unpacked to be read.
-    Raises UserError where SRC is missing or holds nothing.
+    notes: a Notes that takes what is left out. scratch: the folder to be made: nothing in it is a
+    source, and compressed tars are unpacked there to be read. Tables are (where, prefix of the
+    names in it, bytes) of each `dataset.json` at the top. Raises UserError where SRC is missing or
+    holds nothing.
     """
-    src = Path(src)
+    src, scratch = Path(src), str(scratch)
+    told = printable(str(src))
     if not src.exists():
-        raise UserError(f"{printable(str(src))} does not exist")
+        raise UserError(f"{told} does not exist")
+    tables = []
     if src.is_dir():
-        sources = _in_folder(src, notes, scratch)
+        folder = archives.Folder(str(src))
+        names = folder.names(leave_out=os.path.realpath(scratch))
+        packed = [name for name in names if archives.is_archive(name) and not _hidden(name)]
+        own_name = src.resolve().name
+        sources = _group(str(src), folder, set(names) - set(packed), own_name, notes, tables)
+        for name in packed:
+            sources += _in_archive(src / name, f"{name}/", notes, tables, scratch)
     elif archives.is_archive(src.name):
-        sources = _in_archive(src, "", notes, scratch)
+        sources = _in_archive(src, "", notes, tables, scratch)
     else:
-        sources = _group(str(src.resolve().parent), [src.resolve().name], src.name, notes)
+        folder, name = src.resolve().parent, src.resolve().name
+        sources = _group(str(folder), archives.Folder(str(folder)), [name], src.stem, notes, tables)
     if not sources:
-        raise UserError(
-            f"{printable(str(src))} holds no videos, animations, folders of pictures or archives of them"
-        )
-    if len(sources) == 1 and sources[0].problem and not src.is_dir():
-        raise UserError(f"{printable(str(src))} cannot be used: {sources[0].problem}")
-    return sorted(sources, key=lambda source: natural(source.name))
+        what = "videos, animations, folders of pictures or archives of them"
+        raise UserError(f"{told} holds no {what}")
+    _name_apart(sources)
+    return sorted(sources, key=lambda source: natural(source.name)), tables
 
 
-def _in_folder(src, notes, scratch):
-    names = archives.Folder(str(src)).names([os.path.realpath(scratch)] if scratch else [])
-    packed = [name for name in names if archives.is_archive(name) and not _hidden(name)]
-    sources = _group(str(src), sorted(set(names) - set(packed)), src.resolve().name, notes)
-    for name in packed:
-        sources += _in_archive(src / name, f"{name}/", notes, scratch)
-    return sources
-
-
-def _in_archive(path, prefix, notes, scratch):
+def _in_archive(path, prefix, notes, tables, scratch):
     """The sources in an archive; prefix: of their names, where there may be several archives."""
+    name = prefix.rstrip("/") or path.name
     try:
-        if scratch is None and suffix(path.name) in archives.OPENERS:
-            raise ValueError("it is compressed as a whole; unpack it")
-        root = str(archives.unpacked(str(path), scratch))
+        root = archives.unpacked(str(path), scratch)
         opened = archives.open_root(root)
     except archives.DAMAGED as error:
-        problem = f"a damaged archive ({pictures.reason(error)})"
-        return [
-            Source(prefix.rstrip("/") or path.name, "video", str(path.parent), [path.name], problem)
-        ]
-    if getattr(opened, "cut", None):
-        notes.add("damaged archive, of which the rest is missing", opened.cut, path.name)
-    names = sorted(opened.names())
-    if not names:
-        problem = "an empty archive"
-        return [
-            Source(prefix.rstrip("/") or path.name, "video", str(path.parent), [path.name], problem)
-        ]
-    sources = _group(root, names, _bare(path.name), notes)
+        return [_unusable(path.parent, name, f"a damaged archive ({pictures.reason(error)})")]
+    if opened.cut:
+        notes.add("damaged archive, the rest of it is missing", opened.cut, name)
+    found = []
+    sources = _group(root, opened, opened.names(), _bare(path.name), notes, found)
+    if not sources:
+        return [_unusable(path.parent, name, "an archive without videos or pictures")]
     wrapper = _wrapper([source.name for source in sources])
     for source in sources:
         source.name = prefix + source.name.removeprefix(wrapper)
+    tables += [(f"{path.name}/{where}", prefix, data) for where, _, data in found]
     return sources
+
+
+def _unusable(root, name, problem):
+    return Source(name, "video", str(root), [os.path.basename(name)], problem)
 
 
 def _bare(name):
     """An archive's name without its suffixes."""
-    for end in sorted(archives.ARCHIVES, key=len, reverse=True):
-        if name.lower().endswith(end):
-            return name[: -len(end)]
-    return stem(name)
+    return next(name[: -len(end)] for end in archives.ARCHIVES[::-1] if name.lower().endswith(end))
 
 
 def _wrapper(names):
-    """ "folder/" where one folder is around everything, else ""."""
+    """The name and slash of the one folder that is around everything, or an empty text."""
     first = {name.partition("/")[0] for name in names}
-    if len(names) > 1 and len(first) == 1 and all("/" in name for name in names):
-        return first.pop() + "/"
-    return ""
+    wrapped = len(names) > 1 and len(first) == 1 and all("/" in name for name in names)
+    return first.pop() + "/" if wrapped else ""
+
+
+def _name_apart(sources):
+    """Gives sources of the same name, such as a folder a/ and pictures a_000 … beside it, different
+    ones.
+    """
+    seen = Counter()
+    for source in sources:
+        seen[source.name] += 1
+        if seen[source.name] > 1:
+            source.name += f" ({seen[source.name]})"
 
 
 def _hidden(name):
-    return any(part.startswith(".") or part in NOT_OURS for part in PurePosixPath(name).parts)
+    return any(part.startswith(".") or part in NOT_OURS for part in name.split("/"))
 
 
-def _group(root, names, own_name, notes):
-    """Names of files → Sources: one for each video, animation and array, and one for each folder of pictures."""
-    opened = archives.open_root(root)
-    sources, stills, left = [], defaultdict(list), Counter()
-    stems = {stem(name) for name in names if suffix(name) in VIDEOS and not _hidden(name)}
-    for name in names:
-        if _hidden(name):
+def _group(root, opened, names, own_name, notes, tables):
+    """Names of files → Sources: one for each video, animation and array, and one for each folder of
+    pictures.
+    """
+    sources, unusable, stills, left = [], {}, defaultdict(list), Counter()
+    videos_here = {stem(name) for name in names if suffix(name) in VIDEOS and not _hidden(name)}
+    for name in sorted(names):
+        if problem := opened.problem(name):
+            place = os.path.dirname(name) or own_name if suffix(name) in STILLS else name
+            unusable.setdefault(place, Source(place, "video", root, [name], problem))
+        elif _hidden(name):
             left["hidden files and system folders"] += 1
-        elif problem := _known_problem(opened, name):
+        elif problem := _known_problem(name):
             sources.append(Source(name, "video", root, [name], problem))
-        elif suffix(name) in STILLS and _belongs_to_video(name, stems):
-            notes.add("pictures of a video beside it, left out", "they have its name", name)
         elif suffix(name) in STILLS:
             stills[os.path.dirname(name)].append(name)
         elif suffix(name) == ".npy":
@@ -320,33 +350,37 @@ def _group(root, names, own_name, notes):
         elif suffix(name) in VIDEOS or _is_video(opened, name):
             sources.append(Source(name, "video", root, [name]))
         else:
-            left[f"{suffix(name) or 'without a suffix'}"] += 1
+            left[suffix(name) or "without a suffix"] += 1
     for folder, files in stills.items():
-        sources += _of_pictures(root, folder, files, own_name, notes)
+        sources += _of_pictures(root, opened, folder, files, own_name, videos_here, notes)
     if left:
         kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(left.items()))
-        notes.add("neither videos nor pictures, left out", kinds, *["files"] * left.total())
+        notes.add(
+            "files that are neither videos nor pictures, left out", kinds, *[""] * left.total()
+        )
+    sources += unusable.values()
+    around = _wrapper([source.name for source in sources])
+    for place in ("", around):
+        if f"{place}dataset.json" in names and not any(tables):
+            tables.append((f"{place}dataset.json", "", _read(opened, f"{place}dataset.json")))
     return sources
 
 
-def _known_problem(opened, name):
-    """Why a file cannot be used, as its name or its archive tells; or None."""
-    if problem := opened.problem(name):
-        return problem
+def _read(opened, name):
+    try:
+        with opened.open(name) as file:
+            return file.read()
+    except archives.DAMAGED as error:
+        raise UserError(f"{printable(name)} cannot be read: {pictures.reason(error)}") from None
+
+
+def _known_problem(name):
+    """Why a file cannot be used, as its name tells; or None."""
     if name.lower().endswith(archives.ARCHIVES + archives.OTHER_ARCHIVES):
-        return (
-            "an archive in an archive, or of a kind that is not read: give it alone, or unpack it"
-        )
+        return "an archive in an archive, or of another kind than zip and tar: unpack it first"
     if suffix(name) in PLAYLISTS:
         return "a playlist: it names other files, which are not read"
     return None
-
-
-def _belongs_to_video(name, stems):
-    """Whether a picture is a thumbnail of a video: a.jpg, a.mp4.jpg, a-thumb.jpg, a_poster.jpg of a.mp4."""
-    own = stem(name)
-    bare = re.sub(r"[-_. ](thumb|thumbnail|poster|preview|cover|fanart)s?$", "", own, flags=re.I)
-    return not stems.isdisjoint({own, stem(own), bare, stem(bare)})
 
 
 def _is_video(opened, name):
@@ -361,20 +395,27 @@ def _is_video(opened, name):
     return True
 
 
-def _of_pictures(root, folder, files, own_name, notes):
-    """The pictures of one folder: files that hold several are clips of their own, the others one clip, or one for each
-    numbered sequence."""
-    opened = archives.open_root(root)
+# ------------------------------------------------------------------------------ folders of pictures
+
+
+def _of_pictures(root, opened, folder, files, own_name, videos_here, notes):
+    """The pictures of one folder: files that hold several are clips of their own, the others one
+    clip, or one for each numbered sequence.
+    """
     candidates = [name for name in files if suffix(name) in pictures.ANIMATED]
     if len(candidates) > FEW and not _several(opened, candidates[0]):
         candidates = [name for name in candidates if suffix(name) == ".gif"]
-    animations = {name for name in candidates if _several(opened, name)}
-    sources = [Source(name, "animation", root, [name]) for name in sorted(animations)]
-    rest = _one_of_each_stem(opened, sorted(set(files) - animations, key=natural), notes)
+    animations = [name for name in candidates if _several(opened, name)]
+    sources = [Source(name, "animation", root, [name]) for name in animations]
+    stills = sorted(set(files) - set(animations), key=natural)
+    thumbnails = set(_thumbnails(stills, videos_here))
+    if thumbnails:
+        notes.add("pictures of a video beside them, left out", "they have its name", *thumbnails)
+    rest = [name for name in stills if name not in thumbnails]
+    rest = _one_of_each_stem(opened, rest, notes)
     for prefix, names in _sequences(rest, notes):
-        sources.append(
-            Source("/".join(filter(None, (folder, prefix))) or own_name, "folder", root, names)
-        )
+        name = "/".join(filter(None, (folder, prefix))) or own_name
+        sources.append(Source(name, "folder", root, names))
     return sources
 
 
@@ -386,44 +427,64 @@ def _several(opened, name):
         return False
 
 
+def _thumbnails(names, videos_here):
+    """Which stills of a folder belong to videos: a.jpg, a.mp4.jpg, a-thumb.jpg of a.mp4 beside it,
+    or all of them in a folder of their own.
+    """
+
+    def forms(name):
+        own = stem(name)
+        bare = re.sub(
+            r"[-_. ](thumb|thumbnail|poster|preview|cover|fanart)s?$", "", own, flags=re.I
+        )
+        return {own, stem(own), bare, stem(bare)}
+
+    beside = [name for name in names if not videos_here.isdisjoint(forms(name))]
+    files = {os.path.basename(video) for video in videos_here}
+    if all(not files.isdisjoint(forms(os.path.basename(name))) for name in names):
+        return names
+    return beside
+
+
 def _one_of_each_stem(opened, names, notes):
-    """Where 000.png lies beside 000.jpg, the kind whose files are larger: the other may be previews or masks."""
-    kinds = defaultdict(dict)
+    """Where 000.png lies beside 000.jpg, the kind whose files are larger: the other may be previews
+    or masks.
+    """
+    groups = defaultdict(dict)
     for name in names:
-        kinds[stem(name)][suffix(name)] = name
-    twice = [group for group in kinds.values() if len(group) > 1]
+        groups[stem(name)][suffix(name)] = name
+    twice = [group for group in groups.values() if len(group) > 1]
     if not twice:
         return names
     sizes = Counter()
     for group in twice:
         sizes.update({kind: opened.stamp(name)[0] for kind, name in group.items()})
     order = [kind for kind, _ in sizes.most_common()]
-    kept = {min(group.values(), key=lambda name: order.index(suffix(name))) for group in twice}
-    left = [name for group in twice for name in group.values() if name not in kept]
-    notes.add(
-        "pictures that share their name with another, left out",
-        f"{order[0]} is taken, its files are larger",
-        *left,
-    )
+    left = [
+        name
+        for group in twice
+        for name in sorted(group.values(), key=lambda n: order.index(suffix(n)))[1:]
+    ]
+    why = f"of each the {order[0]} is taken, those files are larger"
+    notes.add("pictures that share their name with another, left out", why, *left)
     return [name for name in names if name not in set(left)]
 
 
 def _sequences(names, notes):
-    """[(name, files)]: names of stills in one folder, grouped where there are several numbered sequences (a_000, b_000).
+    """[(name, files)]: stills of one folder, grouped where there are several numbered sequences
+    (a_000, b_000).
 
     Pictures without a number beside a sequence, such as a cover, are left out.
     """
-    groups = defaultdict(list)
+    groups, loose = defaultdict(list), []
     for name in names:
         base = os.path.basename(stem(name))
         match = re.search(rf"(?:{NUMBER})$", base)
-        groups[base[: match.start()] if match else None].append((name, match and match[0]))
-    loose = [name for name, _ in groups.pop(None, [])]
+        if match:
+            groups[base[: match.start()]].append((name, match[0]))
+        else:
+            loose.append(name)
     if not any(len(group) > 2 for group in groups.values()):
-        covers = [name for name in loose if COVERS.match(os.path.basename(stem(name)))]
-        if 0 < len(covers) < len(names):
-            notes.add("covers, left out", "their names say so", *covers)
-            names = [name for name in names if name not in covers]
         return [("", names)] if names else []
     if loose:
         notes.add("pictures beside a numbered sequence, left out", "they have no number", *loose)
@@ -436,14 +497,15 @@ def _sequences(names, notes):
 
 
 def _are_sequences(groups):
-    """Whether numbered pictures with different prefixes are different clips: the prefixes differ by more than numbers, or
-    each counts on by ones. Else they are parts of a date or a time, 12-00-05 and 12-01-05."""
+    """Whether numbered pictures with different prefixes are different clips: the prefixes differ by
+    more than numbers, or each counts on by ones. Else they are parts of a date or a time: 12-00-05,
+    12-01-05.
+    """
     if len({re.sub(r"\d+", "0", prefix) for prefix in groups}) == len(groups):
         return True
     for prefix, group in groups.items():
         numbers = [number for _, number in group]
-        dated = len(re.sub(r"\D", "", prefix)) >= 8
-        if dated or any("." in number for number in numbers):
+        if len(re.sub(r"\D", "", prefix)) >= 8 or any("." in number for number in numbers):
             return False
         if any(int(b) - int(a) != 1 for a, b in zip(numbers, numbers[1:])):
             return False

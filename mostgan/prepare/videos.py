@@ -1,6 +1,8 @@
-"""Reading videos with PyAV (FFmpeg): their times, frames from any place on, each made upright, square and RGB.
+"""Reading videos with PyAV (FFmpeg): their times, frames from any place on, each made upright,
+square and RGB.
 
-What is damaged in a video does not end it: `errors`, a dict {time in seconds: what was reported}, takes note of it.
+What is damaged in a video does not end it: `errors`, a dict {time in seconds: what was reported},
+takes note of it.
 """
 
 from itertools import chain, islice
@@ -13,8 +15,8 @@ from mostgan.prepare.frames import PICTURE_RATE, ROUNDING, Shown, Timing, square
 
 av.logging.set_level(av.logging.PANIC)
 
-# Containers that are read. Playlists (hls, concat, dash, sdp, imf, …) are not among them: they name other files and
-# addresses, which FFmpeg would open. Nor are patterns of picture files.
+# Containers that are read. Playlists (hls, concat, dash, sdp, imf, …) are not among them: they name
+# other files and addresses, which FFmpeg would open. Nor are patterns of picture files.
 CONTAINERS = "mov,matroska,avi,mpegts,mpeg,mpegvideo,asf,flv,ogg,mxf,h264,hevc,m4v,yuv4mpegpipe,ivf,obu,dv,rm,nut,wtv,mjpeg,vc1"
 UNSEEKABLE = set("avi mpeg mpegvideo h264 hevc m4v mjpeg yuv4mpegpipe dv vc1 obu ivf".split())
 MAX_PIXELS = (
@@ -33,9 +35,11 @@ HDR_FLAT = "HDR video, without tone mapping (this FFmpeg has none)"
 
 
 def open_video(file):
-    """A container and its largest video stream that is no cover picture. file: a path, or a seekable binary file.
+    """A container and its largest video stream that is no cover picture. file: a path, or a
+    seekable binary file.
 
-    Raises ValueError for playlists, files without video and frames that are too large; av.FFmpegError, OSError.
+    Raises ValueError for playlists, files without video and frames that are too large;
+    av.FFmpegError, OSError.
     """
     options = {"format_whitelist": CONTAINERS, "protocol_whitelist": "file"}
     if hasattr(file, "read"):
@@ -67,11 +71,14 @@ def _choose_stream(container):
     return stream
 
 
-# ------------------------------------------------------------------------------------------------ decoding
+# ------------------------------------------------------------------------------------------------
+# decoding
 
 
 def _decoded(container, stream, errors):
-    """Yields av.VideoFrames in the order of their times. A damaged packet costs what hangs on it, not the film."""
+    """Yields av.VideoFrames in the order of their times. A damaged packet costs what hangs on it,
+    not the film.
+    """
     count = len(errors)
     for packet in _packets(container, stream, errors):
         time = packet_time(packet)
@@ -89,7 +96,9 @@ def _decoded(container, stream, errors):
 
 
 def _packets(container, stream, errors):
-    """Yields the packets up to where the file cannot be read any more, and then the one that empties the decoder."""
+    """Yields the packets up to where the file cannot be read any more, and then the one that
+    empties the decoder.
+    """
     time = None
     try:
         for packet in container.demux(stream):
@@ -109,24 +118,24 @@ def packet_time(packet):
 
 
 def _timed(frames, rate):
-    """av.VideoFrames → Shown. Those without a time follow the one before; those that go back in time are left out.
+    """av.VideoFrames → Shown. Those without a time follow the one before; those that go back in
+    time are left out.
 
-    No frame lasts longer than 1/rate by itself: files that declare a wrong rate would hold the last one for too long.
+    Each lasts 1/rate by itself: files that declare a wrong rate would hold the last one for too
+    long, or not at all.
     """
     before = None
     for frame in frames:
-        duration = 1 / rate
-        if frame.duration:
-            duration = min(float(frame.duration * frame.time_base), duration)
         time = frame.time
         if time is None:
-            time = 0.0 if before is None else before + duration
+            time = 0.0 if before is None else before + 1 / rate
         if before is None or time > before:
-            yield Shown(time, duration, frame)
+            yield Shown(time, 1 / rate, frame)
             before = time
 
 
-# -------------------------------------------------------------------------------------------------- timing
+# --------------------------------------------------------------------------------------------------
+# timing
 
 
 def video_timing(file, searched):
@@ -164,10 +173,12 @@ def video_timing(file, searched):
 
 
 def _end(container, stream):
-    """When the last frame ends: told by what lies behind the last place that can be sought. None: there is no such place.
+    """When the last frame ends: told by what lies behind the last place that can be sought. None:
+    there is no such place.
 
-    The lengths that files state may count from 0 instead of from their first frame, or be those of a film before it was
-    cut off. And some films (intra refresh) have places to go to, but no frame there that needs no other.
+    The lengths that files state may count from 0 instead of from their first frame, or be those of
+    a film before it was cut off. And some films (intra refresh) have places to go to, but no frame
+    there that needs no other.
     """
     try:
         container.seek(1 << 62, stream=stream, backward=True)
@@ -179,11 +190,14 @@ def _end(container, stream):
     return shown.time + shown.duration if found else None
 
 
-# ------------------------------------------------------------------------------------- frames from a place on
+# ------------------------------------------------------------------------------------- frames from
+# a place on
 
 
 def video_frames(file, timing, time, errors):
-    """Yields Shown from the one on screen at `time` (seconds of the file; None: from the start), or some frames earlier."""
+    """Yields Shown from the one on screen at `time` (seconds of the file; None: from the start), or
+    a few before it.
+    """
     back = 0.5
     while time is not None and time - back > timing.start:
         container, stream = open_video(file)
@@ -195,12 +209,29 @@ def video_frames(file, timing, time, errors):
             frames = _decoded(container, stream, errors)
             key = next((f for f in frames if f.key_frame and f.time is not None), None)
             if key is not None and key.time <= time - ROUNDING:
-                yield from _timed(_deinterlaced(chain([key], frames)), timing.fps)
+                yield from _to_the_end(container, stream, chain([key], frames), timing.fps, errors)
                 return
         back *= 4  # it went too far: open groups of pictures, or places that are times of decoding
     container, stream = open_video(file)
     with container:
-        yield from _timed(_deinterlaced(_decoded(container, stream, errors)), timing.fps)
+        frames = _decoded(container, stream, errors)
+        yield from _to_the_end(container, stream, frames, timing.fps, errors)
+
+
+def _to_the_end(container, stream, frames, rate, errors):
+    """Yields Shown; takes note where they end before the length that the file states."""
+    end = None
+    for shown in _timed(_deinterlaced(frames), rate):
+        end = shown.time + float((shown.image.duration or 0) * shown.image.time_base)
+        yield shown
+    stated = (container.duration or 0) / av.time_base
+    slack = 4 / rate
+    if stream.duration is not None:
+        stated = float(stream.duration * stream.time_base)
+    elif len(container.streams) > 1:
+        slack = 1.0  # the length may be that of the sound
+    if end is not None and stated < LONGEST_FILM and stated - end > slack:
+        errors.setdefault(end, f"it ends {stated - end:.1f} s before the length that it states")
 
 
 def _graph(frame, *filters):
@@ -247,13 +278,16 @@ def _deinterlaced(frames):
         yield from _pulled(graph)
 
 
-# ----------------------------------------------------------------------------------------------- the square
+# -----------------------------------------------------------------------------------------------
+# the square
 
 
 class VideoFraming:
-    """av.VideoFrame → uint8 [R, R, 3]: turned upright, cropped in the shape in which it is shown, scaled, tone-mapped.
+    """av.VideoFrame → uint8 [R, R, 3]: turned upright, cropped in the shape in which it is shown,
+    scaled, tone-mapped.
 
-    crop, pixel_aspect: as in frames.square. facts: a set that takes what a user should know about the conversion.
+    crop, pixel_aspect: as in frames.square. facts: a set that takes what a user should know about
+    the conversion.
     """
 
     def __init__(self, crop, resolution, pixel_aspect, facts):
@@ -304,7 +338,8 @@ class VideoFraming:
 
 def _turns(frame):
     """(filters that turn a frame as its display matrix says, whether they swap width and height)."""
-    # Asked only once per graph: a frame whose side data were asked for stays in memory until Python collects cycles.
+    # Asked only once per graph: a frame whose side data were asked for stays in memory until Python
+    # collects cycles.
     matrix = frame.side_data.get(SideData.DISPLAYMATRIX)
     if matrix is None:
         return [], False

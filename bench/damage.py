@@ -11,7 +11,6 @@ VIDEOS is a folder of videos. Exit status 1 where anything was lost.
 """
 
 import argparse
-import os
 import random
 import shutil
 import signal
@@ -101,7 +100,7 @@ def sources(files, work, count, resolution, rng):
 
 
 def group_is_gone(group, seconds=20):
-    """Whether no process of a group lives after so long; those that ended unnoticed do not count."""
+    """Whether no process of a group lives after so long; zombies do not count."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         states = []

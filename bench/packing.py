@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -78,29 +79,24 @@ def repeated(files, folder, times):
     return folder
 
 
+def endless_frames(files):
+    """Frames of the videos one after the other, over and over."""
+    while True:
+        for file in files:
+            with av.open(str(file)) as source:
+                yield from source.decode(video=0)
+
+
 def long_film(files, path, frames):
-    """One film of so many frames, made of the videos end to end, with a key frame every 2 seconds."""
+    """One film of so many frames: the videos end to end, with a key frame every 2 seconds."""
     with av.open(str(path), "w") as container:
-        film, count = None, 0
-        while count < frames:
-            for file in files:
-                with av.open(str(file)) as source:
-                    for frame in source.decode(video=0):
-                        if film is None:
-                            film = container.add_stream("libx264", rate=25, options={"g": "50"})
-                            film.width, film.height, film.pix_fmt = (
-                                frame.width,
-                                frame.height,
-                                "yuv420p",
-                            )
-                            film.bit_rate = 8_000_000
-                        frame.pts, frame.time_base, count = (
-                            count,
-                            film.codec_context.time_base,
-                            count + 1,
-                        )
-                        frame.pict_type = 0  # the coder decides
-                        container.mux(film.encode(frame))
+        film = container.add_stream("libx264", rate=25, options={"g": "50"})
+        film.bit_rate, film.pix_fmt = 8_000_000, "yuv420p"
+        for count, frame in zip(range(frames), endless_frames(files)):
+            if count == 0:
+                film.width, film.height = frame.width, frame.height
+            frame.pts, frame.time_base, frame.pict_type = count, Fraction(1, 25), 0
+            container.mux(film.encode(frame))
         container.mux(film.encode(None))
     return path
 

@@ -1,5 +1,5 @@
-"""The packed folder: its format, cutting, crops, masks, splitting, the command; interrupted, damaged,
-checked."""
+"""The packed folder: its format, cutting, crops, masks, splitting, the command; interruptions,
+damage, checking."""
 
 import json
 import os

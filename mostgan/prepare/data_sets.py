@@ -11,7 +11,7 @@ from mostgan.config import UserError
 from mostgan.files import sha256_of
 from mostgan.prepare import archives
 from mostgan.prepare.labels import label_sources
-from mostgan.prepare.pack import RAW_UP_TO, fingerprint, pack
+from mostgan.prepare.pack import RAW_UP_TO, checksum_of, pack
 from mostgan.prepare.sources import Notes, Settings, find_sources, natural, printable, stem
 
 
@@ -145,10 +145,10 @@ def check(path):
     from mostgan.data import Clips, read_index  # not above: see pack._write_preview
 
     path = Path(path)
-    index = read_index(path)
-    columns, files, wrong = index["clips"], index["files"], []
-    if fingerprint(index["resolution"], columns, files) != index["fingerprint"]:
+    index, wrong = read_index(path), []
+    if index.get("checksum") != checksum_of(index):
         return [f"{path / 'index.json'} is damaged; prepare {path} again"]
+    columns, files = index["clips"], index["files"]
     sums = dict(zip(columns["file"], columns["sha256"])) | files
     names = dict(zip(columns["file"], columns["name"]))
     for file, digest in sums.items():

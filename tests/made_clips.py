@@ -1,15 +1,18 @@
-"""Files that the tests of the data path make: videos by FFmpeg's encoders through PyAV, pictures by Pillow.
+"""Files that the tests of the data path make: videos by FFmpeg's encoders through PyAV, pictures by
+Pillow.
 
-Most videos here are numbered: frame k is flat and has the gray level FIRST + STEP * k, so that a packed frame tells
-which frame of its source it shows, whatever coded it.
+Most videos here are numbered: frame k is flat and has the gray level FIRST + STEP * k, so that a
+packed frame tells which frame of its source it shows, whatever coded it.
 """
 
+import os
 import resource
 import sys
 import time
 from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
+from unittest import mock
 
 import av
 import numpy as np
@@ -25,7 +28,7 @@ MOST_NUMBERS = 58  # FIRST + STEP * 57 is still below white in video range
 av.logging.set_level(av.logging.PANIC)
 
 
-# ------------------------------------------------------------------------------------------------------------- frames
+# ------------------------------------------------------------------------------------------- frames
 
 
 def flat(values, height=32, width=32):
@@ -49,7 +52,8 @@ def moving(n, height=40, width=48, seed=0):
 
 
 def quadrants(height=48, width=64, levels=(30, 90, 150, 220)):
-    """A picture whose four quarters (top left, top right, bottom left, bottom right) tell how it lies; [H, W, 3]."""
+    """A picture whose four quarters (top left, top right, bottom left, bottom right) tell how it
+    lies; [H, W, 3]."""
     image = np.zeros((height, width, 3), np.uint8)
     half, middle = height // 2, width // 2
     image[:half, :middle], image[:half, middle:] = levels[0], levels[1]
@@ -58,14 +62,16 @@ def quadrants(height=48, width=64, levels=(30, 90, 150, 220)):
 
 
 def corners(image):
-    """The levels in the middles of the four quarters of a packed frame [3, R, R], in the order of `quadrants`."""
+    """The levels in the middles of the four quarters of a packed frame [3, R, R], in the order of
+    `quadrants`."""
     quarter = image.shape[1] // 4
     low, high = quarter, image.shape[1] - 1 - quarter
     return [int(image[0, y, x]) for y in (low, high) for x in (low, high)]
 
 
 def disc(height, width, pixel_aspect=1.0, radius=0.35):
-    """A white disc on black that is round where pixels are `pixel_aspect` times as wide as high; [H, W, 3]."""
+    """A white disc on black that is round where pixels are `pixel_aspect` times as wide as high;
+    [H, W, 3]."""
     y, x = np.mgrid[:height, :width]
     y, x = y - (height - 1) / 2, (x - (width - 1) / 2) * pixel_aspect
     inside = np.hypot(x, y) < radius * min(height, width * pixel_aspect)
@@ -78,7 +84,7 @@ def roundness(image):
     return bright.any(0).sum() / bright.any(1).sum()
 
 
-# ------------------------------------------------------------------------------------------------------------- videos
+# ------------------------------------------------------------------------------------------- videos
 
 
 def write_video(
@@ -94,11 +100,12 @@ def write_video(
     base=None,
     container=None,
 ):
-    """Writes frames, uint8 [n, H, W, 3], at `times` (seconds; None: k / rate) and close to lossless.
+    """Writes frames, uint8 [n, H, W, 3], at `times` (seconds; None: k / rate) and close to
+    lossless.
 
-    rate: what the file declares, whatever the times are. base: the unit of the times. stream: a function of the
-    stream before the first frame. graph: FFmpeg's filters through which the frames go, as one string. options,
-    container: of the encoder and of the container.
+    rate: what the file declares, whatever the times are. base: the unit of the times. stream: a
+    function of the stream before the first frame. graph: FFmpeg's filters through which the frames
+    go, as one string. options, container: of the encoder and of the container.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     rate = Fraction(rate).limit_denominator(1001)
@@ -114,7 +121,9 @@ def write_video(
             stream(video)
         through = _filters(graph, video) if graph else None
         for k, image in enumerate(frames):
-            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24").reformat(format=pix_fmt)
+            frame = av.VideoFrame.from_ndarray(
+                np.ascontiguousarray(image), format="rgb24"
+            ).reformat(format=pix_fmt)
             frame.pts = round((k / rate if times is None else Fraction(times[k])) / base)
             frame.time_base = base
             if through:
@@ -139,7 +148,8 @@ def _filters(text, video):
 
 
 def write_packets(path, packets, codec, size, times, rate=25):
-    """Writes packets that are coded already (bytes) at `times` in seconds: files that no encoder would make."""
+    """Writes packets that are coded already (bytes) at `times` in seconds: files that no encoder
+    would make."""
     with av.open(str(path), "w") as container:
         video = container.add_stream(codec, rate=rate)
         video.width, video.height = size
@@ -153,7 +163,7 @@ def write_packets(path, packets, codec, size, times, rate=25):
             container.mux(packet)
 
 
-# ----------------------------------------------------------------------------------------------------------- pictures
+# ----------------------------------------------------------------------------------------- pictures
 
 
 def write_pictures(folder, frames, suffix=".png", name="{:03d}", **options):
@@ -177,7 +187,7 @@ def smallest(n=3, seed=0):
     return moving(n, 16, 16, seed)
 
 
-# -------------------------------------------------------------------------------------------------- packing and looking
+# ------------------------------------------------------------------------------ packing and looking
 
 
 def pack(src, dst, resolution=32, jobs=1, **settings):
@@ -205,12 +215,16 @@ def number_of(clips, name):
 
 
 def on_screen(times, moments):
-    """The independent answer: which of the frames shown from `times` on is on screen at each moment (seconds)."""
-    return [max(0, int(np.searchsorted(times, moment + 1e-6, side="right")) - 1) for moment in moments]
+    """The independent answer: which of the frames shown from `times` on is on screen at each moment
+    (seconds)."""
+    return [
+        max(0, int(np.searchsorted(times, moment + 1e-6, side="right")) - 1) for moment in moments
+    ]
 
 
 def notes_on(index, *words):
-    """The notes of an index that hold all these words somewhere (in what, why or names), in any case."""
+    """The notes of an index that hold all these words somewhere (in what, why or names), in any
+    case."""
     found = []
     for note in index["notes"]:
         text = " ".join([note["what"], note["why"] or "", *note["names"]]).lower()
@@ -224,17 +238,20 @@ def files_of(folder):
     return {file.name: file.read_bytes() for file in folder.iterdir()}
 
 
+def one_core():
+    """While it lasts, packing finds one core only, and so needs no workers."""
+    return mock.patch.object(os, "sched_getaffinity", lambda process: {0})
+
+
 def command(capfd, *arguments):
-    """Runs the command in this process: (exit status, stdout, stderr)."""
-    argv, sys.argv = sys.argv, ["prepare", *map(str, arguments)]
+    """Runs the command in this process, without workers: (exit status, stdout, stderr)."""
     capfd.readouterr()
-    try:
-        command_line.main()
-        status = 0
-    except SystemExit as end:
-        status = end.code or 0
-    finally:
-        sys.argv = argv
+    with one_core(), mock.patch.object(sys, "argv", ["prepare", *map(str, arguments)]):
+        try:
+            command_line.main()
+            status = 0
+        except SystemExit as end:
+            status = end.code or 0
     return status, *capfd.readouterr()
 
 
@@ -249,7 +266,9 @@ def at_most(seconds, megabytes):
         return int(Path("/proc/self/status").read_text().split(f"{field}:")[1].split()[0]) / 1024
 
     limits = resource.getrlimit(resource.RLIMIT_AS)
-    room = (status("VmSize") + 2 * megabytes + 4096) * 2**20  # 4 GB: threads and libraries that are only reserved
+    room = (
+        status("VmSize") + 2 * megabytes + 4096
+    ) * 2**20  # 4 GB: threads and libraries that are only reserved
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from now
     before, begun = status("VmHWM"), time.monotonic()
     resource.setrlimit(resource.RLIMIT_AS, (int(room), limits[1]))

@@ -1,4 +1,5 @@
-"""Labels: folders, dataset.json, CSV, in the ways in which tables name clips; numbers with gaps; vectors (kind 9)."""
+"""Labels: folders, dataset.json, CSV, in the ways in which tables name clips; numbers with gaps;
+vectors (kind 9)."""
 
 import json
 import tarfile
@@ -15,7 +16,12 @@ from mostgan.data import Clips
 FOLDERS = ["cats/one", "cats/two", "dogs/Three"]  # folders of pictures; and a video:
 VIDEO = "dogs/four.mp4"
 LABELS = {"cats/one": 3, "cats/two": 1, "dogs/Three": 3, "dogs/four": 0}
-EXPECTED = [3, 1, 0, 3]  # in the natural order of the names: cats/one, cats/two, dogs/four.mp4, dogs/Three
+EXPECTED = [
+    3,
+    1,
+    0,
+    3,
+]  # in the natural order of the names: cats/one, cats/two, dogs/four.mp4, dogs/Three
 
 
 @pytest.fixture
@@ -30,7 +36,8 @@ def labels_by_name(clips):
     """{clip: class's name or number, or vector} whatever the order of the clips."""
     classes = (clips.info["labels"] or {}).get("classes")
     return {
-        name.removesuffix(".mp4"): classes[label] if classes else label for name, label in zip(clips.names, clips.labels)
+        name.removesuffix(".mp4"): classes[label] if classes else label
+        for name, label in zip(clips.names, clips.labels)
     }
 
 
@@ -45,7 +52,7 @@ def packed(src, tmp_path, table, how="dataset.json"):
     return made.pack(src, tmp_path / "dst", 16, labels=None if how == "dataset.json" else place)
 
 
-# -------------------------------------------------------------------------------------------------- how clips are named
+# ------------------------------------------------------------------------------ how clips are named
 
 
 def of_frames(labels):
@@ -82,10 +89,16 @@ def test_tables_name_clips_in_many_ways(src, tmp_path, how, form):
 
 
 @pytest.mark.parametrize("how", ["dataset.json", "table.json", "table.csv"])
-@pytest.mark.parametrize("change", ["plain", "backslashes", "prefix", "case", "no suffix", "mapping"])
+@pytest.mark.parametrize(
+    "change", ["plain", "backslashes", "prefix", "case", "no suffix", "mapping"]
+)
 def test_tables_of_frames(src, tmp_path, how, change):
-    changes = {"backslashes": lambda name: name.replace("/", "\\"), "prefix": lambda name: f"all/{name}",
-               "case": str.upper, "no suffix": lambda name: name.rsplit(".", 1)[0]}  # fmt: skip
+    changes = {
+        "backslashes": lambda name: name.replace("/", "\\"),
+        "prefix": lambda name: f"all/{name}",
+        "case": str.upper,
+        "no suffix": lambda name: name.rsplit(".", 1)[0],
+    }
     rows = [[changes.get(change, str)(name), label] for name, label in of_frames(LABELS)]
     table = dict(rows) if change == "mapping" else rows
     _, clips = packed(src, tmp_path, table, how)
@@ -104,7 +117,9 @@ def test_the_table_in_an_archive(src, tmp_path, form):
         with tarfile.open(path, "w:gz") as archive:
             archive.add(src, "src")
     _, clips = made.pack(path, tmp_path / "dst", 16)
-    assert {name.removeprefix("src/"): int(label) for name, label in labels_by_name(clips).items()} == LABELS
+    assert {
+        name.removeprefix("src/"): int(label) for name, label in labels_by_name(clips).items()
+    } == LABELS
 
 
 def test_csv_files_as_people_write_them(src, tmp_path):
@@ -126,11 +141,15 @@ def test_csv_files_as_people_write_them(src, tmp_path):
 def test_clips_of_one_film_have_its_label(src, tmp_path):
     (src / "dataset.json").write_text(json.dumps({"labels": LABELS}))
     _, clips = made.pack(src, tmp_path / "dst", 16, clip_length=3)
-    four = [clips.labels[k] for k, source in enumerate(clips.info["clips"]["source"]) if "four" in source]
+    four = [
+        clips.labels[k]
+        for k, source in enumerate(clips.info["clips"]["source"])
+        if "four" in source
+    ]
     assert len(four) == 2 and len(set(four)) == 1
 
 
-# -------------------------------------------------------------------------------------------- what matches and what not
+# ------------------------------------------------------------------------ what matches and what not
 
 
 def test_a_table_that_matches_nothing_is_an_error(src, tmp_path):
@@ -146,17 +165,33 @@ def test_a_table_that_matches_nothing_is_an_error(src, tmp_path):
 def test_a_table_that_matches_some_says_how_many_and_shows_three(src, tmp_path):
     extra = {f"gone/{k}": 1 for k in range(7)}
     index, clips = packed(src, tmp_path, {"cats/one": 3, "cats/two": 1, "dogs/four": 3} | extra)
-    assert labels_by_name(clips) == {"cats/one": "3", "cats/two": "1", "dogs/four": "3"}  # the fourth is left out
+    assert labels_by_name(clips) == {
+        "cats/one": "3",
+        "cats/two": "1",
+        "dogs/four": "3",
+    }  # the fourth is left out
     assert made.notes_on(index, "dogs/Three")
     told = [note for note in made.notes_on(index, "gone/0") if note["count"] == 7]
-    assert told and sum(f"gone/{k}" in told[0]["why"] + " ".join(told[0]["names"]) for k in range(7)) >= 3
+    assert (
+        told
+        and sum(f"gone/{k}" in told[0]["why"] + " ".join(told[0]["names"]) for k in range(7)) >= 3
+    )
 
 
 def test_tables_that_are_no_tables(src, tmp_path, capfd):
-    for text in ("{{{", "[]", '{"labels": 3}', '{"labels": [["cats/one"]]}', '{"labels": [["cats/one", null]]}', "\xff\xfe"):
+    for text in (
+        "{{{",
+        "[]",
+        '{"labels": 3}',
+        '{"labels": [["cats/one"]]}',
+        '{"labels": [["cats/one", null]]}',
+        "\xff\xfe",
+    ):
         (src / "dataset.json").write_bytes(text.encode("latin-1"))
         with pytest.raises(UserError, match=r"dataset\.json") as error:
-            print(made.pack(src, tmp_path / "dst", 16)[0]["labels"], text)  # shown when nothing is raised
+            print(
+                made.pack(src, tmp_path / "dst", 16)[0]["labels"], text
+            )  # shown when nothing is raised
         assert "\n" not in str(error.value)
     (src / "dataset.json").write_text('{"labels": null}')
     assert made.pack(src, tmp_path / "none", 16)[1].labels is None
@@ -166,7 +201,7 @@ def test_tables_that_are_no_tables(src, tmp_path, capfd):
             made.pack(src, tmp_path / "dst", 16, labels=how)
 
 
-# --------------------------------------------------------------------------------------------------- what labels become
+# ------------------------------------------------------------------------------- what labels become
 
 
 def test_classes_by_folders(src, tmp_path):
@@ -182,8 +217,13 @@ def test_classes_by_folders(src, tmp_path):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("numbers", [[3, 1, 3, 0], [7, 100, 7, 20_240_131], [20_240_131_235_959, 5, 5, 5], [-4, 2, -4, 9]])
-def test_numbers_with_gaps_are_mapped_and_the_mapping_is_kept_and_printed(src, tmp_path, capfd, numbers):
+@pytest.mark.parametrize(
+    "numbers",
+    [[3, 1, 3, 0], [7, 100, 7, 20_240_131], [20_240_131_235_959, 5, 5, 5], [-4, 2, -4, 9]],
+)
+def test_numbers_with_gaps_are_mapped_and_the_mapping_is_kept_and_printed(
+    src, tmp_path, capfd, numbers
+):
     table = dict(zip(LABELS, numbers))
     (src / "dataset.json").write_text(json.dumps({"labels": table}))
     status, out, error = command(capfd, src, tmp_path / "dst", "--resolution", 16)
@@ -222,8 +262,12 @@ def test_vectors_are_kept_as_they_are(src, tmp_path, how):
 
 
 def test_vectors_that_do_not_fit_together(src, tmp_path):
-    for rows in ([[1.0, 2.0], [1.0], [0.5, 1], [0.5, 1]], [[1.0, 2.0], 3, [0.5, 1], [0.5, 1]],
-                 [[1.0, float("nan")], [1, 2], [3, 4], [5, 6]], [[1.0, "a"], [1, 2], [3, 4], [5, 6]]):  # fmt: skip
+    for rows in (
+        [[1.0, 2.0], [1.0], [0.5, 1], [0.5, 1]],
+        [[1.0, 2.0], 3, [0.5, 1], [0.5, 1]],
+        [[1.0, float("nan")], [1, 2], [3, 4], [5, 6]],
+        [[1.0, "a"], [1, 2], [3, 4], [5, 6]],
+    ):
         with pytest.raises(UserError, match=r"dataset\.json") as error:
             packed(src, tmp_path, dict(zip(LABELS, rows)))
         assert "\n" not in str(error.value)

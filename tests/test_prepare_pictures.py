@@ -1,4 +1,5 @@
-"""Pictures in: EXIF, formats, colours, animations, JPEGs kept as they are, bombs, damage (kinds 1, 3, 4, 6, 7)."""
+"""Pictures in: EXIF, formats, colours, animations, JPEGs kept as they are, bombs, damage (kinds 1,
+3, 4, 6, 7)."""
 
 import io
 import struct
@@ -15,9 +16,10 @@ from safetensors.numpy import load_file
 from mostgan.config import UserError
 from mostgan.video_writer import VideoWriter
 
-# ------------------------------------------------------------------------------------------------------- 1 orientation
+# ------------------------------------------------------------------------------------ 1 orientation
 
-# What each value of the EXIF tag 0x0112 asks a viewer to do with the stored picture (TIFF 6.0, tag Orientation).
+# What each value of the EXIF tag 0x0112 asks a viewer to do with the stored picture (TIFF 6.0, tag
+# Orientation).
 UPRIGHT = {
     1: lambda image: image,
     2: np.fliplr,
@@ -41,47 +43,76 @@ def test_all_eight_orientations_of_exif(tmp_path, suffix):
     image = made.quadrants()
     for orientation in UPRIGHT:
         options = {"lossless": True} if suffix == ".webp" else {}
-        write_pictures(tmp_path / "src" / str(orientation), [image] * 3, suffix, exif=exif(orientation), **options)
+        write_pictures(
+            tmp_path / "src" / str(orientation),
+            [image] * 3,
+            suffix,
+            exif=exif(orientation),
+            **options,
+        )
     _, clips = made.pack(tmp_path / "src", tmp_path / "dst", 32, crop="none")
     for k, (orientation, turn) in enumerate(UPRIGHT.items()):
         expected = made.corners(turn(image).transpose(2, 0, 1))
-        assert np.abs(np.subtract(made.corners(clips.frames(k, [1])[0]), expected)).max() <= 2, orientation
+        assert np.abs(np.subtract(made.corners(clips.frames(k, [1])[0]), expected)).max() <= 2, (
+            orientation
+        )
 
 
 def test_jpegs_of_the_right_size_are_turned_too(tmp_path):
     image = made.quadrants(160, 160)
     for orientation in UPRIGHT:
-        write_pictures(tmp_path / "src" / str(orientation), [image] * 3, ".jpg", exif=exif(orientation), quality=95)
+        write_pictures(
+            tmp_path / "src" / str(orientation),
+            [image] * 3,
+            ".jpg",
+            exif=exif(orientation),
+            quality=95,
+        )
     _, clips = made.pack(tmp_path / "src", tmp_path / "dst", 160)
     for k, (orientation, turn) in enumerate(UPRIGHT.items()):
         expected = made.corners(turn(image).transpose(2, 0, 1))
-        assert np.abs(np.subtract(made.corners(clips.frames(k, [1])[0]), expected)).max() <= 2, orientation
+        assert np.abs(np.subtract(made.corners(clips.frames(k, [1])[0]), expected)).max() <= 2, (
+            orientation
+        )
 
 
 def test_exif_that_is_rubbish_is_no_reason_to_stop(tmp_path):
-    for name, data in {"a": b"Exif\0\0rubbish", "b": b"Exif\0\0MM\0*" + bytes(40), "c": exif(9).tobytes()}.items():
+    for name, data in {
+        "a": b"Exif\0\0rubbish",
+        "b": b"Exif\0\0MM\0*" + bytes(40),
+        "c": exif(9).tobytes(),
+    }.items():
         write_pictures(tmp_path / "src" / name, numbered(4), ".jpg", exif=data, quality=95)
     _, clips = made.pack(tmp_path / "src", tmp_path / "dst", 32)
     assert [numbers(clips, k) for k in range(3)] == [[0, 1, 2, 3]] * 3
 
 
-# ---------------------------------------------------------------------------------------------------------- 3 time
+# ------------------------------------------------------------------------------------------- 3 time
 
 
 def gif_delays(rate, n):
-    """Whole hundredths of a second, in ms, as programs round them for frames at `rate` per second."""
+    """Whole hundredths of a second, in ms, as programs round them for frames at `rate` per
+    second."""
     ends = np.round(np.arange(n + 1) * 100 / rate)
     return (np.diff(ends) * 10).astype(int).tolist()
 
 
 HOLD = [100] * 9 + [3000]
 TIMED = {
-    "24.gif": (gif_delays(24, 40), 24), "30.gif": (gif_delays(30, 40), 30), "40.gif": ([20, 30] * 15, 40),
-    "50.gif": ([20] * 30, 50), "15.gif": (gif_delays(15, 30), 15), "slow.gif": ([2000] * 5, 0.5),
-    "hold.gif": (HOLD, 10), "uneven.gif": ([100, 100, 200, 100, 300, 100, 100, 100], 10),
-    "30.webp": ([33, 33, 34] * 10, 30), "25.webp": ([40] * 20, 25), "hold.webp": (HOLD, 10),
-    "25.png": ([40] * 20, 25), "hold.png": (HOLD, 10),
-}  # fmt: skip
+    "24.gif": (gif_delays(24, 40), 24),
+    "30.gif": (gif_delays(30, 40), 30),
+    "40.gif": ([20, 30] * 15, 40),
+    "50.gif": ([20] * 30, 50),
+    "15.gif": (gif_delays(15, 30), 15),
+    "slow.gif": ([2000] * 5, 0.5),
+    "hold.gif": (HOLD, 10),
+    "uneven.gif": ([100, 100, 200, 100, 300, 100, 100, 100], 10),
+    "30.webp": ([33, 33, 34] * 10, 30),
+    "25.webp": ([40] * 20, 25),
+    "hold.webp": (HOLD, 10),
+    "25.png": ([40] * 20, 25),
+    "hold.png": (HOLD, 10),
+}
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +125,8 @@ def animations(tmp_path_factory):
 
 @pytest.mark.parametrize("fps", [None, 10, 25])
 def test_animations_are_shown_by_their_delays(animations, tmp_path, fps):
-    """A pause of seconds at the end, before it starts again, counts as one frame of the usual length."""
+    """A pause of seconds at the end, before it starts again, counts as one frame of the usual
+    length."""
     _, clips = made.pack(animations, tmp_path / "dst", 16, fps=fps)
     for name, (delays, rate) in TIMED.items():
         k, begins = clips.names.index(name), np.cumsum([0, *delays[:-1]]) / 1000
@@ -115,15 +147,29 @@ def test_gifs_without_delays_are_shown_as_browsers_do(tmp_path):
     for delay in (0, 10):
         write_animation(tmp_path / "src" / f"{delay}.gif", numbered(8), [delay] * 8)
     _, clips = made.pack(tmp_path / "src", tmp_path / "dst", 16)
-    assert clips.info["clips"]["fps"] == [10, 10] and numbers(clips, 0) == numbers(clips, 1) == list(range(8))
+    assert clips.info["clips"]["fps"] == [10, 10] and numbers(clips, 0) == numbers(
+        clips, 1
+    ) == list(range(8))
 
 
-# ---------------------------------------------------------------------------------------------------------- 4 formats
+# ---------------------------------------------------------------------------------------- 4 formats
 
 FORMATS = {
-    "jpg": "JPEG", "jpeg": "JPEG", "jfif": "JPEG", "png": "PNG", "webp": "WEBP", "avif": "AVIF", "bmp": "BMP",
-    "tif": "TIFF", "tiff": "TIFF", "ppm": "PPM", "pgm": "PPM", "tga": "TGA", "jp2": "JPEG2000", "gif": "GIF",
-}  # fmt: skip
+    "jpg": "JPEG",
+    "jpeg": "JPEG",
+    "jfif": "JPEG",
+    "png": "PNG",
+    "webp": "WEBP",
+    "avif": "AVIF",
+    "bmp": "BMP",
+    "tif": "TIFF",
+    "tiff": "TIFF",
+    "ppm": "PPM",
+    "pgm": "PPM",
+    "tga": "TGA",
+    "jp2": "JPEG2000",
+    "gif": "GIF",
+}
 
 
 @pytest.mark.parametrize("case", ["lower", "UPPER"])
@@ -131,7 +177,13 @@ def test_folders_of_pictures_of_every_format(tmp_path, case):
     for end, kind in FORMATS.items():
         folder = tmp_path / "src" / end
         folder.mkdir(parents=True)
-        options = {"lossless": True} if kind == "WEBP" else {"quality": 98} if kind in ("JPEG", "AVIF") else {}
+        options = (
+            {"lossless": True}
+            if kind == "WEBP"
+            else {"quality": 98}
+            if kind in ("JPEG", "AVIF")
+            else {}
+        )
         for k, image in enumerate(numbered(4)):
             picture = Image.fromarray(image[..., 0] if end == "pgm" else image)
             name = f"{k}.{end.upper() if case == 'UPPER' else end}"
@@ -189,9 +241,16 @@ def deep_png(values, channels):
     head = struct.pack(">IIBBBBB", width, height, 16, 2 if channels == 3 else 0, 0, 0, 0)
 
     def chunk(kind, data):
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
 
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(raw)) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", head)
+        + chunk(b"IDAT", zlib.compress(raw))
+        + chunk(b"IEND", b"")
+    )
 
 
 def test_sixteen_bits_keep_their_brightness(tmp_path):
@@ -204,7 +263,9 @@ def test_sixteen_bits_keep_their_brightness(tmp_path):
         (tmp_path / "src" / "gray png" / f"{k}.png").write_bytes(deep_png(values, 1))
         (tmp_path / "src" / "colour png" / f"{k}.png").write_bytes(deep_png(values, 3))
         Image.fromarray(values).save(tmp_path / "src" / "tif" / f"{k}.tif")
-        (tmp_path / "src" / "pgm" / f"{k}.pgm").write_bytes(b"P5 16 16 65535\n" + values.astype(">u2").tobytes())
+        (tmp_path / "src" / "pgm" / f"{k}.pgm").write_bytes(
+            b"P5 16 16 65535\n" + values.astype(">u2").tobytes()
+        )
         ten = np.full((16, 16), round(gray * 1023 / 65535), ">u2").tobytes()
         (tmp_path / "src" / "ten bits" / f"{k}.pgm").write_bytes(b"P5 16 16 1023\n" + ten)
     _, clips = made.pack(tmp_path / "src", tmp_path / "dst", 16)
@@ -218,20 +279,28 @@ def test_cmyk_palettes_and_single_bits_look_as_pillow_shows_them(tmp_path):
     black_white = Image.fromarray((image[..., 0] > 100) * np.uint8(255)).convert("1")
     rgb = Image.fromarray(image)
     kinds = {
-        "cmyk jpg": (rgb.convert("CMYK"), "a.jpg", {"quality": 95}), "cmyk tif": (rgb.convert("CMYK"), "a.tif", {}),
-        "palette png": (rgb.quantize(64), "a.png", {}), "palette bmp": (rgb.quantize(16), "a.bmp", {}),
-        "palette gif": (rgb.quantize(32), "a.gif", {}), "bit png": (black_white, "a.png", {}),
-        "bit tif": (black_white, "a.tif", {"compression": "group4"}), "gray jpg": (rgb.convert("L"), "a.jpg", {}),
-        "ycc jpg": (rgb.convert("YCbCr"), "a.jpg", {"quality": 95}), "lzw": (rgb, "a.tif", {"compression": "tiff_lzw"}),
-        "progressive": (rgb, "a.jpg", {"progressive": True, "quality": 95}), "rle tga": (rgb, "a.tga", {"rle": True}),
-    }  # fmt: skip
+        "cmyk jpg": (rgb.convert("CMYK"), "a.jpg", {"quality": 95}),
+        "cmyk tif": (rgb.convert("CMYK"), "a.tif", {}),
+        "palette png": (rgb.quantize(64), "a.png", {}),
+        "palette bmp": (rgb.quantize(16), "a.bmp", {}),
+        "palette gif": (rgb.quantize(32), "a.gif", {}),
+        "bit png": (black_white, "a.png", {}),
+        "bit tif": (black_white, "a.tif", {"compression": "group4"}),
+        "gray jpg": (rgb.convert("L"), "a.jpg", {}),
+        "ycc jpg": (rgb.convert("YCbCr"), "a.jpg", {"quality": 95}),
+        "lzw": (rgb, "a.tif", {"compression": "tiff_lzw"}),
+        "progressive": (rgb, "a.jpg", {"progressive": True, "quality": 95}),
+        "rle tga": (rgb, "a.tga", {"rle": True}),
+    }
     for folder, (picture, name, options) in kinds.items():
         (tmp_path / "src" / folder).mkdir(parents=True)
         for k in range(3):
             picture.save(tmp_path / "src" / folder / f"{k}{name}", **options)
     _, clips = made.pack(tmp_path / "src", tmp_path / "dst", 32)
     for folder, (_, name, _) in kinds.items():
-        expected = np.asarray(Image.open(tmp_path / "src" / folder / f"1{name}").convert("RGB")).transpose(2, 0, 1)
+        expected = np.asarray(
+            Image.open(tmp_path / "src" / folder / f"1{name}").convert("RGB")
+        ).transpose(2, 0, 1)
         assert (clips.frames(clips.names.index(folder), [1])[0] == expected).all(), folder
 
 
@@ -242,9 +311,15 @@ def test_transparency_is_laid_over_black_and_said_once(tmp_path):
     one[:16] = 0
     palette = Image.fromarray(one, "P")
     palette.putpalette([255, 0, 0, 200, 200, 200])
-    kinds = {"rgba": (picture, "png", {}), "la": (picture.convert("LA"), "png", {}), "tga": (picture, "tga", {}),
-             "webp": (picture, "webp", {"lossless": True, "exact": True}), "tif": (picture, "tif", {}),
-             "palette": (palette, "png", {"transparency": 0}), "gif": (palette, "gif", {"transparency": 0})}  # fmt: skip
+    kinds = {
+        "rgba": (picture, "png", {}),
+        "la": (picture.convert("LA"), "png", {}),
+        "tga": (picture, "tga", {}),
+        "webp": (picture, "webp", {"lossless": True, "exact": True}),
+        "tif": (picture, "tif", {}),
+        "palette": (palette, "png", {"transparency": 0}),
+        "gif": (palette, "gif", {"transparency": 0}),
+    }
     for folder, (image, end, options) in kinds.items():
         (tmp_path / "src" / folder).mkdir(parents=True)
         for k in range(3):
@@ -269,11 +344,19 @@ def test_files_of_several_pictures_are_clips(tmp_path):
     stack[0].save(src / "pages.tif", save_all=True, append_images=stack[1:])
     stack[0].save(src / "moves.png", save_all=True, append_images=stack[1:], duration=40)
     stack[0].save(src / "moves.gif", save_all=True, append_images=stack[1:], duration=40)
-    stack[0].save(src / "moves.webp", save_all=True, append_images=stack[1:], duration=40, lossless=True)
-    stack[0].save(src / "moves.avif", save_all=True, append_images=stack[1:], duration=40, quality=98)
-    deep = [Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257) for image in stack]
+    stack[0].save(
+        src / "moves.webp", save_all=True, append_images=stack[1:], duration=40, lossless=True
+    )
+    stack[0].save(
+        src / "moves.avif", save_all=True, append_images=stack[1:], duration=40, quality=98
+    )
+    deep = [
+        Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257) for image in stack
+    ]
     deep[0].save(src / "deep.tiff", save_all=True, append_images=deep[1:])
-    write_pictures(src / "stills", numbered(5), ".gif")  # each of one picture: a folder as any other
+    write_pictures(
+        src / "stills", numbered(5), ".gif"
+    )  # each of one picture: a folder as any other
     _, clips = made.pack(src, tmp_path / "dst", 32)
     for name in ("pages.tif", "moves.png", "moves.gif", "moves.webp", "moves.avif", "deep.tiff"):
         assert numbers(clips, clips.names.index(name)) == list(range(6)), name
@@ -290,13 +373,22 @@ def test_parts_of_gif_frames_are_laid_over_what_they_leave(tmp_path):
             image.putpalette([0, 0, 0, 80, 80, 80, 160, 160, 160, 240, 240, 240, 40, 40, 40])
             image.paste(1 + k % 4, (4 * k, 4 * k, 4 * k + 8, 4 * k + 8))
             frames.append(image)
-        frames[0].save(tmp_path / f"{disposal}.gif", save_all=True, append_images=frames[1:], duration=40,
-                       disposal=disposal, transparency=0, optimize=False)  # fmt: skip
+        frames[0].save(
+            tmp_path / f"{disposal}.gif",
+            save_all=True,
+            append_images=frames[1:],
+            duration=40,
+            disposal=disposal,
+            transparency=0,
+            optimize=False,
+        )
         _, clips = made.pack(tmp_path / f"{disposal}.gif", tmp_path / f"dst{disposal}", 32)
         with Image.open(tmp_path / f"{disposal}.gif") as image:
             for k in range(5):
                 image.seek(k)
-                shown = Image.alpha_composite(Image.new("RGBA", (32, 32), (0, 0, 0, 255)), image.convert("RGBA"))
+                shown = Image.alpha_composite(
+                    Image.new("RGBA", (32, 32), (0, 0, 0, 255)), image.convert("RGBA")
+                )
                 expected = np.asarray(shown.convert("RGB")).transpose(2, 0, 1)
                 assert (clips.frames(0, [k])[0] == expected).all(), (disposal, k)
 
@@ -317,7 +409,9 @@ def test_arrays_that_are_no_films_are_named(tmp_path):
     np.save(src / "objects.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
     header = b"{'descr': '|u1', 'fortran_order': False, 'shape': (1000000000, 64, 64, 3), }"
     header += b" " * (117 - len(header)) + b"\n"
-    (src / "huge.npy").write_bytes(b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header + bytes(5000))
+    (src / "huge.npy").write_bytes(
+        b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header + bytes(5000)
+    )
     with made.at_most(seconds=20, megabytes=500):
         index, clips = made.pack(src, tmp_path / "dst", 16)
     assert clips.names == ["good"]
@@ -333,7 +427,7 @@ def test_pictures_of_different_sizes_in_one_folder(tmp_path):
     assert numbers(made.pack(folder, tmp_path / "dst", 32)[1]) == [0, 1, 2, 3]
 
 
-# ------------------------------------------------------------------------------------------- JPEGs kept, JPEGs written
+# ------------------------------------------------------------------------ JPEGs kept, JPEGs written
 
 
 def jpeg_files(clips, clip=0):
@@ -346,7 +440,9 @@ def jpeg_files(clips, clip=0):
 def test_jpegs_of_the_right_size_pass_through_byte_for_byte(tmp_path):
     src, images = tmp_path / "src", made.moving(4, 160, 160)
     write_pictures(src / "a", images, ".jpg", quality=80)
-    write_pictures(src / "b", images, ".JPG", format="JPEG", quality=90, progressive=True, subsampling=2)
+    write_pictures(
+        src / "b", images, ".JPG", format="JPEG", quality=90, progressive=True, subsampling=2
+    )
     write_pictures(src / "c", images, ".png")
     write_pictures(src / "d", made.moving(4, 170, 170), ".jpg", quality=80)
     index, clips = made.pack(src, tmp_path / "dst", 160)
@@ -359,7 +455,10 @@ def test_jpegs_of_the_right_size_pass_through_byte_for_byte(tmp_path):
     for k in (2, 3):  # what is coded here: 4:4:4, quality 95
         reference = io.BytesIO()
         Image.fromarray(images[0]).save(reference, "JPEG", quality=95, subsampling=0)
-        with Image.open(reference) as expected, Image.open(io.BytesIO(jpeg_files(clips, k)[0])) as found:
+        with (
+            Image.open(reference) as expected,
+            Image.open(io.BytesIO(jpeg_files(clips, k)[0])) as found,
+        ):
             assert found.quantization == expected.quantization and found.size == (160, 160)
             assert [entry[1:3] for entry in found.layer] == [(1, 1)] * 3
     error = (clips.frames(2, range(4)).transpose(0, 2, 3, 1).astype(float) - images) ** 2
@@ -374,7 +473,9 @@ def test_lossless_gives_the_very_pixels(tmp_path, resolution):
     index, clips = made.pack(tmp_path / "src", tmp_path / "dst", resolution, lossless=True)
     assert index["coding"] == "raw"
     assert (clips.frames(0, range(3)).transpose(0, 2, 3, 1) == images).all()
-    expected = np.stack([np.asarray(Image.open(file)) for file in sorted((tmp_path / "src" / "b").iterdir())])
+    expected = np.stack(
+        [np.asarray(Image.open(file)) for file in sorted((tmp_path / "src" / "b").iterdir())]
+    )
     assert (clips.frames(1, range(3)).transpose(0, 2, 3, 1) == expected).all()
 
 
@@ -383,10 +484,12 @@ def test_up_to_128_pixels_frames_are_raw_and_above_they_are_jpeg(tmp_path):
     for resolution, coding in ((32, "raw"), (128, "raw"), (136, "jpeg")):
         index, clips = made.pack(tmp_path / "a", tmp_path / str(resolution), resolution)
         tensors = load_file(clips.path / clips.info["clips"]["file"][0])
-        assert index["coding"] == coding and sorted(tensors) == (["frames"] if coding == "raw" else ["jpeg", "offsets"])
+        assert index["coding"] == coding and sorted(tensors) == (
+            ["frames"] if coding == "raw" else ["jpeg", "offsets"]
+        )
 
 
-# ---------------------------------------------------------------------------------------------------------- 6 bombs
+# ------------------------------------------------------------------------------------------ 6 bombs
 
 
 def png_head(width, height, more=b""):
@@ -414,13 +517,21 @@ def test_decompression_bombs_are_refused(tmp_path):
     at = jpeg.getvalue().index(b"\xff\xc0") + 5
     bombs = {
         "claims.png": png_head(100_000, 100_000, png_chunk(b"IDAT", zlib.compress(bytes(9)))),
-        "unpacks.png": png_head(14_000, 14_000, png_chunk(b"IDAT", megabytes) + png_chunk(b"IEND", b"")),
+        "unpacks.png": png_head(
+            14_000, 14_000, png_chunk(b"IDAT", megabytes) + png_chunk(b"IEND", b"")
+        ),
         "text.png": whole[:33] + text + whole[33:],
         "claims.gif": gif.getvalue()[:6] + struct.pack("<HH", 65_535, 65_535) + gif.getvalue()[10:],
-        "claims.jpg": jpeg.getvalue()[:at] + struct.pack(">HH", 65_500, 65_500) + jpeg.getvalue()[at + 4 :],
-        "claims.bmp": b"BM" + struct.pack("<IHHIIiiHHIIiiII", 99, 0, 0, 54, 40, 100_000, 100_000, 1, 24, 0, 0, 0, 0, 0, 0),
+        "claims.jpg": jpeg.getvalue()[:at]
+        + struct.pack(">HH", 65_500, 65_500)
+        + jpeg.getvalue()[at + 4 :],
+        "claims.bmp": b"BM"
+        + struct.pack(
+            "<IHHIIiiHHIIiiII", 99, 0, 0, 54, 40, 100_000, 100_000, 1, 24, 0, 0, 0, 0, 0, 0
+        ),
         "claims.ppm": b"P6 100000 100000 255\n" + bytes(99),
-        "claims.tga": struct.pack("<BBBHHBHHHHBB", 0, 0, 2, 0, 0, 0, 0, 0, 65_535, 65_535, 24, 0) + bytes(99),
+        "claims.tga": struct.pack("<BBBHHBHHHHBB", 0, 0, 2, 0, 0, 0, 0, 0, 65_535, 65_535, 24, 0)
+        + bytes(99),
     }
     for name, data in bombs.items():
         (src / name.replace(".", " ")).mkdir()
@@ -457,7 +568,7 @@ def test_scripts_in_pictures_clothing_are_not_run(tmp_path):
     assert clips.names == ["good"] and made.notes_on(index, "a")
 
 
-# ---------------------------------------------------------------------------------------------------------- 7 damage
+# ----------------------------------------------------------------------------------------- 7 damage
 
 
 def gif_frames(data):
@@ -482,7 +593,9 @@ def test_a_broken_gif_frame_costs_what_follows_it_at_most(tmp_path, how):
     whole = np.stack(list(frames_of(tmp_path / "src" / "a.gif")))
     data = bytearray((tmp_path / "src" / "a.gif").read_bytes())
     at = gif_frames(data)[8]
-    at += 10 + (3 << ((data[at + 9] & 7) + 1) if data[at + 9] & 0x80 else 0) + 20  # in the picture's first block
+    at += (
+        10 + (3 << ((data[at + 9] & 7) + 1) if data[at + 9] & 0x80 else 0) + 20
+    )  # in the picture's first block
     if how == "cut":
         del data[at:]
     else:
@@ -491,7 +604,9 @@ def test_a_broken_gif_frame_costs_what_follows_it_at_most(tmp_path, how):
     index, clips = made.pack(tmp_path / "src", tmp_path / "dst", 32)
     k = clips.names.index("a.gif")
     assert 8 <= clips.lengths[k] <= 12 and (clips.frames(k, range(8)) == whole[:8]).all()
-    assert made.notes_on(index, "a.gif") and numbers(clips, clips.names.index("good.gif")) == list(range(6))
+    assert made.notes_on(index, "a.gif") and numbers(clips, clips.names.index("good.gif")) == list(
+        range(6)
+    )
     with pytest.raises(UserError, match=r"a\.gif"):
         made.pack(tmp_path / "src", tmp_path / "strict", 32, strict=True)
 
@@ -505,7 +620,9 @@ def frames_of(path):
 
 @pytest.mark.parametrize("suffix", [".png", ".jpg", ".tif", ".webp"])
 def test_a_broken_picture_costs_the_clip_that_it_is_in(tmp_path, suffix):
-    options = {"lossless": True} if suffix == ".webp" else {"quality": 95} if suffix == ".jpg" else {}
+    options = (
+        {"lossless": True} if suffix == ".webp" else {"quality": 95} if suffix == ".jpg" else {}
+    )
     write_pictures(tmp_path / "src" / "shots", numbered(15), suffix, **options)
     broken = tmp_path / "src" / "shots" / f"007{suffix}"
     broken.write_bytes(broken.read_bytes()[: broken.stat().st_size // 2])

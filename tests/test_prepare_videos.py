@@ -1,4 +1,5 @@
-"""Videos in: orientation, pixel shape, interlacing, colours, times, kinds of files, damage (kinds 1, 2, 3, 6, 7)."""
+"""Videos in: orientation, pixel shape, interlacing, colours, times, kinds of files, damage (kinds
+1, 2, 3, 6, 7)."""
 
 import io
 import shutil
@@ -14,14 +15,21 @@ from PIL import Image
 
 from mostgan.config import UserError
 
-# x' = a x + c y, y' = b x + d y for the matrix (a, b, c, d): the four turns, and the four mirrored ones.
+# x' = a x + c y, y' = b x + d y for the matrix (a, b, c, d): the four turns, and the four mirrored
+# ones.
 MATRICES = [
-    (1, 0, 0, 1), (0, 1, -1, 0), (-1, 0, 0, -1), (0, -1, 1, 0),
-    (-1, 0, 0, 1), (1, 0, 0, -1), (0, 1, 1, 0), (0, -1, -1, 0),
-]  # fmt: skip
+    (1, 0, 0, 1),
+    (0, 1, -1, 0),
+    (-1, 0, 0, -1),
+    (0, -1, 1, 0),
+    (-1, 0, 0, 1),
+    (1, 0, 0, -1),
+    (0, 1, 1, 0),
+    (0, -1, -1, 0),
+]
 
 
-# ---------------------------------------------------------------------------------------------------- 1 orientation
+# ------------------------------------------------------------------------------------ 1 orientation
 
 
 def turned(image, a, b, c, d):
@@ -44,7 +52,9 @@ def by_ffmpeg(path, height, width):
     if not shutil.which("ffmpeg"):
         return None
     arguments = ["-frames:v", "1", "-f", "rawvideo", "-pix_fmt", "gray", "-"]
-    done = subprocess.run(["ffmpeg", "-v", "error", "-i", path, *arguments], capture_output=True, check=True)
+    done = subprocess.run(
+        ["ffmpeg", "-v", "error", "-i", path, *arguments], capture_output=True, check=True
+    )
     return np.frombuffer(done.stdout, np.uint8).reshape(height, width)
 
 
@@ -59,24 +69,33 @@ def test_all_eight_orientations_of_a_display_matrix(tmp_path, suffix):
     for k, matrix in enumerate(matrices):
         upright = turned(image, *matrix)
         expected = made.corners(upright.transpose(2, 0, 1))
-        assert np.abs(np.subtract(made.corners(clips.frames(k, [1])[0]), expected)).max() <= 3, matrix
-        reference = by_ffmpeg(tmp_path / "src" / f"{k}{suffix}", *upright.shape[:2]) if suffix != ".mkv" else None
+        assert np.abs(np.subtract(made.corners(clips.frames(k, [1])[0]), expected)).max() <= 3, (
+            matrix
+        )
+        reference = (
+            by_ffmpeg(tmp_path / "src" / f"{k}{suffix}", *upright.shape[:2])
+            if suffix != ".mkv"
+            else None
+        )
         if reference is not None:
             assert np.abs(np.subtract(made.corners(reference[None]), expected)).max() <= 3, matrix
 
 
 def test_crops_count_in_the_upright_picture(tmp_path):
-    """A tall film that is stored lying: the square is cut from the middle of its height, and boxes count from its top."""
+    """A tall film that is stored lying: the square is cut from the middle of its height, and boxes
+    count from its top."""
     image = np.zeros((32, 64, 3), np.uint8)
     image[:, :16], image[:, 16:48], image[:, 48:] = 60, 120, 180
-    write_video(tmp_path / "a.mp4", [image] * 3, stream=display_matrix(0, 1, -1, 0))  # left becomes top
+    write_video(
+        tmp_path / "a.mp4", [image] * 3, stream=display_matrix(0, 1, -1, 0)
+    )  # left becomes top
     _, clips = made.pack(tmp_path / "a.mp4", tmp_path / "center", 32)
     assert np.abs(clips.frames(0, [0])[0, 0, 2:-2].astype(int) - 120).max() <= 3
     _, clips = made.pack(tmp_path / "a.mp4", tmp_path / "box", 16, crop=(8, 0, 16, 16))
     assert np.abs(clips.frames(0, [0])[0, 0, :-2].astype(int) - 60).max() <= 3
 
 
-# ------------------------------------------------------------------------ 2 shape of pixels, interlacing, HDR, colours
+# ----------------------------------------------------- 2 shape of pixels, interlacing, HDR, colours
 
 
 def aspect(value):
@@ -85,11 +104,15 @@ def aspect(value):
 
 def test_a_circle_stays_a_circle(tmp_path):
     kinds = {
-        "wide.mp4": ("4/3", "libx264", 48, 64), "narrow.mkv": ("8/9", "libx264", 48, 64),
-        "very wide.mov": ("2/1", "libx264", 64, 40), "tall.mp4": ("1/2", "libx264", 48, 96),
-        "dvd.mpg": ("4/3", "mpeg2video", 48, 64), "broadcast.ts": ("4/3", "mpeg2video", 48, 64),
-        "old.avi": ("16/11", "mpeg4", 48, 64), "new.mp4": ("4/3", "libx265", 48, 64),
-    }  # fmt: skip
+        "wide.mp4": ("4/3", "libx264", 48, 64),
+        "narrow.mkv": ("8/9", "libx264", 48, 64),
+        "very wide.mov": ("2/1", "libx264", 64, 40),
+        "tall.mp4": ("1/2", "libx264", 48, 96),
+        "dvd.mpg": ("4/3", "mpeg2video", 48, 64),
+        "broadcast.ts": ("4/3", "mpeg2video", 48, 64),
+        "old.avi": ("16/11", "mpeg4", 48, 64),
+        "new.mp4": ("4/3", "libx265", 48, 64),
+    }
     for name, (ratio, codec, height, width) in kinds.items():
         image = made.disc(height, width, float(Fraction(ratio)))
         write_video(tmp_path / "src" / name, [image] * 4, codec=codec, stream=aspect(ratio))
@@ -107,9 +130,12 @@ def test_a_circle_stays_a_circle(tmp_path):
 
 
 @pytest.mark.parametrize("first", ["tff", "bff"])
-@pytest.mark.parametrize("name, codec", [("a.ts", "mpeg2video"), ("a.mkv", "libx264"), ("a.mpg", "mpeg2video")])
+@pytest.mark.parametrize(
+    "name, codec", [("a.ts", "mpeg2video"), ("a.mkv", "libx264"), ("a.mpg", "mpeg2video")]
+)
 def test_interlaced_video_is_deinterlaced(tmp_path, first, name, codec):
-    """A bar that moves by 4 pixels a field: in every packed frame it stands at one place on all lines."""
+    """A bar that moves by 4 pixels a field: in every packed frame it stands at one place on all
+    lines."""
 
     def field(moment):
         lines = np.full((64, 64, 3), 40, np.uint8)
@@ -119,7 +145,11 @@ def test_interlaced_video_is_deinterlaced(tmp_path, first, name, codec):
     frames = np.stack([field(2 * k) for k in range(6)])
     later = 1 if first == "tff" else 0
     frames[:, later::2] = np.stack([field(2 * k + 1) for k in range(6)])[:, later::2]
-    options = {"flags": "+ilme+ildct"} if codec == "mpeg2video" else {"x264-params": f"{first}=1:interlaced=1"}
+    options = (
+        {"flags": "+ilme+ildct"}
+        if codec == "mpeg2video"
+        else {"x264-params": f"{first}=1:interlaced=1"}
+    )
     write_video(tmp_path / name, frames, codec=codec, options=options, graph=f"setfield={first}")
     _, clips = made.pack(tmp_path / name, tmp_path / "dst", 64)
     assert clips.lengths[0] == 6 and clips.fps == 25
@@ -130,28 +160,52 @@ def test_interlaced_video_is_deinterlaced(tmp_path, first, name, codec):
 
 @pytest.mark.parametrize("transfer, number", [("smpte2084", 16), ("arib-std-b67", 18)])
 def test_hdr_is_tone_mapped_or_named(tmp_path, transfer, number):
-    """The gray of white paper (203 cd/m²: PQ 58%, HLG 75%) is darker than a display shows white, if nothing is done."""
+    """The gray of white paper (203 cd/m²: PQ 58%, HLG 75%) is darker than a display shows white, if
+    nothing is done."""
     paper = {16: 148, 18: 191}[number]
     grays = [0, 40, 80, paper, 220]
 
     def tags(stream):
         context = stream.codec_context
-        context.color_primaries, context.color_trc, context.colorspace, context.color_range = 9, number, 9, 1
+        context.color_primaries, context.color_trc, context.colorspace, context.color_range = (
+            9,
+            number,
+            9,
+            1,
+        )
 
     parameters = f"log-level=none:colorprim=bt2020:transfer={transfer}:colormatrix=bt2020nc"
-    write_video(tmp_path / "src" / "hdr.mp4", made.flat(grays), codec="libx265", pix_fmt="yuv420p10le", stream=tags,
-                options={"x265-params": parameters})  # fmt: skip
-    write_video(tmp_path / "src" / "plain.mkv", made.flat(grays), codec="libx265", pix_fmt="yuv420p10le")
+    write_video(
+        tmp_path / "src" / "hdr.mp4",
+        made.flat(grays),
+        codec="libx265",
+        pix_fmt="yuv420p10le",
+        stream=tags,
+        options={"x265-params": parameters},
+    )
+    write_video(
+        tmp_path / "src" / "plain.mkv", made.flat(grays), codec="libx265", pix_fmt="yuv420p10le"
+    )
     index, clips = made.pack(tmp_path / "src", tmp_path / "dst", 32)
     images = clips.frames(0, range(5)).astype(int)
     assert np.ptp(images, axis=1).max() <= 4  # gray stays gray
     shown = images.mean((1, 2, 3))
     assert (np.diff(shown) > 5).all()
     assert shown[3] > paper + 20 or made.notes_on(index, "hdr.mp4", "hdr")
-    assert np.abs(made.levels(clips, 1) - grays).max() <= 2 and not made.notes_on(index, "plain.mkv")
+    assert np.abs(made.levels(clips, 1) - grays).max() <= 2 and not made.notes_on(
+        index, "plain.mkv"
+    )
 
 
-COLOURS = [(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255), (0, 0, 0), (128, 128, 128), (200, 30, 90)]
+COLOURS = [
+    (255, 0, 0),
+    (0, 255, 0),
+    (0, 0, 255),
+    (255, 255, 255),
+    (0, 0, 0),
+    (128, 128, 128),
+    (200, 30, 90),
+]
 SPACES = {"ITU601": 5, "ITU709": 1, "BT2020": 9}
 
 
@@ -165,8 +219,12 @@ def write_colours(path, pix_fmt, matrix, full_range=False, tagged=True, height=4
         if full_range:
             video.codec_context.color_range = 2
         for colour in COLOURS:
-            frame = av.VideoFrame.from_ndarray(np.full((height, 64, 3), colour, np.uint8), format="rgb24")
-            frame = frame.reformat(format=pix_fmt, dst_colorspace=matrix, dst_color_range=2 if full_range else 1)
+            frame = av.VideoFrame.from_ndarray(
+                np.full((height, 64, 3), colour, np.uint8), format="rgb24"
+            )
+            frame = frame.reformat(
+                format=pix_fmt, dst_colorspace=matrix, dst_color_range=2 if full_range else 1
+            )
             frame.colorspace = SPACES[matrix] if tagged else 2
             container.mux(video.encode(frame))
         container.mux(video.encode(None))
@@ -179,7 +237,13 @@ def test_colours_are_read_with_the_matrix_and_the_range_of_the_file(tmp_path):
             write_colours(tmp_path / "src" / f"{matrix}-{pix_fmt}.mp4", pix_fmt, matrix)
         write_colours(tmp_path / "src" / f"{matrix}-full.mp4", "yuv420p", matrix, full_range=True)
     write_colours(tmp_path / "src" / "untagged-small.mp4", "yuv420p", "ITU601", tagged=False)
-    write_colours(tmp_path / "src" / "untagged-high-definition.mp4", "yuv420p", "ITU709", tagged=False, height=720)
+    write_colours(
+        tmp_path / "src" / "untagged-high-definition.mp4",
+        "yuv420p",
+        "ITU709",
+        tagged=False,
+        height=720,
+    )
     _, clips = made.pack(tmp_path / "src", tmp_path / "dst", 16)
     assert len(clips) == 12
     for k, name in enumerate(clips.names):
@@ -192,16 +256,20 @@ def test_what_has_the_right_size_is_untouched_and_scaling_is_smooth_and_centered
     write_video(tmp_path / "src" / "exact.mkv", exact, codec="ffv1", pix_fmt="bgr0")
     noise = np.random.default_rng(0).normal(128, 40, (3, 128, 128, 3)).clip(0, 255).astype(np.uint8)
     write_video(tmp_path / "src" / "noise.mkv", noise, codec="ffv1", pix_fmt="bgr0")
-    ramp = np.broadcast_to(np.arange(0, 256, 2, dtype=np.uint8)[None, None, :, None], (3, 128, 128, 3))
+    ramp = np.broadcast_to(
+        np.arange(0, 256, 2, dtype=np.uint8)[None, None, :, None], (3, 128, 128, 3)
+    )
     write_video(tmp_path / "src" / "ramp.mkv", ramp, codec="ffv1", pix_fmt="bgr0")
     _, clips = made.pack(tmp_path / "src", tmp_path / "dst", 32)
     assert (clips.frames(0, range(3)) == exact.transpose(0, 3, 1, 2)).all()
     assert clips.frames(1, [0]).std() < 0.4 * noise.std()  # without a filter about 0.7
     columns = clips.frames(2, [0])[0, 1, 16].astype(int)
-    assert np.abs(columns[2:-2] - (np.arange(32) * 8 + 3)[2:-2]).max() <= 1  # the mean of four columns each
+    assert (
+        np.abs(columns[2:-2] - (np.arange(32) * 8 + 3)[2:-2]).max() <= 1
+    )  # the mean of four columns each
 
 
-# ------------------------------------------------------------------------------------------------------------- 3 time
+# ------------------------------------------------------------------------------------------- 3 time
 
 
 def left_out(n, share=0.2, seed=0):
@@ -254,20 +322,33 @@ def test_frames_of_an_uneven_video_are_taken_by_their_times(tmp_path, fps):
     names = ["a.mkv", "b.mov", "c.mp4", "d.webm"]
     for name in names:
         codec = "libvpx" if name.endswith("webm") else "libx264"
-        write_video(tmp_path / "src" / name, numbered(30), times=[Fraction(int(ms), 1000) for ms in UNEVEN], codec=codec)
+        write_video(
+            tmp_path / "src" / name,
+            numbered(30),
+            times=[Fraction(int(ms), 1000) for ms in UNEVEN],
+            codec=codec,
+        )
     _, clips = made.pack(tmp_path / "src", tmp_path / "dst", 32, fps=fps)
     assert clips.names == names
     for k in range(len(names)):
         shown = numbers(clips, k)
         assert shown == made.on_screen(UNEVEN / 1000, np.arange(len(shown)) / fps), names[k]
-        assert abs(len(shown) - UNEVEN[-1] * fps / 1000) <= 1 + 0.1 * fps  # the last stays for at most 0.1 s
+        assert (
+            abs(len(shown) - UNEVEN[-1] * fps / 1000) <= 1 + 0.1 * fps
+        )  # the last stays for at most 0.1 s
 
 
 DECLARED = [
-    ("a.mkv", "libx264", 25), ("b.mkv", "libx264", 1000), ("c.webm", "libvpx", 1000), ("d.webm", "libvpx", 25),
-    ("e.flv", "flv", 25), ("f.avi", "mpeg4", 1000), ("g.mp4", "libx264", 1000), ("h.mov", "mjpeg", 100),
+    ("a.mkv", "libx264", 25),
+    ("b.mkv", "libx264", 1000),
+    ("c.webm", "libvpx", 1000),
+    ("d.webm", "libvpx", 25),
+    ("e.flv", "flv", 25),
+    ("f.avi", "mpeg4", 1000),
+    ("g.mp4", "libx264", 1000),
+    ("h.mov", "mjpeg", 100),
     ("i.mkv", "libx264", 5),
-]  # fmt: skip
+]
 
 
 def test_a_declared_rate_that_the_frames_do_not_have(tmp_path):
@@ -298,7 +379,11 @@ def test_usual_rates_of_uneven_kinds(tmp_path):
         "slow.mp4": (np.arange(8) * 1.0, 1),  # a time-lapse of a frame a second
     }
     for name, (times, _) in kinds.items():
-        frames = numbered(len(times)) if len(times) <= made.MOST_NUMBERS else made.flat(rng.integers(20, 230, len(times)))
+        frames = (
+            numbered(len(times))
+            if len(times) <= made.MOST_NUMBERS
+            else made.flat(rng.integers(20, 230, len(times)))
+        )
         write_video(src / name, frames, 25, [Fraction(round(1000 * time), 1000) for time in times])
     _, clips = made.pack(src, tmp_path / "dst", 16)
     for name, (times, rate) in kinds.items():
@@ -311,25 +396,38 @@ def test_usual_rates_of_uneven_kinds(tmp_path):
 
 
 def test_films_that_do_not_begin_at_zero(tmp_path):
-    """A late start, the end of a transport stream's 33 bits, an edit list, fragments, a cut stream without its first key."""
+    """A late start, the end of a transport stream's 33 bits, an edit list, fragments, a cut stream
+    without its first key."""
     src, milli = tmp_path / "src", Fraction(1, 1000)
     write_video(src / "a late.mkv", numbered(20), times=[1000 + 40 * k * milli for k in range(20)])
     ticks = [Fraction(2**33 - 10 * 3600 + 3600 * k, 90000) for k in range(20)]
     write_video(src / "b wrap.ts", numbered(20), times=ticks, base=Fraction(1, 90000))
-    write_video(src / "c edited.mp4", numbered(20), times=[(40 * k - 200) * milli for k in range(20)])
-    write_video(src / "d fragments.mp4", numbered(20), container={"movflags": "frag_keyframe+empty_moov"},
-                options={"g": "5"})  # fmt: skip
-    write_video(src / "e stream.ts", numbered(20), options={"g": "10", "sc_threshold": "0", "bf": "0"})
+    write_video(
+        src / "c edited.mp4", numbered(20), times=[(40 * k - 200) * milli for k in range(20)]
+    )
+    write_video(
+        src / "d fragments.mp4",
+        numbered(20),
+        container={"movflags": "frag_keyframe+empty_moov"},
+        options={"g": "5"},
+    )
+    write_video(
+        src / "e stream.ts", numbered(20), options={"g": "10", "sc_threshold": "0", "bf": "0"}
+    )
     data, starts = (src / "e stream.ts").read_bytes(), []
     with av.open(str(src / "e stream.ts")) as container:
         starts = [packet.pos for packet in container.demux(video=0) if packet.size]
-    (src / "e stream.ts").write_bytes(data[starts[3] :])  # the tables are sent again before the next key frame
+    (src / "e stream.ts").write_bytes(
+        data[starts[3] :]
+    )  # the tables are sent again before the next key frame
     _, clips = made.pack(src, tmp_path / "dst", 16)
     assert [name[0] for name in clips.names] == ["a", "b", "c", "d", "e"]
     assert numbers(clips, 0) == numbers(clips, 1) == numbers(clips, 3) == list(range(20))
     assert numbers(clips, 2) == list(range(5, 20))
     last = (made.levels(clips, 4)[-10:] - made.FIRST) / made.STEP
-    assert np.abs(last - range(10, 20)).max() < 0.45  # what comes before the first key frame is not judged
+    assert (
+        np.abs(last - range(10, 20)).max() < 0.45
+    )  # what comes before the first key frame is not judged
 
 
 def test_fps_halves_and_doubles_and_names_the_rate_of_folders_of_pictures(tmp_path):
@@ -350,33 +448,58 @@ def test_times_that_jump_are_no_endless_clip(tmp_path):
     assert clips.lengths.sum() < 200
 
 
-# ------------------------------------------------------------------------------------------------ kinds of video files
+# ----------------------------------------------------------------------------- kinds of video files
 
 KINDS = [
-    ("gray.mp4", "libx264", "gray"), ("ten bits.mkv", "libx264", "yuv420p10le"), ("all colour.mp4", "libx264", "yuv444p"),
-    ("hevc.mp4", "libx265", "yuv420p10le"), ("mjpeg.avi", "mjpeg", "yuvj422p"), ("vp8.webm", "libvpx", "yuv420p"),
-    ("vp9 alpha.webm", "libvpx-vp9", "yuva420p"), ("vp9.ivf", "libvpx-vp9", "yuv420p"), ("av1.mp4", "libsvtav1", "yuv420p"),
-    ("divx.avi", "mpeg4", "yuv420p"), ("windows.wmv", "wmv2", "yuv420p"), ("alpha.mkv", "ffv1", "yuva444p"),
-    ("sixteen bits.mkv", "ffv1", "gray16le"), ("prores.mov", "prores_ks", "yuv422p10le"), ("one.mpg", "mpeg1video", "yuv420p"),
-    ("two.m2ts", "mpeg2video", "yuv420p"), ("rle.mov", "qtrle", "argb"), ("flash.flv", "flv", "yuv420p"),
-    ("raw.h264", "libx264", "yuv420p"), ("raw.hevc", "libx265", "yuv420p"), ("raw.avi", "rawvideo", "bgr24"),
-    ("phone.3gp", "mpeg4", "yuv420p"), ("UPPER.MP4", "libx264", "yuv420p"), ("huff.avi", "huffyuv", "yuv422p"),
-    ("stream.nut", "libx264", "yuv420p"), ("no suffix", "libx264", "yuv420p"),
-]  # fmt: skip
+    ("gray.mp4", "libx264", "gray"),
+    ("ten bits.mkv", "libx264", "yuv420p10le"),
+    ("all colour.mp4", "libx264", "yuv444p"),
+    ("hevc.mp4", "libx265", "yuv420p10le"),
+    ("mjpeg.avi", "mjpeg", "yuvj422p"),
+    ("vp8.webm", "libvpx", "yuv420p"),
+    ("vp9 alpha.webm", "libvpx-vp9", "yuva420p"),
+    ("vp9.ivf", "libvpx-vp9", "yuv420p"),
+    ("av1.mp4", "libsvtav1", "yuv420p"),
+    ("divx.avi", "mpeg4", "yuv420p"),
+    ("windows.wmv", "wmv2", "yuv420p"),
+    ("alpha.mkv", "ffv1", "yuva444p"),
+    ("sixteen bits.mkv", "ffv1", "gray16le"),
+    ("prores.mov", "prores_ks", "yuv422p10le"),
+    ("one.mpg", "mpeg1video", "yuv420p"),
+    ("two.m2ts", "mpeg2video", "yuv420p"),
+    ("rle.mov", "qtrle", "argb"),
+    ("flash.flv", "flv", "yuv420p"),
+    ("raw.h264", "libx264", "yuv420p"),
+    ("raw.hevc", "libx265", "yuv420p"),
+    ("raw.avi", "rawvideo", "bgr24"),
+    ("phone.3gp", "mpeg4", "yuv420p"),
+    ("UPPER.MP4", "libx264", "yuv420p"),
+    ("huff.avi", "huffyuv", "yuv422p"),
+    ("stream.nut", "libx264", "yuv420p"),
+    ("no suffix", "libx264", "yuv420p"),
+]
 
 
 def write_kind(path, codec, pix_fmt, frames):
     """One of KINDS; a codec that this FFmpeg lacks raises ValueError."""
     if codec == "libx264" and pix_fmt == "gray":  # black is 16 in H.264, in gray pictures too
         frames = (16 + frames * (219 / 255)).round().astype(np.uint8)
-    options = {"speed": "8"} if "vp9" in codec else {"preset": "12", "crf": "10"} if codec == "libsvtav1" else {}
+    options = (
+        {"speed": "8"}
+        if "vp9" in codec
+        else {"preset": "12", "crf": "10"}
+        if codec == "libsvtav1"
+        else {}
+    )
     write_video(path, frames, codec=codec, pix_fmt=pix_fmt, options=options)
 
 
 def test_videos_of_many_kinds(tmp_path):
     src, written = tmp_path / "src", []
     for name, codec, pix_fmt in KINDS:
-        size = (64, 64) if codec == "libsvtav1" else (50, 66)  # sides that are no multiples of a block
+        size = (
+            (64, 64) if codec == "libsvtav1" else (50, 66)
+        )  # sides that are no multiples of a block
         try:
             if name == "no suffix":
                 write_kind(src / "x.mp4", codec, pix_fmt, numbered(6, *size))
@@ -398,7 +521,10 @@ def test_videos_of_many_kinds(tmp_path):
 
 def write_y4m(path, order, width=32, height=32):
     levels = [16 + round((made.FIRST + made.STEP * k) * 219 / 255) for k in order]
-    frames = b"".join(b"FRAME\n" + bytes([y]) * (width * height) + bytes([128]) * (width * height // 2) for y in levels)
+    frames = b"".join(
+        b"FRAME\n" + bytes([y]) * (width * height) + bytes([128]) * (width * height // 2)
+        for y in levels
+    )
     path.write_bytes(f"YUV4MPEG2 W{width} H{height} F25:1 Ip A1:1 C420jpeg\n".encode() + frames)
 
 
@@ -430,7 +556,9 @@ def test_sound_subtitles_and_a_cover_are_not_the_film(tmp_path):
         container.mux(cover.encode(picture.reformat(format="yuvj420p")))
         for image in numbered(10):
             container.mux(film.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
-        silence = av.AudioFrame.from_ndarray(np.zeros((2, 1024), np.float32), format="fltp", layout="stereo")
+        silence = av.AudioFrame.from_ndarray(
+            np.zeros((2, 1024), np.float32), format="fltp", layout="stereo"
+        )
         silence.rate = 44100
         container.mux(sound.encode(silence))
         for stream in (cover, film, sound):
@@ -444,7 +572,7 @@ def test_sound_subtitles_and_a_cover_are_not_the_film(tmp_path):
     assert made.notes_on(index, "song.mp4")
 
 
-# ----------------------------------------------------------------------------------------------------------- long films
+# --------------------------------------------------------------------------------------- long films
 
 LONG = [
     ("a.mp4", "libx264", {"g": "20", "bf": "3"}, {}),
@@ -473,7 +601,8 @@ def long_films(tmp_path_factory):
 
 @pytest.mark.parametrize("fps", [None, 12.5])
 def test_long_films_are_cut_without_a_seam(long_films, tmp_path, fps):
-    """Whatever stretches the jobs are: clip k holds exactly the frames that follow those of clip k - 1."""
+    """Whatever stretches the jobs are: clip k holds exactly the frames that follow those of clip k
+    - 1."""
     index, clips = made.pack(long_films, tmp_path / "one", 16, clip_length=16, fps=fps)
     made.pack(long_films, tmp_path / "two", 16, clip_length=16, fps=fps, jobs=2)
     assert made.files_of(tmp_path / "one") == made.files_of(tmp_path / "two")
@@ -488,13 +617,15 @@ def test_long_films_are_cut_without_a_seam(long_films, tmp_path, fps):
         assert not any(table["damaged"][k] for k in mine), name
 
 
-# ------------------------------------------------------------------------------------------------------------- 7 damage
+# ----------------------------------------------------------------------------------------- 7 damage
 
 
 def packet_places(path):
     """(first byte, size) of every packet of the video, in the order of the file."""
     with av.open(str(path)) as container:
-        return sorted((packet.pos, packet.size) for packet in container.demux(video=0) if packet.size)
+        return sorted(
+            (packet.pos, packet.size) for packet in container.demux(video=0) if packet.size
+        )
 
 
 def smash(path, packet):
@@ -517,10 +648,15 @@ DAMAGED = [
     ("a.mp4", "libx264", "yuv420p", {"g": "10", "sc_threshold": "0", "bf": "0"}),
     ("b.mkv", "libx264", "yuv420p", {"g": "10", "sc_threshold": "0", "bf": "0"}),
     ("c.mkv", "ffv1", "yuv420p", {}),
-    ("d.mp4", "libx265", "yuv420p", {"x265-params": "log-level=none:keyint=10:min-keyint=10:scenecut=0:bframes=0"}),
+    (
+        "d.mp4",
+        "libx265",
+        "yuv420p",
+        {"x265-params": "log-level=none:keyint=10:min-keyint=10:scenecut=0:bframes=0"},
+    ),
     ("e.webm", "libvpx-vp9", "yuv420p", {"g": "10", "speed": "8", "lag-in-frames": "0"}),
     ("f.mov", "prores_ks", "yuv422p10le", {}),
-]  # fmt: skip
+]
 
 
 @pytest.fixture(scope="module")
@@ -528,7 +664,9 @@ def smashed(tmp_path_factory):
     """Films of 50 frames with a key frame every 10; packet 23 is rubbish."""
     folder = tmp_path_factory.mktemp("smashed")
     for name, codec, pix_fmt, options in DAMAGED:
-        write_video(folder / name, numbered(50, 64, 64), codec=codec, pix_fmt=pix_fmt, options=options)
+        write_video(
+            folder / name, numbered(50, 64, 64), codec=codec, pix_fmt=pix_fmt, options=options
+        )
         smash(folder / name, 23)
     return folder
 
@@ -544,10 +682,15 @@ def test_a_damaged_packet_costs_the_clips_that_it_touches_and_no_others(smashed,
                 assert numbers(clips, k) == list(range(start, start + 10)), name
                 assert not index["clips"]["damaged"][k], name
             else:
-                assert numbers(clips, k)[:3] == [20, 21, 22] and index["clips"]["damaged"][k] > 0, name
+                assert numbers(clips, k)[:3] == [20, 21, 22] and index["clips"]["damaged"][k] > 0, (
+                    name
+                )
         told = made.notes_on(index, name)
-        assert told and any("0.8" in text or "0.9" in text or "00:00" in text for note in told
-                            for text in note["names"] + [note["why"] or ""]), (name, told)  # fmt: skip
+        assert told and any(
+            "0.8" in text or "0.9" in text or "00:00" in text
+            for note in told
+            for text in note["names"] + [note["why"] or ""]
+        ), (name, told)
 
 
 @pytest.mark.parametrize("name", [row[0] for row in DAMAGED])
@@ -560,18 +703,29 @@ def test_strict_stops_at_a_damaged_packet(smashed, tmp_path, name):
 def test_of_a_file_that_is_cut_off_what_is_there_is_used(tmp_path):
     src = tmp_path / "src"
     options = {"g": "10", "sc_threshold": "0"}
-    kinds = {"a.mkv": {}, "b.mp4": {"movflags": "faststart"}, "c.mp4": {"movflags": "frag_keyframe+empty_moov"},
-             "d.ts": {}, "e.avi": {}, "f.flv": {}}  # fmt: skip
+    kinds = {
+        "a.mkv": {},
+        "b.mp4": {"movflags": "faststart"},
+        "c.mp4": {"movflags": "frag_keyframe+empty_moov"},
+        "d.ts": {},
+        "e.avi": {},
+        "f.flv": {},
+    }
     for name, container in kinds.items():
         codec = "mpeg4" if name.endswith("avi") else "libx264"
         frames = numbered(50, 48, 48) // 2 + made.moving(50, 48, 48) // 2
         write_video(src / name, frames, codec=codec, options=options, container=container)
         (src / name).write_bytes((src / name).read_bytes()[: packet_places(src / name)[35][0]])
     write_video(src / "g.mp4", numbered(10))
-    (src / "g.mp4").write_bytes((src / "g.mp4").read_bytes()[:-400])  # without its table nothing can be read
+    (src / "g.mp4").write_bytes(
+        (src / "g.mp4").read_bytes()[:-400]
+    )  # without its table nothing can be read
     index, clips = made.pack(src, tmp_path / "dst", 16)
     for name in kinds:
-        assert name in clips.names and 25 <= clips.lengths[clips.names.index(name)] <= 40, (name, index["notes"])
+        assert name in clips.names and 25 <= clips.lengths[clips.names.index(name)] <= 40, (
+            name,
+            index["notes"],
+        )
     assert "g.mp4" not in clips.names and made.notes_on(index, "g.mp4")
     for name in ("a.mkv", "b.mp4", "e.avi"):  # these state how long they should be
         assert made.notes_on(index, name), name
@@ -579,16 +733,20 @@ def test_of_a_file_that_is_cut_off_what_is_there_is_used(tmp_path):
 
 def test_a_hole_in_a_film_does_not_shift_what_follows(tmp_path):
     """Fifteen packets are gone; the clips behind them are where they were."""
-    write_video(tmp_path / "a.mkv", numbered(50, 64, 64), options={"g": "5", "sc_threshold": "0", "bf": "0"})
+    write_video(
+        tmp_path / "a.mkv", numbered(50, 64, 64), options={"g": "5", "sc_threshold": "0", "bf": "0"}
+    )
     for packet in range(20, 35):
         smash(tmp_path / "a.mkv", packet)
     index, clips = made.pack(tmp_path / "a.mkv", tmp_path / "dst", 32, clip_length=10)
     starts = index["clips"]["start"]
-    assert numbers(clips, starts.index(40)) == list(range(40, 50)) and numbers(clips, 1) == list(range(10, 20))
+    assert numbers(clips, starts.index(40)) == list(range(40, 50)) and numbers(clips, 1) == list(
+        range(10, 20)
+    )
     assert sum(index["clips"]["damaged"]) == 15
 
 
-# ------------------------------------------------------------------------------------------------ 6 impossible numbers
+# ----------------------------------------------------------------------------- 6 impossible numbers
 
 
 def box(kind, content):
@@ -596,7 +754,8 @@ def box(kind, content):
 
 
 def test_videos_that_claim_impossible_sizes_and_counts(tmp_path, capfd):
-    """10⁹ frames, 100,000 x 100,000 pixels, JPEGs of 256 million pixels: in bounded time; `whole.mp4` beside them is packed."""
+    """10⁹ frames, 100,000 x 100,000 pixels, JPEGs of 256 million pixels: in bounded time;
+    `whole.mp4` beside them is packed."""
     src = tmp_path / "src"
     write_video(src / "whole.mp4", numbered(8))
     data = (src / "whole.mp4").read_bytes()
@@ -638,8 +797,10 @@ def test_metadata_that_is_not_utf8(tmp_path):
         container.mux(video.encode(None))
     data = (tmp_path / "src" / "b.mkv").read_bytes()
     for text in (b"TITLE-TO-BREAK", b"STREAM-TO-BREAK"):
-        data = data.replace(text, b"\xff\xfe\xc3(" + b"\xa0\xa1" * ((len(text) - 4) // 2) + b"\xff" * (len(text) % 2))
+        data = data.replace(
+            text,
+            b"\xff\xfe\xc3(" + b"\xa0\xa1" * ((len(text) - 4) // 2) + b"\xff" * (len(text) % 2),
+        )
     (tmp_path / "src" / "b.mkv").write_bytes(data)
     _, clips = made.pack(tmp_path / "src", tmp_path / "dst", 16)
     assert clips.names == ["a.mp4", "b.mkv"] and numbers(clips, 1) == list(range(5))
-

@@ -259,7 +259,8 @@ def _make_all(pool, sources, dst, settings, notes, strict, name):
         rows, lost = made[source.name]
         if not rows:
             problem = source.problem or "; ".join(lost[:3]) or f"shorter than {MIN_FRAMES} frames"
-            named = [source.name] if len(source.files) >= MIN_FRAMES else source.files
+            few = source.kind == "folder" and len(source.files) < MIN_FRAMES
+            named = source.files if few and not source.problem else [source.name]
             notes.add("left out", problem, *named)
         elif lost:
             notes.add("damaged, clips are missing there", lost[0], source.name)

@@ -1,5 +1,5 @@
 """data.py: opening packed clips, sampling frames, batches; opening whatever the user has, caches,
-the run's data (kind 10)."""
+the run's data."""
 
 import dataclasses
 import io

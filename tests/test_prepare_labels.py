@@ -1,5 +1,5 @@
 """Labels: folders, dataset.json, CSV, in the ways in which tables name clips; numbers with gaps;
-vectors (kind 9)."""
+vectors."""
 
 import json
 import tarfile

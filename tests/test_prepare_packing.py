@@ -1,5 +1,5 @@
-"""The packed folder: its format, cutting, crops, masks, splitting, the command; interrupted,
-damaged, checked (issue's end)."""
+"""The packed folder: its format, cutting, crops, masks, splitting, the command; interrupted, damaged,
+checked."""
 
 import json
 import os
@@ -615,8 +615,9 @@ def test_control_c_is_one_line_and_leaves_no_process(tmp_path):
 def test_two_at_once_do_not_mix(whole, tmp_path):
     """The first one stops in the middle of a clip; the second one is told to wait, and nothing is
     lost."""
-    program = "import os, sys, time; from mostgan import files; files.os.replace = lambda *a: time.sleep(60); "
-    program += "from mostgan import prepare; prepare.prepare(sys.argv[1], sys.argv[2], 32, jobs=1)"
+    program = "import sys, time; from mostgan import files, prepare; "
+    program += "files.os.replace = lambda *names: time.sleep(60); "
+    program += "prepare.prepare(sys.argv[1], sys.argv[2], 32, jobs=1)"
     arguments = [sys.executable, "-c", program, str(whole / "src"), str(tmp_path / "dst")]
     process = subprocess.Popen(arguments, env=os.environ | {"PYTHONPATH": str(ROOT)})
     try:

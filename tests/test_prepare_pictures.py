@@ -1,5 +1,4 @@
-"""Pictures in: EXIF, formats, colours, animations, JPEGs kept as they are, bombs, damage (kinds 1,
-3, 4, 6, 7)."""
+"""Pictures in: EXIF, formats, colours, animations, JPEGs kept as they are, bombs, damage."""
 
 import io
 import struct
@@ -16,7 +15,7 @@ from safetensors.numpy import load_file
 from mostgan.config import UserError
 from mostgan.video_writer import VideoWriter
 
-# ------------------------------------------------------------------------------------ 1 orientation
+# ------------------------------------------------------------------------------------ orientation
 
 # What each value of the EXIF tag 0x0112 asks a viewer to do with the stored picture (TIFF 6.0, tag
 # Orientation).
@@ -87,7 +86,7 @@ def test_exif_that_is_rubbish_is_no_reason_to_stop(tmp_path):
     assert [numbers(clips, k) for k in range(3)] == [[0, 1, 2, 3]] * 3
 
 
-# ------------------------------------------------------------------------------------------- 3 time
+# ------------------------------------------------------------------------------------------- time
 
 
 def gif_delays(rate, n):
@@ -152,7 +151,7 @@ def test_gifs_without_delays_are_shown_as_browsers_do(tmp_path):
     ) == list(range(8))
 
 
-# ---------------------------------------------------------------------------------------- 4 formats
+# ---------------------------------------------------------------------------------------- formats
 
 FORMATS = {
     "jpg": "JPEG",
@@ -489,7 +488,7 @@ def test_up_to_128_pixels_frames_are_raw_and_above_they_are_jpeg(tmp_path):
         )
 
 
-# ------------------------------------------------------------------------------------------ 6 bombs
+# ------------------------------------------------------------------------------------------ bombs
 
 
 def png_head(width, height, more=b""):
@@ -568,7 +567,7 @@ def test_scripts_in_pictures_clothing_are_not_run(tmp_path):
     assert clips.names == ["good"] and made.notes_on(index, "a")
 
 
-# ----------------------------------------------------------------------------------------- 7 damage
+# ----------------------------------------------------------------------------------------- damage
 
 
 def gif_frames(data):

@@ -1,4 +1,4 @@
-"""What lies in folders and archives, under what names, and what is no clip (kinds 5, 6, 8)."""
+"""What lies in folders and archives, under what names, and what is no clip."""
 
 import http.server
 import io
@@ -66,7 +66,7 @@ def everything(folder):
 ARCHIVES = ["a.zip", "a.tar", "a.tar.gz", "a.tgz", "a.tar.xz"]
 
 
-# --------------------------------------------------------------------------------------- 5 archives
+# --------------------------------------------------------------------------------------- archives
 
 
 @pytest.mark.parametrize("name", [*ARCHIVES, "A.ZIP"])
@@ -288,7 +288,7 @@ def test_bombs_in_archives_are_refused(tmp_path):
         assert made.notes_on(index, name), name
 
 
-# ----------------------------------------------------------------------- 6 playlists, strange names
+# ----------------------------------------------------------------------- playlists, strange names
 
 
 @pytest.fixture
@@ -319,11 +319,12 @@ def playlists(secret, address):
 
     concat = f"ffconcat version 1.0\nfile '{secret}'\n"
     dash = (
-        '<?xml version="1.0"?><MPD xmlns="urn:mpeg:dash:schema:mpd:2011" type="static" mediaPresentationDuration="PT2S"'
-        ' minBufferTime="PT1S" profiles="urn:mpeg:dash:profile:full:2011"><Period duration="PT2S"><AdaptationSet>'
-        f'<Representation id="1" mimeType="video/mp4" bandwidth="1" width="64" height="48"><BaseURL>{address}/d.mp4'
-        f'</BaseURL><SegmentList><SegmentURL media="{address}/d.mp4"/></SegmentList></Representation></AdaptationSet>'
-        "</Period></MPD>"
+        '<?xml version="1.0"?><MPD xmlns="urn:mpeg:dash:schema:mpd:2011" type="static"'
+        ' mediaPresentationDuration="PT2S" minBufferTime="PT1S"'
+        ' profiles="urn:mpeg:dash:profile:full:2011"><Period duration="PT2S"><AdaptationSet>'
+        '<Representation id="1" mimeType="video/mp4" bandwidth="1" width="64" height="48">'
+        f'<BaseURL>{address}/d.mp4</BaseURL><SegmentList><SegmentURL media="{address}/d.mp4"/>'
+        "</SegmentList></Representation></AdaptationSet></Period></MPD>"
     )
     session = (
         "v=0\no=- 0 0 IN IP4 127.0.0.1\ns=x\nc=IN IP4 127.0.0.1\nt=0 0\nm=video 5004 RTP/AVP 96\n"
@@ -475,7 +476,7 @@ def test_links_that_lead_in_circles_and_nowhere_and_pipes(tmp_path):
     assert made.notes_on(index, "nowhere.mp4") and made.notes_on(index, "pipe.mp4")
 
 
-# ------------------------------------------------------------------------ 8 what people leave about
+# ------------------------------------------------------------------------ what people leave about
 
 LITTER = [
     "Thumbs.db",

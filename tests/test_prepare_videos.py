@@ -1,5 +1,4 @@
-"""Videos in: orientation, pixel shape, interlacing, colours, times, kinds of files, damage (kinds
-1, 2, 3, 6, 7)."""
+"""Videos in: orientation, pixel shape, interlacing, colours, times, kinds of files, damage."""
 
 import io
 import shutil
@@ -29,7 +28,7 @@ MATRICES = [
 ]
 
 
-# ------------------------------------------------------------------------------------ 1 orientation
+# ------------------------------------------------------------------------------------ orientation
 
 
 def turned(image, a, b, c, d):
@@ -95,7 +94,7 @@ def test_crops_count_in_the_upright_picture(tmp_path):
     assert np.abs(clips.frames(0, [0])[0, 0, :-2].astype(int) - 60).max() <= 3
 
 
-# ----------------------------------------------------- 2 shape of pixels, interlacing, HDR, colours
+# ----------------------------------------------------- shape of pixels, interlacing, HDR, colours
 
 
 def aspect(value):
@@ -269,7 +268,7 @@ def test_what_has_the_right_size_is_untouched_and_scaling_is_smooth_and_centered
     )  # the mean of four columns each
 
 
-# ------------------------------------------------------------------------------------------- 3 time
+# ------------------------------------------------------------------------------------------- time
 
 
 def left_out(n, share=0.2, seed=0):
@@ -617,7 +616,7 @@ def test_long_films_are_cut_without_a_seam(long_films, tmp_path, fps):
         assert not any(table["damaged"][k] for k in mine), name
 
 
-# ----------------------------------------------------------------------------------------- 7 damage
+# ----------------------------------------------------------------------------------------- damage
 
 
 def packet_places(path):
@@ -746,7 +745,7 @@ def test_a_hole_in_a_film_does_not_shift_what_follows(tmp_path):
     assert sum(index["clips"]["damaged"]) == 15
 
 
-# ----------------------------------------------------------------------------- 6 impossible numbers
+# ----------------------------------------------------------------------------- impossible numbers
 
 
 def box(kind, content):

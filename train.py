@@ -396,4 +396,5 @@ if __name__ == "__main__":
         train(options.config, options.out, resume)
         distributed.finish()
     except (UserError, OSError) as error:
-        sys.exit(f"train.py: {error}")
+        print(f"train.py: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -158,6 +158,8 @@ class Clips:
             raise IndexError(
                 f"clip {clip} has {self.lengths[clip]} frames; asked for {indices.tolist()}"
             )
+        if not len(indices):
+            return np.empty((0, 3, self.resolution, self.resolution), np.uint8)
         file = self.path / self._files[clip]
         try:
             frames = read_clip(file, indices)

@@ -5,13 +5,14 @@ its cache beside the source.
 import hashlib
 import json
 import os
+import shutil
 from pathlib import Path
 
 from mostgan.config import UserError
 from mostgan.files import sha256_of
 from mostgan.prepare import archives
 from mostgan.prepare.labels import label_sources
-from mostgan.prepare.pack import RAW_UP_TO, fingerprint, pack
+from mostgan.prepare.pack import RAW_UP_TO, checksum_of, pack
 from mostgan.prepare.sources import Notes, Settings, find_sources, natural, printable, stem
 
 
@@ -145,10 +146,10 @@ def check(path):
     from mostgan.data import Clips, read_index  # not above: see pack._write_preview
 
     path = Path(path)
-    index = read_index(path)
-    columns, files, wrong = index["clips"], index["files"], []
-    if fingerprint(index["resolution"], columns, files) != index["fingerprint"]:
+    index, wrong = read_index(path), []
+    if index.get("checksum") != checksum_of(index):
         return [f"{path / 'index.json'} is damaged; prepare {path} again"]
+    columns, files = index["clips"], index["files"]
     sums = dict(zip(columns["file"], columns["sha256"])) | files
     names = dict(zip(columns["file"], columns["name"]))
     for file, digest in sums.items():
@@ -200,6 +201,7 @@ def open_data(path, dataset, resolution, cache=None):
     place = _cache_place(path, resolution, cache)
     if clips := _opened(place):
         return clips
+    _clear_damaged(place)
     print(
         f"packing {printable(str(path))} at {resolution} pixels into {printable(str(place))} (once)"
     )
@@ -227,6 +229,12 @@ def _opened(place):
         return Clips(place)
     except UserError:
         return None  # not there, or of another version, or damaged: it is only a cache
+
+
+def _clear_damaged(place):
+    """Removes a cache that cannot be opened, unless it is one that was not finished, which packing goes on with."""
+    if place.is_dir() and not (place / "plan.json").exists():
+        shutil.rmtree(place)
 
 
 def _cache_place(path, resolution, cache):
@@ -287,6 +295,7 @@ def _builtin_sky(resolution, folder):
     place = folder / f"sky-builtin-{resolution}px.clips"
     if clips := _opened(place):
         return clips
+    _clear_damaged(place)
     print(f"packing the built-in procedural sky at {resolution} pixels into {place} (once)")
     print("\n".join(summary(pack_sky(place, resolution))))
     return Clips(place)

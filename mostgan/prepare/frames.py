@@ -101,17 +101,20 @@ def on_screen(shown, fps, start, first, count):
 def square(width, height, crop, pixel_aspect=1.0):
     """The box (x, y, width, height), in pixels of the source, that becomes the square.
 
-    crop: "center", the largest square as it is shown; "none", everything; or a box. pixel_aspect: a pixel's shown width
-    by its height. Raises ValueError where a box is larger than the picture.
+    crop: "center", the largest square as it is shown; "none", everything; or a box, which may be followed by the width and
+    height of the mask that it comes from. pixel_aspect: a pixel's shown width by its height. Raises ValueError where a box
+    or a mask does not fit.
     """
     if crop == "none":
         return 0, 0, width, height
     if crop != "center":
-        x, y, box_width, box_height = crop
+        x, y, box_width, box_height, *mask = crop
+        if mask and mask != [width, height]:
+            raise ValueError(f"its mask has {mask[0]}x{mask[1]} pixels, it has {width}x{height}")
         if x + box_width > width or y + box_height > height:
             box = f"{box_width}x{box_height} at {x},{y}"
             raise ValueError(f"it has {width}x{height} pixels, too few for the crop {box}")
-        return crop
+        return x, y, box_width, box_height
     side = min(width * pixel_aspect, height)
     w, h = max(1, round(side / pixel_aspect)), max(1, round(side))
     return (width - w) // 2, (height - h) // 2, w, h

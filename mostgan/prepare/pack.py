@@ -129,7 +129,8 @@ def pack(sources, dst, settings, notes=None, about=None, strict=False, jobs=None
     try:
         with _locked(dst):
             plan, name = _plan(sources, settings), (about or {}).get("source", "it")
-            if index := _finished(dst, plan):
+            made_from = _made_from(sources, settings)
+            if index := _finished(dst, made_from, plan):
                 return index
             _take_up(dst, plan, sources)
             jobs = min(
@@ -137,7 +138,7 @@ def pack(sources, dst, settings, notes=None, about=None, strict=False, jobs=None
             )
             with _workers(max(1, jobs)) as pool:
                 rows = _make_all(pool, sources, dst, settings, notes, strict, name)
-            return _finish(dst, rows, plan, settings, notes, about or {})
+            return _finish(dst, rows, made_from, settings, notes, about or {})
     except OSError as error:
         raise UserError(
             f"cannot write {printable(str(dst))}: {error.strerror or error}; the same command goes on where it stopped"
@@ -172,43 +173,43 @@ def _locked(dst):
 
 
 def _plan(sources, settings):
-    """What a folder is made of: {"made by": versions and settings, "sources": {file name of a
-    source: its fingerprint}}.
+    """What a folder is made of: versions and settings, and of each source (by how its files' names begin) a fingerprint.
+
+    Another FFmpeg or Pillow may give other frames: what it began, this one does not go on with.
     """
-    # Another FFmpeg or Pillow may give other frames: what it began, this one does not go on with.
     made_by = [VERSION, av.__version__, PIL.__version__, asdict(settings)]
-    stamps = {}
-    for source in sources:
-        stamp = json.dumps([source.stamp(), source.label, source.problem])
-        stamps[_prefix(file_name(source, 0))] = hashlib.sha256(stamp.encode()).hexdigest()
-    return {"made by": made_by, "sources": stamps}
+    prints = {_prefix(file_name(source, 0)): _digest(source.stamp(), source.label) for source in sources}
+    return {"made by": json.loads(json.dumps(made_by)), "sources": prints}
 
 
 def _prefix(file):
     return file.rpartition("-")[0]
 
 
-def digest_of(plan):
-    return hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()
+def _digest(*values):
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()
 
 
-def _finished(dst, plan):
-    """The index of a folder that was finished from the same plan, or None. UserError if it holds
-    anything else.
-    """
+def _made_from(sources, settings):
+    """A fingerprint of the sources' names and sizes and of the settings. Not of times: copies of files give the same bytes."""
+    return _digest(VERSION, asdict(settings), [[s.stamp(times=False), s.label] for s in sources])
+
+
+def _finished(dst, made_from, plan):
+    """The index of a folder that was finished from the same sources, or None. UserError if it holds anything else."""
+    told = printable(str(dst))
     if (dst / "index.json").exists():
-        index = _read_json(dst / "index.json")
-        if index and index.get("made_from") == digest_of(plan):
+        index = _read_json(dst / "index.json") or {}
+        if index.get("made_from") != made_from:
+            what = "holds clips of another source or with other settings"
+            raise UserError(f"{told} exists already and {what}; remove it or choose another place")
+        if {*index["clips"]["file"], *index["files"]} <= set(os.listdir(dst)):
             return index
-        raise UserError(
-            f"{printable(str(dst))} exists already and holds clips of another source or with other settings; "
-            "remove it or choose another place"
-        )
+        write_whole(dst / "plan.json", json.dumps(plan))  # some were removed: it is unfinished again
+        os.unlink(dst / "index.json")
     others = [name for name in os.listdir(dst) if not name.endswith((".part", ".unpacked"))]
     if others and not (dst / "plan.json").exists():
-        raise UserError(
-            f"{printable(str(dst))} exists already and is no packed folder; choose another place"
-        )
+        raise UserError(f"{told} exists already and is no packed folder; choose another place")
     return None
 
 
@@ -222,7 +223,7 @@ def _read_json(path):
 def _take_up(dst, plan, sources):
     """Removes what an earlier run left of other settings, or of sources that have changed since."""
     before = _read_json(dst / "plan.json") or {}
-    same = before.get("made by") == json.loads(json.dumps(plan["made by"]))
+    same = before.get("made by") == plan["made by"]
     kept = {
         prefix
         for prefix, stamp in plan["sources"].items()
@@ -257,8 +258,10 @@ def _make_all(pool, sources, dst, settings, notes, strict, name):
     for source in ready:
         rows, lost = made[source.name]
         if not rows:
-            problem = source.problem or next(iter(lost), f"shorter than {MIN_FRAMES} frames")
-            notes.add("left out", problem, source.name)
+            problem = source.problem or "; ".join(lost[:3]) or f"shorter than {MIN_FRAMES} frames"
+            few = source.kind == "folder" and len(source.files) < MIN_FRAMES
+            named = source.files if few and not source.problem else [source.name]
+            notes.add("left out", problem, *named)
         elif lost:
             notes.add("damaged, clips are missing there", lost[0], source.name)
         for row in rows:
@@ -267,18 +270,17 @@ def _make_all(pool, sources, dst, settings, notes, strict, name):
                 notes.add("damaged", "what can be read of these clips is used", told)
             for fact in row["facts"]:
                 notes.add("converted", fact, row["name"])
-    if strict and (told := notes.first("left out", "damaged")):
-        raise UserError(
-            f"{told} (without --strict it would be used as far as it goes, or left out)"
-        )
+    if strict and (told := notes.lines("left out", "damaged")):
+        what = "without --strict it would be used as far as it goes, or left out"
+        raise UserError(f"{told[0]} ({what})")
     rows = [row for rows, _ in made.values() for row in rows]
     if not rows:
-        told = notes.first("left out") or "there are none"
+        told = "; ".join(notes.lines("left out")[:3]) or "there are none"
         raise UserError(f"{name}: none of its {len(sources)} clips can be used ({told})")
     return sorted(rows, key=lambda row: (natural(row["source"]), row["start"], row["file"]))
 
 
-def _finish(dst, rows, plan, settings, notes, about):
+def _finish(dst, rows, made_from, settings, notes, about):
     """Writes what is left to write, the index last, and removes what belongs to no clip. Returns
     the index.
     """
@@ -301,7 +303,7 @@ def _finish(dst, rows, plan, settings, notes, about):
     index |= {
         "settings": asdict(settings),
         **about,
-        "made_from": digest_of(plan),
+        "made_from": made_from,
         "notes": notes.table(),
     }
     index |= {
@@ -309,7 +311,8 @@ def _finish(dst, rows, plan, settings, notes, about):
         "files": files,
         "clips": columns,
     }
-    write_whole(dst / "index.json", json.dumps(index, indent=1) + "\n")
+    index["checksum"] = checksum_of(index)
+    write_whole(dst / "index.json", json.dumps(index, indent=1))
     kept = {*columns["file"], *files, "index.json"}
     for name in os.listdir(dst):
         if name not in kept and name.endswith((".safetensors", ".part", ".unpacked", "plan.json")):
@@ -323,6 +326,12 @@ def fingerprint(resolution, columns, files):
     return hashlib.sha256(
         json.dumps([resolution, rows, files.get("labels.safetensors")]).encode()
     ).hexdigest()
+
+
+def checksum_of(index):
+    """A checksum of all that an index holds, but for this one, in hexadecimal."""
+    rest = {name: value for name, value in index.items() if name != "checksum"}
+    return hashlib.sha256(json.dumps(rest).encode()).hexdigest()
 
 
 def _write_preview(dst, columns):

@@ -235,9 +235,10 @@ class PictureFraming:
 
     def __call__(self, image):
         x, y, width, height = square(*image.size, self.crop)
-        size, box = (self.resolution, self.resolution), (x, y, x + width, y + height)
-        if image.size != size or box != (0, 0, *size):
-            image = image.resize(size, Image.LANCZOS, box)
+        if (width, height) != image.size:  # cropped first: resizing a box would look beyond its edges
+            image = image.crop((x, y, x + width, y + height))
+        if image.size != (self.resolution, self.resolution):
+            image = image.resize((self.resolution, self.resolution), Image.LANCZOS)
         return np.asarray(image)
 
 

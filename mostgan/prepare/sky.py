@@ -101,7 +101,7 @@ class SkyClip:
     def name(self):
         return f"sky{self.index:03d}"
 
-    def stamp(self):
+    def stamp(self, times=True):
         return ["sky", VERSION, self.seed, self.index, self.count]
 
     def look(self, settings):

@@ -78,11 +78,11 @@ class Source:
         default_factory=set
     )  # what a user should know, e.g. that transparency was shown over black
 
-    def stamp(self):
-        """Names, sizes and times of change: different when the source is. Reads nothing."""
+    def stamp(self, times=True):
+        """Names and sizes, and times of change: different when the source is. Reads nothing."""
         root = archives.open_root(self.root)
-        own = [self.name, [[printable(name), *root.stamp(name)] for name in self.files]]
-        return own + self.mask.stamp() if self.mask else own
+        files = [[printable(name), *root.stamp(name)[: 2 if times else 1]] for name in self.files]
+        return [printable(self.name), self.problem, files, self.mask and self.mask.stamp(times)]
 
     def look(self, settings):
         """Finds out what can be told without reading it all; sets `problem` where it cannot be
@@ -174,7 +174,8 @@ def mask_box(mask, settings):
     width, height = max(columns) + 1 - x, max(rows) + 1 - y
     side = min(max(width, height), *size)
     x, y = x + (width - side) // 2, y + (height - side) // 2
-    return min(max(x, 0), size[1] - side), min(max(y, 0), size[0] - side), side, side
+    place = min(max(x, 0), size[1] - side), min(max(y, 0), size[0] - side)
+    return *place, side, side, size[1], size[0]
 
 
 # -------------------------------------------------------------------------------------------------
@@ -225,12 +226,10 @@ class Notes:
     def add(self, what, why, *names):
         self.names[what, why] += [printable(name) for name in names]
 
-    def first(self, *kinds):
-        """One line on the first note whose `what` begins with one of these words, or None."""
-        for (what, why), names in self.names.items():
-            if what.startswith(kinds):
-                return f"{names[0]}: {why}" if names[0] not in why else why
-        return None
+    def lines(self, *kinds):
+        """A line for each note whose `what` begins with one of these words."""
+        chosen = [(why, names) for (what, why), names in self.names.items() if what.startswith(kinds)]
+        return [f"{', '.join(names[:3])}: {why}" for why, names in chosen]
 
     def table(self):
         """Rows for the index: {what, why, count, names (the first ten)}, in an order that depends

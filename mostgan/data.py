@@ -37,7 +37,7 @@ FORMAT, VERSION = (
 )  # of packed folders; mostgan/prepare/pack.py says what they hold
 
 
-# ------------------------------------------------------------------------------------------ packed
+# ------------------------------------------------------------------------------------------- packed
 # clips
 
 
@@ -193,8 +193,7 @@ def decode_jpeg(data):
     return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
 
 
-# -------------------------------------------------------------------------------------------------------
-# frame sampling
+# ----------------------------------------------------------------------------------- frame sampling
 
 
 def sample_span(length, num_frames, rng):
@@ -258,8 +257,7 @@ def sample_fake(lengths, batch, num_frames, rng, max_num_frames=1024, sampling="
     return t
 
 
-# --------------------------------------------------------------------------------------------------------------
-# batches
+# ------------------------------------------------------------------------------------------ batches
 
 
 class Batch(NamedTuple):
@@ -271,7 +269,7 @@ class Batch(NamedTuple):
 
 
 class _Batches:
-    """Batch number k by index: the pure function that threads or worker processes evaluate ahead."""
+    """Batch number k by index: the pure function that threads or workers evaluate ahead."""
 
     def __init__(
         self, clips, batch_size, num_frames, seed, mirror, max_num_frames, sampling, rank, world

@@ -22,7 +22,7 @@ from mostgan.data import Clips
 from mostgan.frechet import add_features, frechet_distance, mean_and_covariance
 from mostgan.model import Generator
 from mostgan.prepare import pack, sky
-from mostgan.prepare.sources import Settings
+from mostgan.prepare.reading import Settings
 from mostgan.run import Resume
 from mostgan.video_writer import VideoWriter
 

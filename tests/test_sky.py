@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from mostgan.prepare import sky
-from mostgan.prepare.sources import Settings
+from mostgan.prepare.reading import Settings
 
 
 def luma(clip):

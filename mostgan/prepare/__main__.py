@@ -8,7 +8,7 @@ import tyro
 
 from mostgan.config import UserError
 from mostgan.prepare import data_sets
-from mostgan.prepare.sources import printable
+from mostgan.prepare.reading import printable
 
 
 def prepare(

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 
 from mostgan.files import sha256_of, whole_file
 from mostgan.prepare.pictures import encode_jpeg, reason
-from mostgan.prepare.sources import UNREADABLE, printable, stem
+from mostgan.prepare.reading import UNREADABLE, printable, stem
 
 MIN_FRAMES = 3  # what training takes of a clip
 TOLD = 3  # reports of damage that a clip's metadata hold; the others are counted
@@ -85,7 +85,7 @@ def row_of(source, k, about, dst):
     return about | {"file": name, "sha256": sha256_of(dst / name)}
 
 
-# -------------------------------------------------------------------------------------------- jobs
+# --------------------------------------------------------------------------------------------- jobs
 
 
 class Job(NamedTuple):
@@ -149,7 +149,7 @@ class _Maker:
         return self.rows, self._told(set(lost) - self.claimed)
 
     def _end(self):
-        """The clip before which the job ends, where there are places to go on from after a break."""
+        """The clip before which the job ends, where a break need not end it; else None."""
         if self.source.timing.gap is None:
             return None
         if self.job.count is not None:

@@ -13,7 +13,8 @@ from mostgan.files import sha256_of
 from mostgan.prepare import archives
 from mostgan.prepare.labels import label_sources
 from mostgan.prepare.pack import RAW_UP_TO, checksum_of, pack
-from mostgan.prepare.sources import Notes, Settings, find_sources, natural, printable, stem
+from mostgan.prepare.reading import Settings, natural, printable, stem
+from mostgan.prepare.sources import Notes, find_sources
 
 
 def prepare(
@@ -133,8 +134,7 @@ def _find_masks(sources, masks, scratch):
         )
 
 
-# --------------------------------------------------------------------------------------------------
-# checking
+# ----------------------------------------------------------------------------------------- checking
 
 
 def check(path):
@@ -166,7 +166,7 @@ def check(path):
     return wrong
 
 
-# ----------------------------------------------------------------------------------------- opening
+# ------------------------------------------------------------------------------------------ opening
 # whatever there is
 
 
@@ -232,7 +232,7 @@ def _opened(place):
 
 
 def _clear_damaged(place):
-    """Removes a cache that cannot be opened, unless it is one that was not finished, which packing goes on with."""
+    """Removes a cache that cannot be opened, unless packing can go on with it."""
     if place.is_dir() and not (place / "plan.json").exists():
         shutil.rmtree(place)
 
@@ -301,8 +301,7 @@ def _builtin_sky(resolution, folder):
     return Clips(place)
 
 
-# ---------------------------------------------------------------------------------------------------
-# telling
+# ------------------------------------------------------------------------------------------ telling
 
 
 def summary(index):

@@ -1,8 +1,8 @@
-"""What videos and pictures have in common: when a frame is on screen, and which square of it is
-taken.
+"""What videos and pictures have in common: when a frame is on screen, and which square is taken.
 
-A reader yields `Shown` frames in the order of their times. `on_screen` picks those that are on screen at 0, 1/fps,
-2/fps … seconds, so that frames left out, repeated, or shown for longer come out at an even rate.
+A reader yields `Shown` frames in the order of their times. `on_screen` picks those that are on
+screen at 0, 1/fps, 2/fps … seconds, so that frames left out, repeated, or shown for longer come out
+at an even rate.
 """
 
 import math
@@ -101,9 +101,9 @@ def on_screen(shown, fps, start, first, count):
 def square(width, height, crop, pixel_aspect=1.0):
     """The box (x, y, width, height), in pixels of the source, that becomes the square.
 
-    crop: "center", the largest square as it is shown; "none", everything; or a box, which may be followed by the width and
-    height of the mask that it comes from. pixel_aspect: a pixel's shown width by its height. Raises ValueError where a box
-    or a mask does not fit.
+    crop: "center", the largest square as it is shown; "none", everything; or a box, which may be
+    followed by the width and height of the mask that it comes from. pixel_aspect: a pixel's shown
+    width by its height. Raises ValueError where a box or a mask does not fit.
     """
     if crop == "none":
         return 0, 0, width, height

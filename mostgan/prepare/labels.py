@@ -1,8 +1,8 @@
 """The labels of clips: their class, by folders or by a table, or a vector of numbers, by a table.
 
-A table is a `dataset.json` as the earlier codebases have it, {"labels": [[name, label], …]}, or a CSV of name,label (or
-name,number,number,… for vectors). It names clips, or frames of them, in many ways: with or without suffix, with backslashes,
-in other case, below other folders.
+A table is a `dataset.json` as the earlier codebases have it, {"labels": [[name, label], …]}, or a
+CSV of name,label (or name,number,number,… for vectors). It names clips, or frames of them, in many
+ways: with or without suffix, with backslashes, in other case, below other folders.
 """
 
 import csv
@@ -12,7 +12,8 @@ import os
 from pathlib import Path
 
 from mostgan.config import UserError
-from mostgan.prepare.sources import STILLS, VIDEOS, natural, printable, suffix
+from mostgan.prepare.reading import natural, printable, suffix
+from mostgan.prepare.sources import STILLS, VIDEOS
 
 SHOWN = 3  # names that tell what did not match
 
@@ -20,9 +21,9 @@ SHOWN = 3  # names that tell what did not match
 def label_sources(sources, tables, how, notes):
     """Gives the sources their labels; returns those that have one, and what the labels mean.
 
-    how: "folders", the path of a table, or None: the `tables` that find_sources found, if there are any. What they mean: None where there
-    are none, {"classes": names} where label i is the class names[i], or {"size": C} where labels are vectors of C floats.
-    Raises UserError where nothing fits.
+    how: "folders", the path of a table, or None: the `tables` that find_sources found, if any. What
+    they mean: None where there are none, {"classes": names} where label i is the class names[i], or
+    {"size": C} where labels are vectors of C floats. Raises UserError where nothing fits.
     """
     usable = [source for source in sources if not source.problem]
     if how == "folders":
@@ -75,8 +76,7 @@ def _by_folder(sources):
     return {number: part[depth] for number, part in enumerate(parts)}
 
 
-# ------------------------------------------------------------------------------------------------
-# tables
+# ------------------------------------------------------------------------------------------- tables
 
 
 def _rows_of(tables, how):
@@ -145,7 +145,7 @@ def _read_lines(data, where):
 
 
 def _numbers(cells):
-    """Texts as whole numbers where all of them are, else as floats; None where they are no numbers."""
+    """Texts as whole numbers where all of them are, else as floats; None if they are none."""
     for kind in (int, float):
         try:
             return [kind(cell) for cell in cells]
@@ -154,8 +154,7 @@ def _numbers(cells):
     return None
 
 
-# ----------------------------------------------------------------------------------------------
-# matching
+# ----------------------------------------------------------------------------------------- matching
 
 
 def _by_table(sources, rows, where, notes):
@@ -246,7 +245,7 @@ def _look_up(rows, ours, dropped, lower):
 
 
 def _classes(values):
-    """(the classes' names in order, {name: number}), or None where the values are no classes but numbers."""
+    """(names of the classes in order, {name: number}), or None where the values are vectors."""
     if any(isinstance(value, (list, tuple)) for value in values):
         return None
     if any(isinstance(value, float) and not value.is_integer() for value in values):

@@ -2,11 +2,10 @@
 comes last.
 
 A packed folder holds
-    NAME.safetensors    one clip: `frames` uint8 [n, 3, R, R], or `jpeg` uint8 [bytes] with
-    `offsets` int64 [n + 1], where
-                        frame i is the JPEG jpeg[offsets[i] : offsets[i + 1]]; as metadata, under
-                        the key `clip`, a JSON object with name, source, label, fps, start and time
-                        (of its first frame in its source), …
+    NAME.safetensors    one clip: `frames` uint8 [n, 3, R, R], or `jpeg` uint8 [bytes] and `offsets`
+                        int64 [n + 1], where frame i is the JPEG jpeg[offsets[i] : offsets[i + 1]];
+                        as metadata, under the key `clip`, a JSON object with name, source, label,
+                        fps, start and time (of its first frame in its source), …
     labels.safetensors  `labels` float32 [clips, C], where the labels are vectors
     preview.png         first, middle and last frame of some clips
     index.json          written last: without it, the folder is not finished
@@ -15,6 +14,7 @@ makes the clips that are not there.
 """
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import multiprocessing
@@ -37,7 +37,8 @@ from tqdm import tqdm
 from mostgan.config import UserError
 from mostgan.files import sha256_of, whole_file, write_whole
 from mostgan.prepare.clips import MIN_FRAMES, file_name, jobs_of, made_before, make
-from mostgan.prepare.sources import Notes, natural, printable
+from mostgan.prepare.reading import printable
+from mostgan.prepare.sources import Notes
 
 FORMAT, VERSION = "mostgan-clips", 3  # as mostgan/data.py reads it
 RAW_UP_TO = 128  # pixels a side: opening a small JPEG costs more than reading it raw
@@ -45,7 +46,7 @@ COLUMNS = ("file", "name", "source", "label", "fps", "start", "time", "frames", 
 PREVIEW_CLIPS, PREVIEW_PIXELS = 12, 128
 
 
-# ----------------------------------------------------------------------------------------- workers
+# ------------------------------------------------------------------------------------------ workers
 
 
 def look(source, settings):
@@ -77,13 +78,14 @@ def _workers(jobs):
         yield _Here()
         return
     spawn = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(jobs, spawn, _begin_worker)
+    pool = ProcessPoolExecutor(jobs, spawn, _end_with_parent)
     try:
+        with _without_interrupts():
+            pool.submit(os.getpid)  # starts the processes, all of them
         yield pool
     except BrokenProcessPool:
-        raise UserError(
-            "a process of the preparation died (killed, or short of memory); the same command goes on where it stopped"
-        ) from None
+        died = "a process of the preparation died (killed, or short of memory)"
+        raise UserError(f"{died}; the same command goes on where it stopped") from None
     finally:
         if sys.exc_info()[0] is not None:
             for process in multiprocessing.active_children():
@@ -91,21 +93,30 @@ def _workers(jobs):
         pool.shutdown(cancel_futures=True)
 
 
-def _begin_worker():
-    """Ctrl-C is for the first process alone; and when that is killed, its workers would wait for
-    ever.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+@contextlib.contextmanager
+def _without_interrupts():
+    """Processes that are started in this block take no notice of Ctrl-C: it is for the first one."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _end_with_parent():
-    multiprocessing.parent_process().join()
-    os._exit(1)
+    """What a worker does at its start: when the first process is killed, it would wait for ever."""
+
+    def wait():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
-# -----------------------------------------------------------------------------------------------------
-# packing
+# ------------------------------------------------------------------------------------------ packing
 
 
 def pack(sources, dst, settings, notes=None, about=None, strict=False, jobs=None):
@@ -119,66 +130,57 @@ def pack(sources, dst, settings, notes=None, about=None, strict=False, jobs=None
     """
     dst, notes = Path(dst), notes or Notes()
     if not 4 <= settings.resolution <= 4096:
-        raise UserError(
-            f"a resolution of {settings.resolution} pixels is not possible: from 4 to 4096"
-        )
+        raise UserError(f"--resolution {settings.resolution} is not possible: from 4 to 4096")
     if settings.clip_length is not None and settings.clip_length < MIN_FRAMES:
-        raise UserError(
-            f"clips of {settings.clip_length} frames are too short: training takes {MIN_FRAMES} of a clip"
-        )
+        least = f"training takes {MIN_FRAMES} frames of a clip"
+        raise UserError(f"--clip-length {settings.clip_length} is too short: {least}")
+    about, jobs = about or {}, jobs or cores()
+    if settings.clip_length is None:
+        jobs = min(jobs, len(sources))
     try:
         with _locked(dst):
-            plan, name = _plan(sources, settings), (about or {}).get("source", "it")
-            made_from = _made_from(sources, settings)
+            plan, made_from = _plan(sources, settings), _made_from(sources, settings, about)
             if index := _finished(dst, made_from, plan):
                 return index
-            _take_up(dst, plan, sources)
-            jobs = min(
-                jobs or cores(), len(sources) if settings.clip_length is None else sys.maxsize
-            )
-            with _workers(max(1, jobs)) as pool:
-                rows = _make_all(pool, sources, dst, settings, notes, strict, name)
-            return _finish(dst, rows, made_from, settings, notes, about or {})
+            _take_up(dst, plan)
+            with _workers(jobs) as pool:
+                rows = _make_all(pool, sources, dst, settings, notes)
+            _judge(rows, notes, strict, f"{about.get('source', dst)}, {len(sources)} clips")
+            return _finish(dst, rows, made_from, settings, notes, about)
     except OSError as error:
-        raise UserError(
-            f"cannot write {printable(str(dst))}: {error.strerror or error}; the same command goes on where it stopped"
-        ) from error
+        reason = f"cannot write {printable(str(dst))}: {error.strerror or error}"
+        raise UserError(f"{reason}; the same command goes on where it stopped") from error
 
 
 @contextlib.contextmanager
 def _locked(dst):
     """Makes the folder dst, if it is not there, and keeps other processes from preparing it."""
-    new = not dst.exists()
-    if not new and not dst.is_dir():
+    if dst.exists() and not dst.is_dir():
         raise UserError(f"{printable(str(dst))} is a file; choose another place")
     dst.mkdir(parents=True, exist_ok=True)
     handle = os.open(dst, os.O_RDONLY)
     try:
-        import fcntl
-
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(handle)
-        raise UserError(
-            f"another process is preparing {printable(str(dst))}; wait until it has finished"
-        ) from None
-    except OSError:
-        pass  # a file system without locks
-    try:
+        with contextlib.suppress(OSError):  # of a file system without locks
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                told = f"another process is preparing {printable(str(dst))}"
+                raise UserError(f"{told}; wait until it has finished") from None
         yield
     finally:
         os.close(handle)
-        if new and not any(dst.iterdir()):
-            dst.rmdir()
 
 
 def _plan(sources, settings):
-    """What a folder is made of: versions and settings, and of each source (by how its files' names begin) a fingerprint.
+    """What a folder is made of: versions and settings, and of each source (by how its files' names
+    begin) a fingerprint.
 
     Another FFmpeg or Pillow may give other frames: what it began, this one does not go on with.
     """
     made_by = [VERSION, av.__version__, PIL.__version__, asdict(settings)]
-    prints = {_prefix(file_name(source, 0)): _digest(source.stamp(), source.label) for source in sources}
+    prints = {
+        _prefix(file_name(source, 0)): _digest(source.stamp(), source.label) for source in sources
+    }
     return {"made by": json.loads(json.dumps(made_by)), "sources": prints}
 
 
@@ -190,13 +192,18 @@ def _digest(*values):
     return hashlib.sha256(json.dumps(values).encode()).hexdigest()
 
 
-def _made_from(sources, settings):
-    """A fingerprint of the sources' names and sizes and of the settings. Not of times: copies of files give the same bytes."""
-    return _digest(VERSION, asdict(settings), [[s.stamp(times=False), s.label] for s in sources])
+def _made_from(sources, settings, about):
+    """A fingerprint of the sources' names and sizes and of the settings. Not of times: copies of
+    files give the same bytes.
+    """
+    stamps = [[source.stamp(times=False), source.label] for source in sources]
+    return _digest(VERSION, asdict(settings), stamps, about.get("labels"))
 
 
 def _finished(dst, made_from, plan):
-    """The index of a folder that was finished from the same sources, or None. UserError if it holds anything else."""
+    """The index of a folder that was finished from the same sources, or None. UserError if it holds
+    anything else.
+    """
     told = printable(str(dst))
     if (dst / "index.json").exists():
         index = _read_json(dst / "index.json") or {}
@@ -205,7 +212,7 @@ def _finished(dst, made_from, plan):
             raise UserError(f"{told} exists already and {what}; remove it or choose another place")
         if {*index["clips"]["file"], *index["files"]} <= set(os.listdir(dst)):
             return index
-        write_whole(dst / "plan.json", json.dumps(plan))  # some were removed: it is unfinished again
+        write_whole(dst / "plan.json", json.dumps(plan))  # some were removed: it is unfinished
         os.unlink(dst / "index.json")
     others = [name for name in os.listdir(dst) if not name.endswith((".part", ".unpacked"))]
     if others and not (dst / "plan.json").exists():
@@ -220,15 +227,11 @@ def _read_json(path):
         return None
 
 
-def _take_up(dst, plan, sources):
+def _take_up(dst, plan):
     """Removes what an earlier run left of other settings, or of sources that have changed since."""
-    before = _read_json(dst / "plan.json") or {}
-    same = before.get("made by") == plan["made by"]
-    kept = {
-        prefix
-        for prefix, stamp in plan["sources"].items()
-        if same and before["sources"].get(prefix) == stamp
-    }
+    before, kept = _read_json(dst / "plan.json") or {}, set()
+    if before.get("made by") == plan["made by"]:
+        kept = {prefix for prefix, _ in before["sources"].items() & plan["sources"].items()}
     for name in os.listdir(dst):
         if name.endswith(".part") or name.endswith(".safetensors") and _prefix(name) not in kept:
             os.unlink(dst / name)
@@ -237,47 +240,52 @@ def _take_up(dst, plan, sources):
         print(f"going on with {printable(str(dst))}", file=sys.stderr)
 
 
-def _make_all(pool, sources, dst, settings, notes, strict, name):
+def _make_all(pool, sources, dst, settings, notes):
     """The rows of all clips, those that an earlier run left and those that are made now."""
-    ready = [source for source in sources if source.problem]
-    looked = [pool.submit(look, source, settings) for source in sources if not source.problem]
-    ready += [future.result() for future in looked]
-    made = {source.name: ([], []) for source in ready}  # rows; damage that lies in no clip
-    running = {}
-    for source in ready:
-        for job in jobs_of(source, settings) if not source.problem else ():
+    looked = [None if s.problem else pool.submit(look, s, settings) for s in sources]
+    sources = [future.result() if future else s for future, s in zip(looked, sources)]
+    made, running = [([], []) for _ in sources], {}  # rows; damage that lies in none of the clips
+    for number, source in enumerate(sources):
+        for job in () if source.problem else jobs_of(source, settings):
             rows = made_before(source, job, dst)
             if rows is None:
-                running[pool.submit(make, source, job, settings, str(dst))] = source.name
+                running[pool.submit(make, source, job, settings, str(dst))] = number
             else:
-                made[source.name][0].extend(rows)
+                made[number][0].extend(rows)
     bar = tqdm(as_completed(running), total=len(running), desc="packing", unit="job", disable=None)
     for future in bar:
         for told, more in zip(made[running[future]], future.result()):
             told.extend(more)
-    for source in ready:
-        rows, lost = made[source.name]
-        if not rows:
-            problem = source.problem or "; ".join(lost[:3]) or f"shorter than {MIN_FRAMES} frames"
-            few = source.kind == "folder" and len(source.files) < MIN_FRAMES
-            named = source.files if few and not source.problem else [source.name]
-            notes.add("left out", problem, *named)
-        elif lost:
-            notes.add("damaged, clips are missing there", lost[0], source.name)
-        for row in rows:
-            if row["damaged"]:
-                told = f"{row['name']}: {row['damaged']} times, {', '.join(row['damage'])}"
-                notes.add("damaged", "what can be read of these clips is used", told)
-            for fact in row["facts"]:
-                notes.add("converted", fact, row["name"])
-    if strict and (told := notes.lines("left out", "damaged")):
-        what = "without --strict it would be used as far as it goes, or left out"
-        raise UserError(f"{told[0]} ({what})")
-    rows = [row for rows, _ in made.values() for row in rows]
+    for source, (rows, lost) in zip(sources, made):
+        rows.sort(key=lambda row: row["start"])
+        _tell(source, rows, lost, notes)
+    return [row for rows, _ in made for row in rows]
+
+
+def _tell(source, rows, lost, notes):
+    """Notes what of a source was left out, damaged, or converted as a user should know."""
     if not rows:
-        told = "; ".join(notes.lines("left out")[:3]) or "there are none"
-        raise UserError(f"{name}: none of its {len(sources)} clips can be used ({told})")
-    return sorted(rows, key=lambda row: (natural(row["source"]), row["start"], row["file"]))
+        problem = source.problem or "; ".join(lost[:3]) or f"shorter than {MIN_FRAMES} frames"
+        few = not source.problem and source.kind == "folder" and len(source.files) < MIN_FRAMES
+        notes.add("left out", problem, *(source.files if few else [source.name]))
+    elif lost:
+        notes.add("damaged, clips are missing there", lost[0], source.name)
+    for row in rows:
+        if row["damaged"]:
+            told = f"{row['name']}: {row['damaged']} times, {', '.join(row['damage'])}"
+            notes.add("damaged", "what can be read of these clips is used", told)
+        for fact in row["facts"]:
+            notes.add("converted", fact, row["name"])
+
+
+def _judge(rows, notes, strict, what):
+    """UserError where no clip is left, or strict admits nothing left out or damaged."""
+    if strict and (told := notes.lines("left out", "damaged")):
+        else_ = "without --strict it would be used as far as it goes, or left out"
+        raise UserError(f"{told[0]} ({else_})")
+    if not rows:
+        told = "; ".join(notes.lines("left out")[:3])
+        raise UserError(f"{what}: none can be used ({told})")
 
 
 def _finish(dst, rows, made_from, settings, notes, about):
@@ -294,23 +302,10 @@ def _finish(dst, rows, made_from, settings, notes, about):
         columns["label"] = None
     _write_preview(dst, columns)
     files["preview.png"] = sha256_of(dst / "preview.png")
-    index = {
-        "format": FORMAT,
-        "version": VERSION,
-        "resolution": settings.resolution,
-        "coding": settings.coding,
-    }
-    index |= {
-        "settings": asdict(settings),
-        **about,
-        "made_from": made_from,
-        "notes": notes.table(),
-    }
-    index |= {
-        "fingerprint": fingerprint(settings.resolution, columns, files),
-        "files": files,
-        "clips": columns,
-    }
+    index = {"format": FORMAT, "version": VERSION, "resolution": settings.resolution}
+    index |= {"coding": settings.coding, "settings": asdict(settings), **about}
+    index |= {"made_from": made_from, "notes": notes.table(), "files": files, "clips": columns}
+    index["fingerprint"] = fingerprint(settings.resolution, columns, files)
     index["checksum"] = checksum_of(index)
     write_whole(dst / "index.json", json.dumps(index, indent=1))
     kept = {*columns["file"], *files, "index.json"}
@@ -322,23 +317,18 @@ def _finish(dst, rows, made_from, settings, notes, about):
 
 def fingerprint(resolution, columns, files):
     """A checksum of what the clips are, in hexadecimal; not of where they lie."""
-    rows = [columns[name] for name in COLUMNS]
-    return hashlib.sha256(
-        json.dumps([resolution, rows, files.get("labels.safetensors")]).encode()
-    ).hexdigest()
+    return _digest(resolution, [columns[name] for name in COLUMNS], files.get("labels.safetensors"))
 
 
 def checksum_of(index):
     """A checksum of all that an index holds, but for this one, in hexadecimal."""
-    rest = {name: value for name, value in index.items() if name != "checksum"}
-    return hashlib.sha256(json.dumps(rest).encode()).hexdigest()
+    return _digest({name: value for name, value in index.items() if name != "checksum"})
 
 
 def _write_preview(dst, columns):
     """A picture of the first, middle and last frame of some clips, a row for each four of them."""
-    from mostgan.data import (
-        read_clip,
-    )  # not above: it brings PyTorch, which the worker processes need not load
+    # Not above: it brings PyTorch, which the worker processes need not load.
+    from mostgan.data import read_clip
 
     count = len(columns["file"])
     tiles = []

@@ -91,8 +91,7 @@ def to_rgb(image, facts):
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-# ----------------------------------------------------------------------------------------------
-# kinds of sources
+# --------------------------------------------------------------------------------- kinds of sources
 
 
 def folder_frames(opens, fps, first, passes, errors, facts):
@@ -223,8 +222,7 @@ def array_frames(file, fps, first, errors):
         yield Shown(number / fps, 1 / fps, Image.fromarray(frame))
 
 
-# ------------------------------------------------------------------------------------------------
-# squares, JPEGs
+# ----------------------------------------------------------------------------------- squares, JPEGs
 
 
 class PictureFraming:
@@ -235,7 +233,10 @@ class PictureFraming:
 
     def __call__(self, image):
         x, y, width, height = square(*image.size, self.crop)
-        if (width, height) != image.size:  # cropped first: resizing a box would look beyond its edges
+        if (
+            width,
+            height,
+        ) != image.size:  # cropped first: resizing a box would look beyond its edges
             image = image.crop((x, y, x + width, y + height))
         if image.size != (self.resolution, self.resolution):
             image = image.resize((self.resolution, self.resolution), Image.LANCZOS)

@@ -71,8 +71,7 @@ def _choose_stream(container):
     return stream
 
 
-# ------------------------------------------------------------------------------------------------
-# decoding
+# ----------------------------------------------------------------------------------------- decoding
 
 
 def _decoded(container, stream, errors):
@@ -134,8 +133,7 @@ def _timed(frames, rate):
             before = time
 
 
-# --------------------------------------------------------------------------------------------------
-# timing
+# ------------------------------------------------------------------------------------------- timing
 
 
 def video_timing(file, searched):
@@ -190,7 +188,7 @@ def _end(container, stream):
     return shown.time + shown.duration if found else None
 
 
-# ------------------------------------------------------------------------------------- frames from
+# -------------------------------------------------------------------------------------- frames from
 # a place on
 
 
@@ -259,7 +257,7 @@ def _pulled(graph):
 
 
 def _deinterlaced(frames):
-    """The frames, interlaced ones made whole: every other line of them belongs to a later moment."""
+    """The frames, interlaced ones made whole: every other line is of a later moment."""
     graph, shape = None, None
     for frame in frames:
         if graph is None and not frame.interlaced_frame:
@@ -278,8 +276,7 @@ def _deinterlaced(frames):
         yield from _pulled(graph)
 
 
-# -----------------------------------------------------------------------------------------------
-# the square
+# --------------------------------------------------------------------------------------- the square
 
 
 class VideoFraming:
@@ -337,7 +334,7 @@ class VideoFraming:
 
 
 def _turns(frame):
-    """(filters that turn a frame as its display matrix says, whether they swap width and height)."""
+    """(filters that turn a frame as its display matrix says, whether they swap its sides)."""
     # Asked only once per graph: a frame whose side data were asked for stays in memory until Python
     # collects cycles.
     matrix = frame.side_data.get(SideData.DISPLAYMATRIX)

@@ -26,7 +26,7 @@ import numpy as np
 import safetensors.numpy
 import torch
 from PIL import Image
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
 from mostgan.config import UserError
 
@@ -111,7 +111,7 @@ class Clips:
     def _read(self, info):
         clips = info["clips"]
         self.resolution, self.fingerprint = info["resolution"], info["fingerprint"]
-        self.builtin = info.get("builtin", False)
+        self.builtin, self._coding = info.get("builtin", False), info["coding"]
         self.names, self._files = clips["name"], clips["file"]
         self.lengths = np.array(clips["frames"], np.int64)
         self.rates = np.array(clips["fps"], np.float64)
@@ -158,39 +158,50 @@ class Clips:
             raise IndexError(
                 f"clip {clip} has {self.lengths[clip]} frames; asked for {indices.tolist()}"
             )
-        if not len(indices):
-            return np.empty((0, 3, self.resolution, self.resolution), np.uint8)
-        file = self.path / self._files[clip]
+        file, length = self.path / self._files[clip], int(self.lengths[clip])
+        out = np.empty((len(indices), 3, self.resolution, self.resolution), np.uint8)
         try:
-            frames = read_clip(file, indices)
-        except (OSError, SafetensorError, ValueError, SyntaxError) as error:
+            read_clip(file, indices, length, self._coding, out)
+        except (OSError, ValueError, SyntaxError) as error:
             text = f"{file} ({self.names[clip]}) is damaged ({error}); prepare {self.path} again"
             raise UserError(" ".join(text.split())) from None
-        if frames.shape[2:] != (self.resolution, self.resolution):
-            raise UserError(f"{file} holds frames of another size; prepare {self.path} again")
-        return frames
+        return out
 
 
-def read_clip(path, indices):
-    """Frames `indices` of the clip in a file → uint8 [n, 3, R, R]."""
-    with safe_open(path, "numpy") as file:
-        if "frames" in file.keys():
-            frames = file.get_slice("frames")
-            return np.concatenate([frames[int(i) : int(i) + 1] for i in indices])
-        offsets, jpeg = file.get_slice("offsets"), file.get_slice("jpeg")
-        images = []
-        for i in indices:
-            begin, end = offsets[int(i) : int(i) + 2]
-            images.append(decode_jpeg(jpeg[int(begin) : int(end)]))
-    return np.stack(images).transpose(0, 3, 1, 2)
+def read_clip(path, indices, length, coding, out):
+    """Reads frames `indices` of a clip's file, which has `length` frames, into `out` [n, 3, R, R].
+
+    The file is opened once and read where the frames lie, which is several times as fast as by the
+    library: its tensors come after a header, `frames` alone, or `jpeg` and at the end `offsets`.
+    """
+    with open(path, "rb", buffering=0) as file:
+        begin = 8 + int.from_bytes(file.read(8), "little")
+        end = os.fstat(file.fileno()).st_size
+        if coding == "raw":
+            if end - begin != length * out[:1].nbytes and len(out):
+                raise ValueError("it is cut off, or no clip of ours")
+            for image, i in zip(out, indices):
+                file.seek(begin + int(i) * image.nbytes)
+                file.readinto(image)
+            return
+        offsets = end - 8 * (length + 1)
+        total = int.from_bytes(_read_at(file, end - 8, 8), "little")
+        if not 0 <= offsets - begin - total < 8:
+            raise ValueError("it is cut off, or no clip of ours")
+        for image, i in zip(out, indices):
+            start, stop = np.frombuffer(_read_at(file, offsets + 8 * int(i), 16), np.int64)
+            image[:] = decode_jpeg(_read_at(file, begin + int(start), int(stop - start)))
+
+
+def _read_at(file, begin, size):
+    file.seek(max(0, begin))
+    return file.read(size)
 
 
 def decode_jpeg(data):
-    """The bytes of a JPEG → uint8 [H, W, 3], by Pillow, as the other codebases of the field decode
-    them.
-    """
+    """The bytes of a JPEG → uint8 [3, H, W], by Pillow, as the other codebases of the field do."""
     image = Image.open(io.BytesIO(data), formats=["JPEG"])
-    return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
+    return np.asarray(image if image.mode == "RGB" else image.convert("RGB")).transpose(2, 0, 1)
 
 
 # ----------------------------------------------------------------------------------- frame sampling

@@ -300,7 +300,7 @@ def _finish(dst, rows, made_from, settings, notes, about):
     columns = {column: [row[column] for row in rows] for column in COLUMNS}
     if rows[0]["label"] is None or files:
         columns["label"] = None
-    _write_preview(dst, columns)
+    _write_preview(dst, columns, settings.resolution, settings.coding)
     files["preview.png"] = sha256_of(dst / "preview.png")
     index = {"format": FORMAT, "version": VERSION, "resolution": settings.resolution}
     index |= {"coding": settings.coding, "settings": asdict(settings), **about}
@@ -325,7 +325,7 @@ def checksum_of(index):
     return _digest({name: value for name, value in index.items() if name != "checksum"})
 
 
-def _write_preview(dst, columns):
+def _write_preview(dst, columns, size, coding):
     """A picture of the first, middle and last frame of some clips, a row for each four of them."""
     # Not above: it brings PyTorch, which the worker processes need not load.
     from mostgan.data import read_clip
@@ -333,8 +333,8 @@ def _write_preview(dst, columns):
     count = len(columns["file"])
     tiles = []
     for clip in np.linspace(0, count - 1, min(count, PREVIEW_CLIPS)).astype(int):
-        frames = columns["frames"][clip]
-        images = read_clip(dst / columns["file"][clip], [0, frames // 2, frames - 1])
+        frames, images = columns["frames"][clip], np.empty((3, 3, size, size), np.uint8)
+        read_clip(dst / columns["file"][clip], [0, frames // 2, frames - 1], frames, coding, images)
         tiles.append([Image.fromarray(image.transpose(1, 2, 0)) for image in images])
     side = min(PREVIEW_PIXELS, tiles[0][0].width)
     picture = Image.new("RGB", (3 * side * min(4, len(tiles)), side * -(-len(tiles) // 4)))

@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 
 from mostgan.config import UserError
-from mostgan.motion import content_latent
 from mostgan.files import sha256_of
+from mostgan.motion import content_latent
 
 Sums = dict[str, torch.Tensor]  # name → float64 sum, mean or scatter
 

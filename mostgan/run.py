@@ -134,9 +134,10 @@ def _check_data(resume, described, clips):
         return
     run, path = resume.run, clips.info.get("origin") or clips.path
     if not resume.names_data:
-        raise UserError(f"{run} was trained on other clips than {path} has now ({described.get('clips')} then, {len(clips)} "
-                        f"now): name the data to go on with by --data, or put back the former ones")
-    print(f"warning: {run} goes on with other data than before: {path}, {len(clips)} clips instead of {described.get('clips')}")
+        raise UserError(f"{run} was trained on other clips than {path} has now ({described.get('clips')} then, "
+                        f"{len(clips)} now): name the data to go on with by --data, or put back the former ones")
+    print(f"warning: {run} goes on with other data than before: {path}, {len(clips)} clips instead of "
+          f"{described.get('clips')}")
 
 
 def _data_path(config, clips):

@@ -67,7 +67,7 @@ class Options:
     speed: float = 1.0
     """of time; 0.25 is slow motion, negative is backwards"""
     fps: float | None = None
-    """frames per second of the video, whose pace stays; default: the dataset's, 25 for an imported checkpoint"""
+    """frames per second of the video, whose pace stays; default: the checkpoint's"""
     loop: float | None = None
     """seconds after which the video repeats; its pace is adapted so that it closes"""
     grid: str = "1x1"
@@ -225,7 +225,10 @@ def describe(options, path, fps):
 
 
 def dataset_fps(path):
-    """Frames per second of the dataset that a checkpoint was trained on; 25 if it lies outside a run."""
+    """Frames per second of a checkpoint's data; of an older one, the preset's of its run, else 25."""
+    fps = checkpoint.read_config(path).fps
+    if fps is not None:
+        return fps
     try:
         return DATASETS[read_config(path.parent).dataset].fps
     except UserError:

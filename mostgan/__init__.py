@@ -5,11 +5,12 @@
         ...
 """
 
+from mostgan import checkpoint
 from mostgan.config import ModelConfig, TrainConfig, UserError
 from mostgan.discriminator import Discriminator
 from mostgan.model import Generator
 
-__all__ = ["Discriminator", "Generator", "ModelConfig", "TrainConfig", "UserError", "load"]
+__all__ = ["Discriminator", "Generator", "ModelConfig", "TrainConfig", "UserError", "checkpoint", "load"]
 
 
 def load(path=None, device="cpu"):
@@ -17,6 +18,4 @@ def load(path=None, device="cpu"):
 
     Raises UserError on a missing, damaged or wrong checkpoint.
     """
-    from mostgan import checkpoint  # not above: `python -m mostgan.checkpoint` wants it not yet imported
-
     return checkpoint.load(path, device)

@@ -20,10 +20,11 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 from tqdm import tqdm
 
-from mostgan import distributed, frechet, motion_statistics
+from mostgan import distributed
 from mostgan.config import UserError
 from mostgan.data import Clips
-from mostgan.frechet import Detector, Sums
+from mostgan.metrics import frechet, motion_statistics
+from mostgan.metrics.frechet import Detector, Sums
 from mostgan.model import Generator
 
 VIDEO_METRICS = {16: {"fvd16": 1}, 128: {"fvd128": 1, "fvd128_every8": 8}}  # frames of a clip → name → frame stride

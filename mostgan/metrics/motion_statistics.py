@@ -8,7 +8,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from mostgan.frechet import Sums, add
+from mostgan.metrics.frechet import Sums, add
 
 LAGS = 64  # the longest time lag of the spectrum, in frames
 ROUNDING_POWER = 1 / 6  # levels²: what rounding to whole levels alone puts into the difference of two frames

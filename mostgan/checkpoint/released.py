@@ -1,0 +1,831 @@
+"""Released checkpoints of MoStGAN-V and StyleGAN-V: their networks under our names, and their configuration.
+
+A released file is a pickle {'G': …, 'D': …, 'G_ema': …} of modules (spec §10), which pickles.py reads as data. The
+configuration is pickled with them. What it tells is compared with what the tensors show, and the two must agree; what
+only the tensors show, as in a plain state dict, is inferred, and said to be.
+"""
+
+import hashlib
+import math
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from mostgan.checkpoint import pickles
+from mostgan.checkpoint.pickles import Inert, Refused, shown
+from mostgan.config import ModelConfig, UserError
+from mostgan.discriminator import Discriminator
+from mostgan.model import Generator
+from mostgan.motion import content_latent
+
+HALF_PRECISION_LAYERS = (
+    4  # the release runs its four highest resolutions in half precision (spec §6)
+)
+MOST_MODULES, MOST_TENSORS, DEEPEST = (
+    2000,
+    10_000,
+    20,
+)  # a network of the release: 130 modules, 200 tensors, 6 deep
+MOST_GROUP = 2**16  # clips whose statistics the discriminator pools; usually 4
+MOST_CLASSES, CLASS_LATENTS, CLASS_SEED = 4096, 1000, 2**40  # for the mean w of each class
+WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+_COMPUTED = re.compile(
+    r"(resample_filter|\.freqs|\.phase_scales|\.fourier_coefs)$"
+)  # follow from the configuration
+_RENAMED = [  # released name → ours
+    (r"^mapping\.(fc\d+)", r"mapping.layers.\1"),
+    (r"^synthesis\.motion_encoder\.conv\.(\d)\.weight", r"motion_codes.conv\1"),
+    (r"^synthesis\.motion_encoder\.conv\.(\d)\.bias", r"motion_codes.conv\1_bias"),
+    (r"^synthesis\.motion_encoder\.time_encoder\.periods_predictor", "motion_codes.period"),
+    (r"^synthesis\.motion_encoder\.time_encoder\.phase_predictor", "motion_codes.phase"),
+    (r"^synthesis\.motion_encoder\.time_encoder\.aligners_predictor", "motion_codes.aligner"),
+    (r"^synthesis\.multimotionmap\.(\d)", r"motion_network.fc\1"),
+    (
+        r"^(synthesis\.b\d+\.conv\d)\.hypernet(\.conv0)?\.",
+        r"\1.hypernetwork.",
+    ),  # without conv0: files of late 2022
+    (r"^synthesis\.b4\.input\.input\.const", "synthesis.b4.const"),
+]
+_RENAMED_DISCRIMINATOR = [
+    (r"^mapping\.embed", "time_condition.embed"),
+    (r"^mapping\.(fc\d+)", r"time_condition.layers.\1"),
+    (r"^time_encoder\.const_embed", "time_condition.table"),
+]
+_FREQUENCIES = "synthesis.motion_encoder.time_encoder.freqs"
+
+# Where the pickled configuration tells a field of ModelConfig: in that of the generator, and of the discriminator.
+_TOLD_BY_GENERATOR = {
+    "motion_distance": ("motion.motion_z_distance",),
+    "shortest_period": ("time_enc.min_period_len", "motion.time_enc.min_period_len"),
+    "max_period": ("time_enc.max_period_len", "motion.time_enc.max_period_len"),
+    "num_frequencies": ("time_enc.dim", "motion.time_enc.dim"),
+    "motion_noise_dim": ("motion.z_dim",),
+    "w_dim": ("w_dim",),
+    "z_dim": ("z_dim",),
+    "num_labels": ("c_dim",),
+    "motion_styles": ("motion_num",),
+    "motion_vector_dim": ("motion_dim",),
+    "rank": ("rank",),
+    "max_num_frames": ("sampling.max_num_frames",),
+    "frames_per_clip": ("sampling.num_frames_per_video",),
+    "fps": ("sampling.fps",),
+}
+# A file of StyleGAN-V may have settings of what MoStGAN-V added, which then mean nothing.
+_OF_MOSTGAN_V = (
+    "motion_styles",
+    "motion_vector_dim",
+    "rank",
+    "motion_difference",
+    "discriminator_hidden_dim",
+)
+_TOLD_BY_ATTRIBUTES = {"img_resolution": "resolution", "c_dim": "num_labels"}  # of a whole network
+_TOLD_BY_DISCRIMINATOR = {
+    "max_num_frames": ("sampling.max_num_frames",),
+    "frames_per_clip": ("sampling.num_frames_per_video",),
+    "concat_resolution": ("concat_res",),
+    "motion_difference": ("motion_diff",),
+    "discriminator_hidden_dim": ("motion_dim",),
+    "mbstd_group": ("mbstd_group_size",),
+    "time_condition": ("dummy_c",),
+}
+# Options of the release that ours has in one way only: in the pickled configuration, and as attributes of modules.
+_ONE_WAY = {
+    "motion.gen_strategy": "conv",
+    "motion.kernel_size": 11,
+    "motion.fourier": True,
+    "motion.use_fractional_t": True,
+    "input.type": "temporal",
+    "time_enc.cond_type": "concat_const",
+    "use_noise": False,
+    "num_frames_div_factor": 2,
+    "spectral_norm": False,
+    "softmask": False,
+}
+_ONE_WAY_ATTRIBUTES = {
+    "instance_norm": False,
+    "spectral_norm": False,
+    "use_noise": False,
+    "img_channels": 3,
+}
+
+
+def from_released_names(
+    state: dict[str, torch.Tensor], discriminator=False
+) -> dict[str, torch.Tensor]:
+    """A released generator's (or discriminator's) state dict under our names; load it with strict=True."""
+    renamed = {}
+    for name, tensor in state.items():
+        if _COMPUTED.search(name):
+            continue
+        for pattern, ours in _RENAMED_DISCRIMINATOR if discriminator else _RENAMED:
+            name = re.sub(pattern, ours, name)
+        if name.endswith("hypernetwork.weight") and tensor.ndim == 4:
+            tensor = tensor.squeeze(-1).squeeze(-1)  # stored as a convolution of kernel size 1
+        if name == "synthesis.b4.const":
+            tensor = tensor.squeeze(0)
+        renamed[name] = tensor
+    return renamed
+
+
+@dataclass
+class Network:
+    """A network as the file has it."""
+
+    state: dict[str, torch.Tensor]
+    """its tensors under released names"""
+    class_name: str | None = None
+    attributes: dict[str, dict] = field(default_factory=dict)
+    """what else its modules store: path of the module → attributes"""
+
+    @property
+    def cfg(self):
+        """The pickled configuration, or None."""
+        return self.attributes.get("", {}).get("cfg")
+
+
+@dataclass
+class Imported:
+    """A released checkpoint as ours."""
+
+    config: ModelConfig
+    networks: dict[str, dict[str, torch.Tensor]]
+    """G_ema, G or D → its state under our names"""
+    class_means: torch.Tensor | None
+    """the mean w of each class [num_labels, w_dim], if labels are classes"""
+    provenance: dict
+    notes: str
+    """a line for people: the configuration, and what of it was inferred from what"""
+
+
+def read_released(
+    path,
+    network="G_ema",
+    discriminator=False,
+    training=False,
+    half_precision=None,
+    motion_distance=None,
+):
+    """Read a released pickle, a file of torch.save, or a safetensors file of released names → Imported.
+
+    network: which generator, G_ema or G; discriminator: D as well; training: G, D and G_ema. half_precision: the
+    resolutions that the release runs so (pre-normalized, motion as demodulation factor only), where that is not as
+    stored; motion_distance: D of spec §2, for a file that does not tell.
+    Executes nothing of the file. Raises UserError on whatever is no such checkpoint.
+    """
+    path = Path(path)
+    names = ["G_ema", "G", "D"] if training else [network] + ["D"] * discriminator
+    networks, classes = read_networks(path, names)
+    try:
+        _check_dtypes(networks)
+        _check_options(networks)
+        config, notes = find_config(
+            networks[names[0]], networks.get("D"), half_precision, motion_distance
+        )
+        fitted = {
+            name: _fitted(of, Discriminator if name == "D" else Generator, config)
+            for name, of in networks.items()
+        }
+        _check_computed(networks, config)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    means = None
+    if classes and 0 < config.num_labels <= MOST_CLASSES:
+        means = class_means(fitted[names[0]], config)
+    provenance = {
+        "imported_from": str(path),
+        "bytes": path.stat().st_size,
+        "sha256": sha256(path),
+        "network": names[0],
+        "class": networks[names[0]].class_name,
+        "with": names[1:],
+        "configuration": notes,
+    }
+    return Imported(config, fitted, means, provenance, notes)
+
+
+def sha256(path):
+    """Hex digest of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@torch.no_grad()
+def class_means(state, config):
+    """The mean w of each class over 1,000 latents, the same for all classes: float32 [num_labels, w_dim]."""
+    with torch.device("meta"):
+        mapping = Generator(config).mapping
+    of_mapping = {
+        name.removeprefix("mapping."): value
+        for name, value in state.items()
+        if name.startswith("mapping.")
+    }
+    mapping.load_state_dict(of_mapping, assign=True)
+    z = content_latent(range(CLASS_SEED, CLASS_SEED + CLASS_LATENTS), config.z_dim)
+    one_hot = torch.eye(config.num_labels)
+    return torch.stack([mapping(z, label.expand(len(z), -1)).mean(dim=0) for label in one_hot])
+
+
+# ------------------------------------------------------------------------------ the networks of a file
+
+
+def read_networks(path, names):
+    """({name: Network}, whether labels may be classes). Raises UserError if a network is missing or is none."""
+    if path.suffix == ".safetensors":
+        found = _read_safetensors(path, names)
+        return {name: Network(found[name]) for name in _present(path, found, names)}, True
+    with pickles.opened(path) as found:
+        if isinstance(found, Inert) or _is_state(found):  # one network alone
+            found = {names[0]: found}
+        if not isinstance(found, dict):
+            raise UserError(f"{path} holds no networks by name (G, D, G_ema)")
+        networks = {name: _network(found[name]) for name in _present(path, found, names)}
+        return networks, _are_classes(found.get("vis"))
+
+
+def _present(path, found, names):
+    missing = [name for name in names if name not in found]
+    if missing:
+        held = ascii(", ".join(key[:20] for key in list(found)[:8] if type(key) is str))[1:-1]
+        raise UserError(f"{path} has no {missing[0]}" + (f", only {held}" if held else ""))
+    return names
+
+
+def _are_classes(vis):
+    """Whether the labels of the sample grids are one-hot, as far as the file has any."""
+    labels = vis.get("grid_c") if isinstance(vis, dict) else None
+    labels = (
+        [part for part in labels or () if isinstance(part, pickles.Tensor)]
+        if isinstance(labels, tuple | list)
+        else []
+    )
+    rows = pickles.read_tensors({str(i): part for i, part in enumerate(labels[:100])})
+    return all(bool(((part == 0) | (part == 1)).all()) and bool((part.sum(-1) == 1).all())
+               for part in rows.values() if part.numel())  # fmt: skip
+
+
+def _read_safetensors(path, names):
+    """Plain state dicts: the generator's names as they are, or those of several networks behind `G_ema.`, `D.`, …"""
+    try:
+        state = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"cannot read {path}: {error}") from None
+    found = {name: {} for name in ("G", "D", "G_ema")}
+    for key, tensor in state.items():
+        head, _, rest = key.partition(".")
+        found.setdefault(head if head in found else names[0], {})[
+            rest if head in found else key
+        ] = tensor
+    return {name: tensors for name, tensors in found.items() if tensors}
+
+
+def _is_state(value):
+    return (
+        isinstance(value, dict)
+        and bool(value)
+        and all(isinstance(v, pickles.Tensor) for v in value.values())
+    )
+
+
+def _network(value):
+    """A module, or a plain state dict, of a pickle → Network. Raises Refused."""
+    if _is_state(value):
+        return Network(pickles.read_tensors({str(name): tensor for name, tensor in value.items()}))
+    if not isinstance(value, Inert):
+        raise Refused(f"a {type(value).__name__} where a network should be")
+    tensors, attributes = {}, {}
+    todo = [("", value, ())]
+    while todo:
+        path, module, above = todo.pop()
+        if id(module) in above or len(above) > DEEPEST:
+            raise Refused(f"the module {path} contains itself, or others more than {DEEPEST} deep")
+        own_tensors, children = _content(path, module)
+        attributes[path] = module.state
+        prefix = path and path + "."
+        tensors |= {prefix + key: tensor for key, tensor in own_tensors.items()}
+        todo += [(prefix + key, child, (*above, id(module))) for key, child in children.items()]
+        if len(attributes) + len(todo) > MOST_MODULES or len(tensors) > MOST_TENSORS:
+            raise Refused(
+                f"a network of more than {MOST_MODULES} modules or {MOST_TENSORS} tensors"
+            )
+    return Network(pickles.read_tensors(tensors), value.name, attributes)
+
+
+def _content(path, module):
+    """A module's own tensors, as far as they belong to its state, and its child modules, by name."""
+    state = module.state if isinstance(module, Inert) else None
+    if not isinstance(state, dict):
+        raise Refused(f"{path or 'the network'} is no module")
+    parts = [state.get(key) or {} for key in ("_parameters", "_buffers", "_modules")]
+    if not all(isinstance(part, dict) and len(part) <= MOST_TENSORS for part in parts):
+        raise Refused(f"{path or 'the network'} is no module")
+    if not all(
+        type(key) is str and re.fullmatch(r"\w{1,100}", key, re.ASCII)
+        for part in parts
+        for key in part
+    ):
+        raise Refused(f"{path or 'the network'} has parts without a proper name")
+    parameters, buffers, modules = (
+        {k: v for k, v in part.items() if v is not None} for part in parts
+    )
+    passing = state.get("_non_persistent_buffers_set")
+    if isinstance(passing, set):
+        buffers = {key: tensor for key, tensor in buffers.items() if key not in passing}
+    tensors = parameters | buffers
+    for key, tensor in tensors.items():
+        if not isinstance(tensor, pickles.Tensor):
+            raise Refused(f"{path}.{key} is no tensor")
+    return tensors, modules
+
+
+# --------------------------------------------------------------------- the pickled configuration
+
+
+_MISSING = object()
+
+
+def look_up(cfg, path):
+    """The value at a dotted path of a pickled configuration, references followed; _MISSING if there is none.
+
+    Nodes are omegaconf's: `_content` of dictionaries and lists, `_val` of leaves. A text `${a.b}` stands for what is at
+    a.b, counted from the root of all that cfg is a part of. Raises UserError on references that lead nowhere.
+    """
+    return _plain(_walk(cfg, path.split("."), _root(cfg), (), path))
+
+
+def _root(node):
+    seen = set()
+    while isinstance(node, Inert) and id(node) not in seen:
+        seen.add(id(node))
+        parent = node.state.get("_parent") if isinstance(node.state, dict) else None
+        if not isinstance(parent, Inert):
+            break
+        node = parent
+    return node
+
+
+def _walk(node, keys, root, following, path):
+    node = _resolved(node, root, following, path)
+    for key in keys:
+        if not isinstance(node, dict) or key not in node:
+            return _MISSING
+        node = _resolved(node[key], root, following, path)
+    return node
+
+
+def _resolved(node, root, following, path):
+    """A node's content: a dictionary or list of nodes, or a plain value."""
+    while isinstance(node, Inert):
+        state = node.state if isinstance(node.state, dict) else {}
+        node = state.get("_val") if "_val" in state else state.get("_content")
+    reference = re.fullmatch(r"\$\{([\w.]{1,200})\}", node) if type(node) is str else None
+    if reference is None:
+        return node
+    if node in following or len(following) > DEEPEST:
+        raise UserError(f"its configuration's {path} refers to itself, by {shown(node)}")
+    found = _walk(root, reference[1].split("."), root, (*following, node), path)
+    if found is _MISSING:
+        raise UserError(f"its configuration's {path} refers to {shown(node)}, which is not there")
+    return found
+
+
+def _plain(value):
+    return value if type(value) in (str, int, float, bool) or isinstance(value, list) else _MISSING
+
+
+# -------------------------------------------------------------------------------- the configuration
+
+
+class Evidence:
+    """What the configuration tells of each field, and what the tensors show: both must agree."""
+
+    def __init__(self):
+        self.told, self.shown = {}, {}
+
+    def tell(self, name, value, where):
+        """The file states a value of a field. None as a value is a statement, too."""
+        if name in self.told and not _same(self.told[name][0], value):
+            before, place = self.told[name]
+            raise UserError(
+                f"its {name} is {_said(before)} in {place}, but {_said(value)} in {where}"
+            )
+        self.told.setdefault(name, (value, where))
+
+    def show(self, name, value, where):
+        self.shown[name] = (value, where)
+
+    def agreed(self):
+        """({field: value}, names of the fields that only the tensors show). Raises UserError where they disagree."""
+        for name in self.told.keys() & self.shown.keys():
+            (told, place), (by_tensors, where) = self.told[name], self.shown[name]
+            if not _same(told, by_tensors):
+                raise UserError(
+                    f"its {name} is {_said(told)} by {place}, but {_said(by_tensors)} by {where}"
+                )
+        values = {name: value for name, (value, _) in (self.shown | self.told).items()}
+        return values, sorted(self.shown.keys() - self.told.keys())
+
+
+def _same(a, b):
+    numbers = all(type(value) in (int, float) for value in (a, b))
+    return math.isclose(a, b, rel_tol=1e-4) if numbers else a == b
+
+
+def _said(value):
+    return shown(
+        value
+        if type(value) is str
+        else ", ".join(map(str, value))
+        if isinstance(value, tuple)
+        else str(value)
+    )
+
+
+def find_config(generator, discriminator=None, half_precision=None, motion_distance=None):
+    """Networks → ModelConfig, and a line about it. Arguments as in `read_released`. Raises UserError."""
+    evidence = Evidence()
+    resolutions = _show_generator(evidence, generator.state)
+    for network in (generator, discriminator):
+        _tell_attributes(evidence, network)
+    if generator.cfg is not None:
+        _tell_generator(evidence, generator.cfg, resolutions)
+    _tell_clamp(evidence, generator)
+    if discriminator is not None:
+        _show_discriminator(evidence, discriminator.state)
+        _tell_discriminator(evidence, discriminator)
+        _tell_clamp(evidence, discriminator)
+    if motion_distance is not None:
+        evidence.tell("motion_distance", motion_distance, "--motion-distance")
+    if "motion_distance" not in evidence.told:
+        if "shortest_period" not in evidence.shown:
+            raise UserError(
+                f"it has no {_FREQUENCIES} to tell the motion distance: give --motion-distance"
+            )
+        evidence.show(
+            "motion_distance", evidence.shown["shortest_period"][0], "the shortest period"
+        )
+    values, inferred = evidence.agreed()
+    _channels(values, generator, resolutions)
+    values.pop("stored_channels")
+    if values.get("shortest_period") == values["motion_distance"]:
+        del values["shortest_period"]
+    if half_precision is not None and not set(half_precision) <= set(resolutions):
+        raise UserError(
+            f"half_precision is {tuple(half_precision)}, but its resolutions are {tuple(resolutions)}"
+        )
+    halves, how = (
+        _half_precision(generator, resolutions)
+        if half_precision is None
+        else (half_precision, "as given")
+    )
+    values["prenorm_resolutions"] = tuple(halves)
+    values["motion_demod_only_resolutions"] = tuple(
+        r for r in halves if r in values["motion_resolutions"]
+    )
+    config = ModelConfig(**values)
+    return config, _describe(config, how, inferred, discriminator is not None)
+
+
+class _Shapes:
+    """Shapes of a state dict, with a plain word on what is missing."""
+
+    def __init__(self, state, what):
+        self.shapes, self.what = {name: tuple(tensor.shape) for name, tensor in state.items()}, what
+
+    def __call__(self, name, dims):
+        if len(self.shapes.get(name, ())) != dims or 0 in self.shapes[name]:
+            raise UserError(
+                f"it has no {name} of {dims} dimensions: this is no {self.what} of MoStGAN-V or StyleGAN-V"
+            )
+        return self.shapes[name]
+
+
+def _show_generator(evidence, state):
+    """What the generator's tensors show (spec §2 to §6). Returns its resolutions."""
+    of = _Shapes(from_released_names(state), "generator")
+    blocks = (re.fullmatch(r"synthesis\.b(\d{1,4})\.torgb\.bias", name) for name in of.shapes)
+    resolutions = sorted(int(block[1]) for block in blocks if block)
+    if not resolutions:
+        raise UserError(
+            "it has no synthesis blocks: this is no generator of MoStGAN-V or StyleGAN-V"
+        )
+    w_dim, fc0 = of("mapping.layers.fc0.weight", 2)
+    labels = of("mapping.embed.weight", 2)[1] if "mapping.embed.weight" in of.shapes else 0
+    layers = sum(
+        re.fullmatch(r"mapping\.layers\.fc\d+\.weight", name) is not None for name in of.shapes
+    )
+    channels = {r: of(f"synthesis.b{r}.conv1.weight", 4)[0] for r in resolutions}
+    values = dict(
+        resolution=resolutions[-1],
+        w_dim=w_dim,
+        z_dim=fc0 - (w_dim if labels else 0),
+        num_labels=labels,
+        mapping_layers=layers,
+        motion_noise_dim=of("motion_codes.conv0", 3)[0],
+        motion_code_dim=of("motion_codes.aligner.weight", 2)[0],
+        num_frequencies=of("motion_codes.period.weight", 2)[0],
+        stored_channels=channels,
+    )
+    values |= _motion_styles(of, resolutions, w_dim)
+    if _FREQUENCIES in state:
+        values |= _periods(state[_FREQUENCIES].double().flatten())
+    for name, value in values.items():
+        evidence.show(
+            name, value, "its frequencies" if "period" in name else "the shapes of its tensors"
+        )
+    return resolutions
+
+
+def _periods(freqs):
+    """Shortest and longest period, from the frequencies ω = 2π / period, longest period first (spec §2)."""
+    if not len(freqs) or not ((freqs > 1e-6) & (freqs < 7)).all():
+        raise UserError(f"its {_FREQUENCIES} are no frequencies")
+    longest, shortest = (round(2 * math.pi / float(freqs[i]), 3) for i in (0, -1))
+    near = {period: round(period) if math.isclose(period, round(period), rel_tol=1e-4) else period
+            for period in (longest, shortest)}  # fmt: skip
+    return dict(shortest_period=near[shortest], max_period=near[longest])
+
+
+def _motion_styles(of, resolutions, w_dim):
+    """K, motion vectors, rank and where they act: of a MoStGAN-V generator; K = 0 of StyleGAN-V's."""
+    name = "synthesis.b{}.conv1.hypernetwork.weight"
+    motion = tuple(r for r in resolutions if name.format(r) in of.shapes)
+    if "motion_network.fc0.weight" not in of.shapes:
+        return dict(motion_styles=0, motion_resolutions=())
+    styles = of("motion_network.fc0.weight", 2)[0] // w_dim
+    if not motion or not styles:
+        raise UserError("it has a motion network but no layers with motion styles")
+    in_channels = of(f"synthesis.b{motion[0]}.conv1.weight", 4)[1]
+    affine = f"synthesis.b{motion[0]}.conv1.hypernetwork.bias" in of.shapes
+    return dict(
+        motion_styles=styles,
+        motion_vector_dim=of("motion_network.fc1.weight", 2)[0] // styles,
+        rank=of(name.format(motion[0]), 2)[0] // (in_channels + 3 + 3),
+        motion_resolutions=motion,
+        hypernetwork="affine" if affine else "lrelu",
+    )
+
+
+def _tell_generator(evidence, cfg, resolutions):
+    """What the generator's pickled configuration tells."""
+    without_styles = (
+        evidence.shown["motion_styles"][0] == 0
+    )  # StyleGAN-V: settings of motion styles mean nothing
+    for name, paths in _TOLD_BY_GENERATOR.items():
+        for path in paths:
+            value = look_up(cfg, path)
+            if value is not _MISSING and not (without_styles and name in _OF_MOSTGAN_V):
+                evidence.tell(name, _number(value, path), f"its configuration's {path}")
+    layers = look_up(cfg, "mod_layers")
+    if layers is not _MISSING and not without_styles:
+        numbers = re.findall(
+            r"\d+",
+            layers if type(layers) is str else str([_resolved(n, None, (), "") for n in layers]),
+        )
+        motion = tuple(r for r in resolutions if str(r) in numbers)
+        evidence.tell("motion_resolutions", motion, "its configuration's mod_layers")
+
+
+def _tell_attributes(evidence, network):
+    """What a network's own attributes and arguments tell."""
+    attributes = network.attributes.get("", {}) if network is not None else {}
+    for stored, name in _TOLD_BY_ATTRIBUTES.items():
+        if type(attributes.get(stored)) is int:
+            evidence.tell(name, attributes[stored], f"the {network.class_name}'s {stored}")
+    layers = _dictionary(_dictionary(attributes.get("_init_kwargs")).get("mapping_kwargs")).get(
+        "num_layers"
+    )
+    if type(layers) is int:
+        evidence.tell("mapping_layers", layers, f"the {network.class_name}'s mapping_kwargs")
+
+
+def _dictionary(value):
+    return value if isinstance(value, dict) else {}
+
+
+def _tell_discriminator(evidence, network):
+    """What the discriminator's pickled configuration tells, and its layers' attributes."""
+    for name, paths in _TOLD_BY_DISCRIMINATOR.items():
+        value = look_up(network.cfg, paths[0]) if network.cfg is not None else _MISSING
+        if value is _MISSING or evidence.shown["motion_styles"][0] == 0 and name in _OF_MOSTGAN_V:
+            continue
+        if name == "time_condition":
+            evidence.tell(name, not value, f"the discriminator's {paths[0]}")
+        elif name == "motion_difference":
+            evidence.tell(name, bool(value), f"the discriminator's {paths[0]}")
+        else:
+            evidence.tell(name, _number(value, paths[0]), f"the discriminator's {paths[0]}")
+    for path, attributes in network.attributes.items():
+        if "group_size" in attributes:
+            group = attributes["group_size"]
+            if type(group) is not int or not 0 < group <= MOST_GROUP:
+                raise UserError(
+                    f"its discriminator has a group_size that is no whole number from 1 to {MOST_GROUP:,}"
+                )
+            evidence.tell("mbstd_group", group, f"the discriminator's {path}.group_size")
+
+
+def _tell_clamp(evidence, network):
+    """The bound of the activations, which each layer stores."""
+    for path, attributes in network.attributes.items():
+        layer = path.rpartition(".")[2]
+        if layer not in ("conv0", "conv1", "torgb", "fromrgb", "conv") or ".hypernet" in path:
+            continue
+        if "conv_clamp" in attributes:
+            clamp = attributes["conv_clamp"]
+            if clamp is not None and (type(clamp) not in (int, float) or not 0 < clamp < math.inf):
+                raise UserError(f"the conv_clamp of its {path} is no positive number")
+            evidence.tell("activation_clamp", clamp, f"conv_clamp of {path}")
+
+
+def _number(value, path):
+    if type(value) not in (int, float) or not math.isfinite(value):
+        raise UserError(f"its configuration's {path} is {_said(value)}, but must be a number")
+    return int(value) if value == int(value) else value
+
+
+def _show_discriminator(evidence, state):
+    """What only the discriminator's tensors show (spec §7)."""
+    of = _Shapes(from_released_names(state, discriminator=True), "discriminator")
+    rows, width = of("time_condition.table.weight", 2)
+    per_difference = width + 2 * int(math.log2(rows))
+    frames = (
+        of("time_condition.embed.weight", 2)[1] - evidence.shown["num_labels"][0]
+    ) // per_difference + 1
+    values = dict(
+        max_num_frames=rows,
+        frames_per_clip=frames,
+        discriminator_hidden_dim=of("b4.fc.weight", 2)[0],
+    )
+    r = evidence.shown["resolution"][0]
+    while r > 8:  # the block that takes all images of a clip has as many times more input channels
+        images, rest = divmod(of(f"b{r // 2}.conv0.weight", 4)[1], of(f"b{r}.conv1.weight", 4)[0])
+        r //= 2
+        if images > 1 and not rest:
+            values |= dict(concat_resolution=r, motion_difference=images == 2 * frames)
+    for name, value in values.items():
+        evidence.show(name, value, "the shapes of the discriminator's tensors")
+
+
+def _channels(values, generator, resolutions):
+    """channel_base and channel_max, of which tensors show only what they come to."""
+    stored = values["stored_channels"]
+    kwargs = _dictionary(
+        _dictionary(generator.attributes.get("", {}).get("_init_kwargs")).get("synthesis_kwargs")
+    )
+    told = [kwargs.get(name) for name in ("channel_base", "channel_max")]
+    if any(type(value) is not int or value < 1 for value in told):
+        told = max(r * c for r, c in stored.items()), max(stored.values())
+    values["channel_base"], values["channel_max"] = told
+    for r in resolutions:
+        if stored[r] != min(told[0] // r, told[1]):
+            raise UserError(
+                f"its channel_base {told[0]} and channel_max {told[1]} give {min(told[0] // r, told[1])} "
+                f"channels at {r}, but its tensors have {stored[r]}"
+            )
+
+
+def _half_precision(generator, resolutions):
+    """The resolutions that the release runs in half precision, and how we know."""
+    stored = {
+        r: generator.attributes.get(f"synthesis.b{r}", {}).get("use_fp16") for r in resolutions
+    }
+    if any(type(value) is bool for value in stored.values()):
+        return [r for r in resolutions if stored[r] is True], "as its blocks store"
+    return resolutions[-HALF_PRECISION_LAYERS:], "assumed: the four highest"
+
+
+def _describe(config, how, inferred, discriminator):
+    """The configuration in a line."""
+
+    def several(resolutions):
+        return ", ".join(str(r) for r in resolutions) or "none"
+
+    styles = "no motion styles (StyleGAN-V)"
+    if config.motion_styles:
+        styles = (
+            f"K = {config.motion_styles} motion styles of rank {config.rank}, motion vectors of "
+            f"{config.motion_vector_dim}, at {several(config.motion_resolutions)}"
+            + (", hypernetworks of the older layout" if config.hypernetwork == "affine" else "")
+        )
+    judge = (
+        f"; discriminator of {config.frames_per_clip} frames with{'' if config.motion_difference else 'out'} "
+        f"differences, FC {config.discriminator_hidden_dim}, groups of {config.mbstd_group}"
+        + ("" if config.time_condition else ", without its condition (dummy_c)")
+    )
+    return (
+        f"{config.resolution}², at most {config.channel_max} channels; w of {config.w_dim}, "
+        f"{config.num_labels or 'no'} labels; {config.fps or 'unknown'} frames/s; motion distance "
+        f"{config.motion_distance}, periods {config.shortest_period or config.motion_distance} to {config.max_period}; "
+        f"{styles}; activations clamped at {config.activation_clamp or 'no bound'}; half precision in the release at "
+        f"{several(config.prenorm_resolutions)} ({how}), so pre-normalized there, motion as the demodulation factor "
+        f"only at {several(config.motion_demod_only_resolutions)}{judge if discriminator else ''}; inferred from the "
+        f"tensors alone: {', '.join(name for name in inferred if name != 'stored_channels') or 'nothing'}"
+    )
+
+
+# ------------------------------------------------------------------------------------------ checks
+
+
+def _check_options(networks):
+    """Raise UserError, with the option's name, on what the release can do and ours cannot."""
+    for which, network in networks.items():
+        for path, ours in _ONE_WAY.items():
+            value = look_up(network.cfg, path) if network.cfg is not None else _MISSING
+            if value is not _MISSING and value != ours:
+                raise UserError(
+                    f"its {which} has {path} = {_said(value)}, of which ours has {_said(ours)} only"
+                )
+        for path, attributes in network.attributes.items():
+            place = f"{which}.{path}" if path else which
+            for name, ours in _ONE_WAY_ATTRIBUTES.items():
+                value = _plain(attributes.get(name, ours))
+                if value is not _MISSING and value != ours:
+                    raise UserError(
+                        f"its {place} has {name} = {_said(value)}, of which ours has {_said(ours)} only"
+                    )
+            architecture = attributes.get("architecture", None)
+            if architecture is not None and architecture not in ("skip", "resnet"):
+                raise UserError(
+                    f"its {place} has architecture = {_said(str(architecture))}, which ours has not"
+                )
+            size = _dictionary(attributes.get("_init_kwargs")).get("kernel_size")
+            if size is not None and size not in (1, 3):
+                raise UserError(
+                    f"its {place} has kernel_size = {_said(str(size))}, of which ours has 1 and 3 only"
+                )
+
+
+def _fitted(network, module, config):
+    """The state under our names, float32, for module(config); UserError if they are not for each other."""
+    state = from_released_names(network.state, discriminator=module is Discriminator)
+    what = module.__name__.lower()
+    try:
+        with torch.device("meta"):  # shapes without memory
+            expected = {
+                name: tuple(tensor.shape) for name, tensor in module(config).state_dict().items()
+            }
+    except RuntimeError:  # a size beyond 2⁶³
+        raise UserError(f"its {what} has shapes that do not fit each other") from None
+    for name in sorted(expected.keys() | state.keys()):
+        if name not in expected:
+            raise UserError(
+                f"its {what} has {shown(name)}, which ours has not: another architecture"
+            )
+        if name not in state:
+            raise UserError(f"its {what} has no {name}")
+        if tuple(state[name].shape) != expected[name]:
+            raise UserError(
+                f"its {what} has {name} of shape {tuple(state[name].shape)}, but the rest of it goes with "
+                f"{expected[name]}"
+            )
+        if not state[name].float().isfinite().all():
+            raise UserError(f"its {what} has {name} with numbers that are not finite in float32")
+    return {name: state[name].float().contiguous() for name in expected}
+
+
+def _check_dtypes(networks):
+    """Numbers of plain floating point alone: others (float8, complex, integers) are no weights of the release, and
+    PyTorch computes with some of them in part only."""
+    for which, network in networks.items():
+        for name, tensor in network.state.items():
+            if tensor.dtype not in WEIGHT_DTYPES:
+                raise UserError(
+                    f"its {which} has {ascii(name)[1:-1][:100]} of {tensor.dtype}, but weights are "
+                    "float16, bfloat16, float32 or float64"
+                )
+
+
+def _check_computed(networks, config):
+    """What we compute and the release stores must be the same: FIR filters (spec §1) and frequencies (§2, §7)."""
+    taps, M = torch.tensor([1.0, 3, 3, 1]), config.max_num_frames
+    longest, shortest = (
+        math.log2(config.max_period),
+        math.log2(config.shortest_period or config.motion_distance),
+    )
+    period = torch.exp2(
+        torch.linspace(longest, shortest, config.num_frequencies, dtype=torch.float64)
+    )
+    octaves = torch.arange(int(math.log2(M)), dtype=torch.float64)
+    expected = {
+        "resample_filter": torch.outer(taps, taps) / 64,
+        "freqs": 2 * math.pi / period,
+        "phase_scales": config.max_period / period,
+        "fourier_coefs": math.pi * torch.exp2(octaves) / M,
+    }
+    for network in networks.values():
+        for name, tensor in network.state.items():
+            computed = expected.get(name.rpartition(".")[2]) if _COMPUTED.search(name) else None
+            if computed is None:
+                continue
+            tensor = tensor.double().squeeze(0)
+            if tensor.shape != computed.shape or not torch.allclose(
+                tensor, computed.double(), rtol=1e-4
+            ):
+                raise UserError(
+                    f"its {ascii(name)[1:-1][:100]} is not what this configuration computes"
+                )

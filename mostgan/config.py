@@ -150,6 +150,8 @@ class TrainConfig:
     """videos or frames: a folder, a zip, or a packed folder; default data/<dataset>"""
     cache: str | None = None
     """where to pack the data; default beside it"""
+    start_from: str | None = None
+    """fine-tune: a checkpoint, or a run, whose model and weights a new run starts with"""
     conditional: bool = False
     """train on the data's labels"""
     shared_fakes: bool = False

@@ -308,6 +308,8 @@ def read_config(path):
 def read_networks(path):
     """The states that a checkpoint has, of "ema" (the averaged generator), "G" and "D". path: as `find` takes it."""
     path = find(path)
+    if (path / "checksums.json").exists() and (wrong := damage(path)):
+        raise UserError(f"{path} is damaged: {wrong}")
     states = {"ema": read_tensors(path / "model.safetensors")}
     for name, file in (("G", "last_generator"), ("D", "discriminator")):
         if (path / f"{file}.safetensors").exists():

@@ -696,7 +696,8 @@ def _half_precision(generator, resolutions):
     }
     if any(type(value) is bool for value in stored.values()):
         return [r for r in resolutions if stored[r] is True], "as its blocks store"
-    return resolutions[-HALF_PRECISION_LAYERS:], "assumed: the four highest"
+    highest = [r for r in resolutions[-HALF_PRECISION_LAYERS:] if r > 4]
+    return highest, "assumed: the four highest, but never 4"
 
 
 def _describe(config, how, inferred, discriminator):
@@ -783,7 +784,7 @@ def _fitted(network, module, config):
                 f"its {what} has {name} of shape {tuple(state[name].shape)}, but the rest of it goes with "
                 f"{expected[name]}"
             )
-        if not state[name].float().isfinite().all():
+        if not all(map(math.isfinite, state[name].float().aminmax())):
             raise UserError(f"its {what} has {name} with numbers that are not finite in float32")
     return {name: state[name].float().contiguous() for name in expected}
 

@@ -13,11 +13,11 @@ import torch
 from mostgan.metrics import frechet, motion_statistics
 from mostgan.metrics.sets import (
     FRAME_METRIC,
-    VIDEO_METRICS,
     ClipSet,
     Detectors,
     GeneratedSet,
     Protocol,
+    Window,
     conditions_of,
     measure,
     measure_long,
@@ -51,32 +51,38 @@ def score(
     """All that can be measured between two sets, of which each clip is long enough or left out. Raises UserError."""
     # Motion is measured in clips as long as at least half of those of each set are.
     motion_frames = min(protocol.frames, *(int(np.median(s.lengths())) for s in (real, generated)))
-    enough = [n for n in VIDEO_METRICS if n <= protocol.frames
-              and all((s.lengths() >= n).sum() >= 2 for s in (real, generated))]  # fmt: skip
-    lengths = sorted({*enough, motion_frames})
-    kinds = [*lengths, "long"] if protocol.long_clips else lengths
-    real_sums = {n: measure_once(real, n, detectors, show) for n in kinds}
+    metrics = protocol.video_metrics
+    enough = [
+        window
+        for window in metrics
+        if window.span <= protocol.frames
+        and all((s.lengths() >= window.span).sum() >= 2 for s in (real, generated))
+    ]
+    windows = sorted({*enough, Window(motion_frames)})
+    kinds = [*windows, "long"] if protocol.long_clips else windows
+    real_sums = {kind: measure_once(real, kind, detectors, show) for kind in kinds}
     if isinstance(generated, ClipSet):
-        made_sums = {n: measure_once(generated, n, detectors, show) for n in kinds}
+        made_sums = {kind: measure_once(generated, kind, detectors, show) for kind in kinds}
     else:
         with progress("generated clips", protocol.clips, show) as bar:
-            made_sums = measure(generated, lengths, detectors, bar)
+            made_sums = measure(generated, windows, detectors, bar)
         with progress("generated long videos", protocol.long_clips, show) as bar:
             made_sums["long"] = measure_long(generated, detectors, bar)
 
     scores = Scores({}, {}, [], {}, {})
-    for n, names in VIDEO_METRICS.items():
-        for name in [*names, *([FRAME_METRIC[n]] if n in FRAME_METRIC else [])]:
+    for window, names in metrics.items():
+        for name in [*names, *([FRAME_METRIC[window]] if window in FRAME_METRIC else [])]:
             detector = detectors.video if name in names else detectors.frame
             key = "proxy_" + name if detector.proxy else name
-            if n in enough:
-                add_distance(scores, key, name, real_sums[n], made_sums[n])
-            elif n > protocol.frames:
+            if window in enough:
+                add_distance(scores, key, name, real_sums[window], made_sums[window])
+            elif window.span > protocol.frames:
                 scores.skipped[key] = f"only clips of up to {protocol.frames} frames were asked for"
             else:
-                scores.skipped[key] = f"fewer than 2 clips of a set have {n} frames"
+                scores.skipped[key] = f"fewer than 2 clips of a set have {window.span} frames"
     add_differences(scores, enough, protocol, real, generated)
-    add_spectrum(scores, motion_frames, real_sums[motion_frames], made_sums[motion_frames])
+    of_motion = real_sums[Window(motion_frames)], made_sums[Window(motion_frames)]
+    add_spectrum(scores, motion_frames, *of_motion)
     if protocol.long_clips:
         add_repetition(scores, "", made_sums["long"])
         add_repetition(scores, "real_", real_sums["long"])
@@ -106,11 +112,11 @@ def add_distance(scores, key, name, real, made):
 def add_differences(scores, enough, protocol, real, generated):
     """Notes where a set of clips has fewer than were asked for, and where frame rates differ."""
     for which, s in (("real", real), ("generated", generated)):
-        for n in enough:
-            count = int((s.lengths() >= n).sum())
+        for window in enough:
+            count = int((s.lengths() >= window.span).sum())
             if count < protocol.clips:
                 scores.notes.append(
-                    f"{count:,} {which} clips of {n} frames, not {protocol.clips:,}: there are no more"
+                    f"{count:,} {which} clips of {window.span} frames, not {protocol.clips:,}: there are no more"
                 )
     if isinstance(generated, ClipSet) and abs(real.clips.fps - generated.clips.fps) > 0.01:
         scores.notes.append(
@@ -160,7 +166,7 @@ def evaluate(
     state is touched. With torch.distributed running, every process must call it, and all get the same. May raise
     UserError.
     """
-    protocol = Protocol(most, frames, long_clips)
+    protocol = Protocol(clips=most, frames=frames, long_clips=long_clips).chosen(detectors)
     conditions = conditions_of(clips, generator.config.num_labels)
     sets = ClipSet(clips, protocol, seed), GeneratedSet(generator, protocol, seed, conditions)
     return score(*sets, protocol, detectors, show=False).values

@@ -27,7 +27,6 @@ from mostgan.data import Clips, open_data
 from mostgan.device import pick_device
 from mostgan.metrics import Scores, label, score
 from mostgan.metrics.sets import (
-    VIDEO_METRICS,
     ClipSet,
     Detectors,
     GeneratedSet,
@@ -38,6 +37,11 @@ from mostgan.metrics.sets import (
 )
 from mostgan.packing import digest_of
 from mostgan.run import read_config, write_text
+
+PROTOCOLS = {
+    "ours": "more clips than asked for are drawn from at random; every 8th frame of 128",
+    "release": "more clips than asked for: the first by name; 16 frames 8 apart, from any frame on",
+}
 
 
 def summarize(runs: list[Scores]):
@@ -55,13 +59,19 @@ def merge(runs: list[Scores], results) -> Scores:
     """What the runs say besides their values, each thing once; and a note where not all runs have a value."""
     whole = Scores({}, {}, [], {}, {})
     for run in runs:
-        whole.skipped.update({key: why for key, why in run.skipped.items() if key not in whole.skipped | results})
+        whole.skipped.update(
+            {key: why for key, why in run.skipped.items() if key not in whole.skipped | results}
+        )
         whole.notes.extend(note for note in run.notes if note not in whole.notes)
-        whole.samples.update({key: counts for key, counts in run.samples.items() if key not in whole.samples})
+        whole.samples.update(
+            {key: counts for key, counts in run.samples.items() if key not in whole.samples}
+        )
     for key, result in results.items():
         count = len(result["runs"])
         if count < len(runs):
-            whole.notes.append(f"{label(key).strip()}: of {count} of {len(runs)} runs; the others have none")
+            whole.notes.append(
+                f"{label(key).strip()}: of {count} of {len(runs)} runs; the others have none"
+            )
     return whole
 
 
@@ -72,11 +82,15 @@ def table(results, merged: Scores):
         std = "" if result["std"] is None else f"{result['std']:.3g}"
         samples = ", ".join(f"{count:,}" for count in merged.samples.get(key, []))
         lines.append(f"{label(key):32}{result['mean']:>12.5g}{std:>10}   {samples}".rstrip())
-    lines += [f"{label(key):32}{'—':>12}{'':10}   {reason}" for key, reason in merged.skipped.items()]
+    lines += [
+        f"{label(key):32}{'—':>12}{'':10}   {reason}" for key, reason in merged.skipped.items()
+    ]
     lines += [f"note: {note}" for note in merged.notes]
     if any(key.startswith("proxy_") for key in results):
-        lines.append("note: proxy: features of a random network, as no detector was given (--detector, "
-                     "--frame-detector); good only for comparing runs with one another")
+        lines.append(
+            "note: proxy: features of a random network, as no detector was given (--detector, "
+            "--frame-detector); good only for comparing runs with one another"
+        )
     return "\n".join(lines)
 
 
@@ -97,6 +111,7 @@ def protocol_lines(protocol):
     for which in ("video", "frame"):
         lines.append(f"{which:10}{protocol[which + '_detector']['name']}, sha256 "
                      f"{protocol[which + '_detector']['sha256'][:12]}")  # fmt: skip
+    lines.append(f"protocol  {protocol['protocol']}: {PROTOCOLS[protocol['protocol']]}")
     lines.append(f"seeds     {protocol['seed']} to {protocol['seed'] + protocol['runs'] - 1}")
     return "\n".join(lines)
 
@@ -115,7 +130,8 @@ def report(runs, results, merged: Scores, sets, protocol, detectors: Detectors, 
         "protocol": asdict(protocol) | {
             "real": sets[0].describe(), "generated": sets[1].describe(), "runs": len(runs), "seed": seed,
             "seeds": "run r draws windows, latents and labels anew, keyed by seed + r",
-            "frame_strides": {name: stride for names in VIDEO_METRICS.values() for name, stride in names.items()},
+            "windows": {name: {"frames": window.frames, "stride": window.stride, "frame_stride": stride}
+                        for window, names in protocol.video_metrics.items() for name, stride in names.items()},
             "video_detector": describe_detector(detectors.video), "frame_detector": describe_detector(detectors.frame),
             "detector_precision": "float32", "statistics_precision": "float64", "covariance": "population",
             "tf32_convolutions": cuda and torch.backends.cudnn.allow_tf32,
@@ -138,7 +154,9 @@ def open_checkpoint(path, data, device):
         try:
             data = read_config(path.parent).data
         except UserError:
-            raise UserError(f"{path} does not lie in a run: say which real clips with --data") from None
+            raise UserError(
+                f"{path} does not lie in a run: say which real clips with --data"
+            ) from None
     clips = from_rank_0(lambda: open_data(data, "sky", generator.config.resolution))
     return generator, path, clips
 
@@ -150,7 +168,9 @@ def open_two(first, second, resolution):
             raise UserError(f"{path} does not exist")
     packed = [Clips(path) for path in (first, second) if (path / "index.json").exists()]
     resolution = resolution or (packed[0].resolution if packed else 256)
-    return [from_rank_0(lambda path=path: open_data(path, "", resolution)) for path in (first, second)]
+    return [
+        from_rank_0(lambda path=path: open_data(path, "", resolution)) for path in (first, second)
+    ]
 
 
 def run(
@@ -186,14 +206,19 @@ def run(
         out: the JSON file. Default: metrics-….json beside the checkpoint; of two folders, in the current folder.
     """
     if runs < 1 or not 0 <= seed < 2**30:
-        raise UserError(f"runs {runs}, seed {seed}: runs must be at least 1, the seed from 0 to 2³⁰")
+        raise UserError(
+            f"runs {runs}, seed {seed}: runs must be at least 1, the seed from 0 to 2³⁰"
+        )
     if second is not None and data is not None:
         raise UserError("give a CHECKPOINT and --data, or two folders of clips, not all of them")
     if second is None and (random_windows or resolution):
-        raise UserError("--random-windows and --resolution are for two folders of clips; a checkpoint has its own")
+        raise UserError(
+            "--random-windows and --resolution are for two folders of clips; a checkpoint has its own"
+        )
     distributed.start()
     device = pick_device()
     detectors = open_detectors(detector, frame_detector, device)
+    protocol = protocol.chosen(detectors)
     if second is None:
         generator, path, clips = open_checkpoint(first, data, device)
         folder, name = path.parent, path.name
@@ -213,7 +238,10 @@ def run(
     merged = merge(scores, results)
     told = report(scores, results, merged, sets, protocol, detectors, seed)
     if second is None:
-        told["protocol"]["generated"] |= {"checkpoint": str(path), "sha256": digest_of(path / "model.safetensors")}
+        told["protocol"]["generated"] |= {
+            "checkpoint": str(path),
+            "sha256": digest_of(path / "model.safetensors"),
+        }
     if out is None:
         key = hashlib.sha256(json.dumps(told["protocol"]).encode()).hexdigest()[:8]
         out = folder / f"metrics-{name}-{key}.json"
@@ -222,7 +250,9 @@ def run(
     try:
         write_text(out, json.dumps(told, indent=1) + "\n")
     except OSError as error:
-        raise UserError(f"cannot write {out}: {error.strerror}; choose another place with --out") from None
+        raise UserError(
+            f"cannot write {out}: {error.strerror}; choose another place with --out"
+        ) from None
     print(f"the whole protocol is in {out}")
 
 

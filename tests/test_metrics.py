@@ -368,9 +368,9 @@ def test_two_folders_of_clips(packed, tmp_path, capsys, monkeypatch):
 def test_runs_of_which_some_lack_a_value():
     """A period is found only where a video repeats: the first run does not decide what is told."""
     skipped = {"fvd128": "too short", "fid": "why"}
-    first = metrics.Scores({"recurrence": 0.5}, skipped, ["a", "b"], {"fvd16": [3, 4]}, {})
-    second = metrics.Scores({"recurrence": 0.7, "period": 40.0}, {"fvd128": "other"}, ["b", "c"], {"fid": [5, 6]}, {})
-    third = metrics.Scores({"recurrence": 0.6, "period": 44.0, "fid": 2.0}, {}, ["a"], {}, {})
+    first = program.Scores({"recurrence": 0.5}, skipped, ["a", "b"], {"fvd16": [3, 4]}, {})
+    second = program.Scores({"recurrence": 0.7, "period": 40.0}, {"fvd128": "other"}, ["b", "c"], {"fid": [5, 6]}, {})
+    third = program.Scores({"recurrence": 0.6, "period": 44.0, "fid": 2.0}, {}, ["a"], {}, {})
     results = program.summarize([first, second, third])
     assert list(results) == ["recurrence", "period", "fid"]
     assert results["period"] == {"mean": 42.0, "std": pytest.approx(8**0.5), "runs": [40.0, 44.0]}
@@ -384,7 +384,7 @@ def test_runs_of_which_some_lack_a_value():
 
 def test_a_missing_second_set_is_told_before_the_first_is_packed(tmp_path, monkeypatch):
     (tmp_path / "videos").mkdir()
-    monkeypatch.setattr(metrics, "open_data", lambda *a: pytest.fail("packed"))
+    monkeypatch.setattr(program, "open_data", lambda *a: pytest.fail("packed"))
     with pytest.raises(UserError, match="nowhere does not exist"):
         program.run(tmp_path / "videos", tmp_path / "nowhere", protocol=SMALL)
 
@@ -429,7 +429,8 @@ def test_the_cache_tells_apart_what_changes_the_numbers(packed):
         window = n if n == "long" else Window(n)
         return sets.cache_file(ClipSet(Clips(packed), dataclasses.replace(SMALL, **changes), 0), window, none)
 
-    assert len({file(), file(batch=3), file(clips=7), file(20), file(protocol="release")}) == 5  # another batch changes the last digits
+    # Another batch changes the last digits.
+    assert len({file(), file(batch=3), file(clips=7), file(20), file(protocol="release")}) == 5
     assert file(precision="bf16") == file(long_clips=3) == file()  # of generated clips; of long ones
     assert file("long", batch=3) == file("long") != file("long", long_clips=3)
 
@@ -540,3 +541,96 @@ def test_a_wrong_detector_stops_training_before_it_starts(packed, detectors, tmp
         with pytest.raises(UserError, match=complaint):
             training.train(training_config(packed, eval_detector=str(detectors / name)), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+# ------------------------------------------------------------------------------------ the release's protocol
+
+
+class Numbered:
+    """Clips whose frames all have their number as gray value, named so that their order by name is another."""
+
+    resolution, fps, builtin = 4, 25.0, False
+    path, labels, num_labels = Path("numbered"), None, 0
+
+    def __init__(self, lengths, names=None):
+        self.lengths = np.array(lengths)
+        self.names = names or [f"clip {i}" for i in range(len(lengths))]
+        self.info = {"clips": [dict(name=name, start=0, frames=int(n), label=None, crc32=0)
+                               for name, n in zip(self.names, lengths)]}  # fmt: skip
+
+    def __len__(self):
+        return len(self.lengths)
+
+    def frames(self, clip, indices):
+        assert max(indices) < self.lengths[clip]
+        gray = np.asarray(indices, np.uint8)[:, None, None, None]
+        return np.broadcast_to(gray, (len(indices), 3, 4, 4)).copy()
+
+
+def frames_seen(clips, protocol, seed):
+    """What the video detector is given of each window: window → frame numbers of each clip."""
+    seen = []
+
+    def remember(x):
+        seen.extend(x[:, 0, :, 0, 0].tolist())
+        return x[:, 0, :2, 0, 0].float()
+
+    one = frechet.Detector("one", "one", False, remember)
+    detectors, found = sets.Detectors(one, one._replace(features=lambda x: x[:, :, 0, 0].float()), CPU), {}
+    for window in protocol.video_metrics:
+        seen.clear()
+        sets.measure(ClipSet(clips, protocol, seed), [window], detectors, sets.progress("", 1, False))
+        found[window] = [list(map(int, numbers)) for numbers in seen]
+    return found
+
+
+def test_every_8th_frame_by_both_protocols():
+    """Of a clip of 130 frames the release's windows of 16 frames 8 apart begin at 0 … 130 − 1 − 8 · 15 = 9, and one of
+    121 frames has one; ours are every 8th frame of 128, which begin at 0 … 2, and a clip of 127 has none."""
+    clips = Numbered([130, 121, 127, 120])
+    firsts = {"ours": set(), "release": set()}
+    for seed in range(150):
+        ours = frames_seen(clips, Protocol("ours", long_clips=0), seed)
+        (whole, every8) = ours[Window(128)]
+        assert every8 == whole[::8] and len(every8) == 16
+        firsts["ours"].add(every8[0])
+        release = frames_seen(clips, Protocol("release", long_clips=0), seed)
+        assert len(release[Window(128)]) == 1  # FVD128 alone, of the one clip that has as many
+        of_130, of_121, of_127 = release[Window(16, 8)]
+        assert all(b - a == 8 for a, b in zip(of_130, of_130[1:])) and len(of_130) == 16
+        assert of_121 == list(range(0, 121, 8)) and 0 <= of_127[0] <= 6
+        firsts["release"].add(of_130[0])
+        assert release[Window(16)] == ours[Window(16)]
+    assert firsts == {"ours": {0, 1, 2}, "release": set(range(10))}
+
+
+def test_the_first_clips_by_name():
+    clips = Numbered([20] * 6, ["f", "b", "d", "a", "e", "c"])
+    few = Protocol("release", clips=3, frames=16)
+    for seed in range(5):
+        taken = [clip for clip, _ in ClipSet(clips, few, seed).windows(Window(16))]
+        assert [clips.names[clip] for clip in taken] == ["a", "b", "c"]
+    few = dataclasses.replace(few, protocol="ours")
+    drawn = [ClipSet(clips, few, seed).windows(Window(16)) for seed in range(20)]
+    assert len({tuple(clip for clip, _ in windows) for windows in drawn}) > 5
+
+
+def test_which_protocol_is_taken_and_recorded(packed, detectors, tmp_path):
+    """The release's for FVD with a detector, unless another is asked for; ours without one."""
+    for name, asked, detector, expected in (
+        ("a", [], [], "ours"),
+        ("b", [], ["--detector", detectors / "video.pt"], "release"),
+        ("c", ["--protocol", "ours"], ["--detector", detectors / "video.pt"], "ours"),
+        ("d", ["--protocol", "release"], [], "release"),
+    ):
+        out = tmp_path / f"{name}.json"
+        arguments = [packed, packed, "--random-windows", "--long-clips", 0, "--out", out, *asked, *detector]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", list(map(str, ["metrics", *arguments])))
+            program.main()
+        said = json.loads(out.read_text())
+        key = "fvd128_every8" if detector else "proxy_fvd128_every8"
+        assert said["protocol"]["protocol"] == expected and said["results"][key]["mean"] < 1e-6
+        window = said["protocol"]["windows"]["fvd128_every8"]
+        told = (16, 8, 1) if expected == "release" else (128, 1, 8)
+        assert (window["frames"], window["stride"], window["frame_stride"]) == told

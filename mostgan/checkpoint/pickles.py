@@ -25,27 +25,14 @@ MOST_INSTRUCTIONS = 5_000_000  # a snapshot has some 400,000
 DEEPEST_TUPLE = 100  # the unpickler hashes keys by recursion, which would overflow the C stack
 LARGE = (
     2**16
-)  # bytes; longer strings of them lie outside of pickle's frames, and are noted rather than read
-SHARED = (
-    2**22
-)  # numbers that tensors may have beyond those of their storages: filters that many layers share
-LEGACY_MAGIC = (
-    0x1950A86A20F9469CFC6C  # first of the pickles in a file of torch.save before its zip format
-)
+)  # bytes; longer strings lie outside of pickle's frames, and are noted rather than read
+SHARED = 2**22  # numbers that tensors may have beyond those of their storages: shared filters
+LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # begins a file of torch.save from before its zip format
 LEGACY_PROTOCOL = 1001
 
-DTYPES = {
-    "Float": torch.float32,
-    "Double": torch.float64,
-    "Half": torch.float16,
-    "BFloat16": torch.bfloat16,
-    "Long": torch.int64,
-    "Int": torch.int32,
-    "Short": torch.int16,
-    "Char": torch.int8,
-    "Byte": torch.uint8,
-    "Bool": torch.bool,
-}
+DTYPES = {"Half": torch.float16, "BFloat16": torch.bfloat16, "Float": torch.float32}
+DTYPES |= {"Double": torch.float64, "Long": torch.int64, "Int": torch.int32, "Short": torch.int16}
+DTYPES |= {"Char": torch.int8, "Byte": torch.uint8, "Bool": torch.bool}
 STORAGE = re.compile(r"torch\.(?:cuda\.)?(\w+)Storage")
 PYTHON_2 = {"__builtin__": "builtins", "copy_reg": "copyreg"}  # module names in protocols 0 to 2
 INERT = re.compile(

@@ -8,7 +8,7 @@ only the tensors show, as in a plain state dict, is inferred, and said to be.
 import hashlib
 import math
 import re
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -58,41 +58,48 @@ _RENAMED_DISCRIMINATOR = [
 ]
 _FREQUENCIES = "synthesis.motion_encoder.time_encoder.freqs"
 
-# Where the pickled configuration tells a field of ModelConfig: in that of the generator, and of the discriminator.
-_TOLD_BY_GENERATOR = {
-    "motion_distance": ("motion.motion_z_distance",),
-    "shortest_period": ("time_enc.min_period_len", "motion.time_enc.min_period_len"),
-    "max_period": ("time_enc.max_period_len", "motion.time_enc.max_period_len"),
-    "num_frequencies": ("time_enc.dim", "motion.time_enc.dim"),
-    "motion_noise_dim": ("motion.z_dim",),
-    "w_dim": ("w_dim",),
-    "z_dim": ("z_dim",),
-    "num_labels": ("c_dim",),
-    "motion_styles": ("motion_num",),
-    "motion_vector_dim": ("motion_dim",),
-    "rank": ("rank",),
-    "max_num_frames": ("sampling.max_num_frames",),
-    "frames_per_clip": ("sampling.num_frames_per_video",),
-    "fps": ("sampling.fps",),
-}
-# A file of StyleGAN-V may have settings of what MoStGAN-V added, which then mean nothing.
-_OF_MOSTGAN_V = (
-    "motion_styles",
-    "motion_vector_dim",
-    "rank",
-    "motion_difference",
-    "discriminator_hidden_dim",
+# Where the pickled configuration of a generator, and of a discriminator, tells a field of ModelConfig.
+_TOLD_BY_GENERATOR = (
+    ("motion_distance", "motion.motion_z_distance"),
+    ("shortest_period", "time_enc.min_period_len"),
+    ("max_period", "time_enc.max_period_len"),
+    ("num_frequencies", "time_enc.dim"),
+    ("shortest_period", "motion.time_enc.min_period_len"),
+    ("max_period", "motion.time_enc.max_period_len"),
+    ("num_frequencies", "motion.time_enc.dim"),
+    ("motion_noise_dim", "motion.z_dim"),
+    ("w_dim", "w_dim"),
+    ("z_dim", "z_dim"),
+    ("num_labels", "c_dim"),
+    ("motion_styles", "motion_num"),
+    ("motion_vector_dim", "motion_dim"),
+    ("motion_resolutions", "mod_layers"),
+    ("rank", "rank"),
+    ("max_num_frames", "sampling.max_num_frames"),
+    ("frames_per_clip", "sampling.num_frames_per_video"),
+    ("fps", "sampling.fps"),
 )
-_TOLD_BY_ATTRIBUTES = {"img_resolution": "resolution", "c_dim": "num_labels"}  # of a whole network
-_TOLD_BY_DISCRIMINATOR = {
-    "max_num_frames": ("sampling.max_num_frames",),
-    "frames_per_clip": ("sampling.num_frames_per_video",),
-    "concat_resolution": ("concat_res",),
-    "motion_difference": ("motion_diff",),
-    "discriminator_hidden_dim": ("motion_dim",),
-    "mbstd_group": ("mbstd_group_size",),
-    "time_condition": ("dummy_c",),
-}
+_TOLD_BY_DISCRIMINATOR = (
+    ("max_num_frames", "sampling.max_num_frames"),
+    ("frames_per_clip", "sampling.num_frames_per_video"),
+    ("concat_resolution", "concat_res"),
+    ("motion_difference", "motion_diff"),
+    ("discriminator_hidden_dim", "motion_dim"),
+    ("mbstd_group", "mbstd_group_size"),
+    ("time_condition", "dummy_c"),
+)
+# The whole run's configuration has the discriminator's, too: so a generator alone tells what a new one should be.
+_TOLD_BY_GENERATOR += tuple((name, f"model.discriminator.{path}") for name, path in _TOLD_BY_DISCRIMINATOR)
+# A file of StyleGAN-V may have settings of what MoStGAN-V added, which then mean nothing.
+_OF_MOSTGAN_V = {"motion_styles", "motion_vector_dim", "motion_resolutions", "rank"}
+_OF_MOSTGAN_V |= {"motion_difference", "discriminator_hidden_dim"}
+_CLAMPED = (
+    "conv0",
+    "conv1",
+    "torgb",
+    "fromrgb",
+    "conv",
+)  # layers whose conv_clamp bounds activations
 # Options of the release that ours has in one way only: in the pickled configuration, and as attributes of modules.
 _ONE_WAY = {
     "motion.gen_strategy": "conv",
@@ -107,10 +114,12 @@ _ONE_WAY = {
     "softmask": False,
 }
 _ONE_WAY_ATTRIBUTES = {
-    "instance_norm": False,
-    "spectral_norm": False,
-    "use_noise": False,
-    "img_channels": 3,
+    "instance_norm": (False,),
+    "spectral_norm": (False,),
+    "use_noise": (False,),
+    "img_channels": (3,),
+    "architecture": ("skip", "resnet"),
+    "skip_small_t_freqs": (0,),
 }
 
 
@@ -352,9 +361,15 @@ def look_up(cfg, path):
     """The value at a dotted path of a pickled configuration, references followed; _MISSING if there is none.
 
     Nodes are omegaconf's: `_content` of dictionaries and lists, `_val` of leaves. A text `${a.b}` stands for what is at
-    a.b, counted from the root of all that cfg is a part of. Raises UserError on references that lead nowhere.
+    a.b, counted from the root of all that cfg is a part of; so are paths that begin with `model`.
+    Raises UserError on references that lead nowhere.
     """
-    return _plain(_walk(cfg, path.split("."), _root(cfg), (), path))
+    root = _root(cfg)
+    node = root if path.startswith("model.") else cfg
+    value = _walk(node, path.split("."), root, (), path)
+    if isinstance(value, list):
+        return [_resolved(item, root, (), path) for item in value]
+    return _plain(value)
 
 
 def _root(node):
@@ -394,7 +409,7 @@ def _resolved(node, root, following, path):
 
 
 def _plain(value):
-    return value if type(value) in (str, int, float, bool) or isinstance(value, list) else _MISSING
+    return value if type(value) in (str, int, float, bool) else _MISSING
 
 
 # -------------------------------------------------------------------------------- the configuration
@@ -436,28 +451,17 @@ def _same(a, b):
 
 
 def _said(value):
-    return shown(
-        value
-        if type(value) is str
-        else ", ".join(map(str, value))
-        if isinstance(value, tuple)
-        else str(value)
-    )
+    return shown(", ".join(map(str, value)) if isinstance(value, tuple | list) else str(value))
 
 
 def find_config(generator, discriminator=None, half_precision=None, motion_distance=None):
     """Networks → ModelConfig, and a line about it. Arguments as in `read_released`. Raises UserError."""
     evidence = Evidence()
     resolutions = _show_generator(evidence, generator.state)
-    for network in (generator, discriminator):
-        _tell_attributes(evidence, network)
-    if generator.cfg is not None:
-        _tell_generator(evidence, generator.cfg, resolutions)
-    _tell_clamp(evidence, generator)
+    _tell(evidence, generator, _TOLD_BY_GENERATOR, resolutions)
     if discriminator is not None:
         _show_discriminator(evidence, discriminator.state)
-        _tell_discriminator(evidence, discriminator)
-        _tell_clamp(evidence, discriminator)
+        _tell(evidence, discriminator, _TOLD_BY_DISCRIMINATOR, resolutions)
     if motion_distance is not None:
         evidence.tell("motion_distance", motion_distance, "--motion-distance")
     if "motion_distance" not in evidence.told:
@@ -487,7 +491,7 @@ def find_config(generator, discriminator=None, half_precision=None, motion_dista
         r for r in halves if r in values["motion_resolutions"]
     )
     config = ModelConfig(**values)
-    return config, _describe(config, how, inferred, discriminator is not None)
+    return config, _describe(config, how, inferred)
 
 
 class _Shapes:
@@ -570,76 +574,55 @@ def _motion_styles(of, resolutions, w_dim):
     )
 
 
-def _tell_generator(evidence, cfg, resolutions):
-    """What the generator's pickled configuration tells."""
-    without_styles = (
-        evidence.shown["motion_styles"][0] == 0
-    )  # StyleGAN-V: settings of motion styles mean nothing
-    for name, paths in _TOLD_BY_GENERATOR.items():
-        for path in paths:
-            value = look_up(cfg, path)
-            if value is not _MISSING and not (without_styles and name in _OF_MOSTGAN_V):
-                evidence.tell(name, _number(value, path), f"its configuration's {path}")
-    layers = look_up(cfg, "mod_layers")
-    if layers is not _MISSING and not without_styles:
-        numbers = re.findall(
-            r"\d+",
-            layers if type(layers) is str else str([_resolved(n, None, (), "") for n in layers]),
-        )
-        motion = tuple(r for r in resolutions if str(r) in numbers)
-        evidence.tell("motion_resolutions", motion, "its configuration's mod_layers")
+def _tell(evidence, network, told, resolutions):
+    """What a network's pickled configuration, and its modules' attributes, tell of each field."""
+    for name, path in told:
+        value = look_up(network.cfg, path)
+        if value is _MISSING or not evidence.shown["motion_styles"][0] and name in _OF_MOSTGAN_V:
+            continue
+        if name == "motion_resolutions":
+            numbers = re.findall(r"\d+", str(value))
+            value = tuple(r for r in resolutions if str(r) in numbers)
+        elif name in ("motion_difference", "time_condition"):
+            value = bool(value) != path.endswith("dummy_c")
+        else:
+            value = _number(value, path)
+        evidence.tell(name, value, f"its configuration's {path}")
+    for path, attributes in network.attributes.items():
+        place = f"{network.class_name}.{path}".rstrip(".")
+        if not path:
+            _tell_of_whole(evidence, attributes, place)
+        if (
+            path.rpartition(".")[2] in _CLAMPED
+            and ".hypernet" not in path
+            and "conv_clamp" in attributes
+        ):
+            clamp = attributes["conv_clamp"]
+            if clamp is not None and (type(clamp) not in (int, float) or not 0 < clamp < math.inf):
+                raise UserError(f"the conv_clamp of its {place} is no positive number")
+            evidence.tell("activation_clamp", clamp, f"conv_clamp of {place}")
+        if "group_size" in attributes:
+            group = attributes["group_size"]
+            if type(group) is not int or not 0 < group <= MOST_GROUP:
+                number = f"whole number from 1 to {MOST_GROUP:,}"
+                raise UserError(f"its discriminator has a group_size that is no {number}")
+            evidence.tell("mbstd_group", group, f"{place}.group_size")
 
 
-def _tell_attributes(evidence, network):
-    """What a network's own attributes and arguments tell."""
-    attributes = network.attributes.get("", {}) if network is not None else {}
-    for stored, name in _TOLD_BY_ATTRIBUTES.items():
-        if type(attributes.get(stored)) is int:
-            evidence.tell(name, attributes[stored], f"the {network.class_name}'s {stored}")
-    layers = _dictionary(_dictionary(attributes.get("_init_kwargs")).get("mapping_kwargs")).get(
-        "num_layers"
-    )
-    if type(layers) is int:
-        evidence.tell("mapping_layers", layers, f"the {network.class_name}'s mapping_kwargs")
+def _tell_of_whole(evidence, attributes, place):
+    """What the attributes and arguments of a whole network tell."""
+    mapping = _dictionary(_dictionary(attributes.get("_init_kwargs")).get("mapping_kwargs"))
+    for name, value in (
+        ("resolution", attributes.get("img_resolution")),
+        ("num_labels", attributes.get("c_dim")),
+        ("mapping_layers", mapping.get("num_layers")),
+    ):
+        if type(value) is int:
+            evidence.tell(name, value, f"the attributes of {place}")
 
 
 def _dictionary(value):
     return value if isinstance(value, dict) else {}
-
-
-def _tell_discriminator(evidence, network):
-    """What the discriminator's pickled configuration tells, and its layers' attributes."""
-    for name, paths in _TOLD_BY_DISCRIMINATOR.items():
-        value = look_up(network.cfg, paths[0]) if network.cfg is not None else _MISSING
-        if value is _MISSING or evidence.shown["motion_styles"][0] == 0 and name in _OF_MOSTGAN_V:
-            continue
-        if name == "time_condition":
-            evidence.tell(name, not value, f"the discriminator's {paths[0]}")
-        elif name == "motion_difference":
-            evidence.tell(name, bool(value), f"the discriminator's {paths[0]}")
-        else:
-            evidence.tell(name, _number(value, paths[0]), f"the discriminator's {paths[0]}")
-    for path, attributes in network.attributes.items():
-        if "group_size" in attributes:
-            group = attributes["group_size"]
-            if type(group) is not int or not 0 < group <= MOST_GROUP:
-                raise UserError(
-                    f"its discriminator has a group_size that is no whole number from 1 to {MOST_GROUP:,}"
-                )
-            evidence.tell("mbstd_group", group, f"the discriminator's {path}.group_size")
-
-
-def _tell_clamp(evidence, network):
-    """The bound of the activations, which each layer stores."""
-    for path, attributes in network.attributes.items():
-        layer = path.rpartition(".")[2]
-        if layer not in ("conv0", "conv1", "torgb", "fromrgb", "conv") or ".hypernet" in path:
-            continue
-        if "conv_clamp" in attributes:
-            clamp = attributes["conv_clamp"]
-            if clamp is not None and (type(clamp) not in (int, float) or not 0 < clamp < math.inf):
-                raise UserError(f"the conv_clamp of its {path} is no positive number")
-            evidence.tell("activation_clamp", clamp, f"conv_clamp of {path}")
 
 
 def _number(value, path):
@@ -695,38 +678,16 @@ def _half_precision(generator, resolutions):
         r: generator.attributes.get(f"synthesis.b{r}", {}).get("use_fp16") for r in resolutions
     }
     if any(type(value) is bool for value in stored.values()):
-        return [r for r in resolutions if stored[r] is True], "as its blocks store"
+        return [r for r in resolutions if stored[r] is True], "as its blocks store it"
     highest = [r for r in resolutions[-HALF_PRECISION_LAYERS:] if r > 4]
     return highest, "assumed: the four highest, but never 4"
 
 
-def _describe(config, how, inferred, discriminator):
-    """The configuration in a line."""
-
-    def several(resolutions):
-        return ", ".join(str(r) for r in resolutions) or "none"
-
-    styles = "no motion styles (StyleGAN-V)"
-    if config.motion_styles:
-        styles = (
-            f"K = {config.motion_styles} motion styles of rank {config.rank}, motion vectors of "
-            f"{config.motion_vector_dim}, at {several(config.motion_resolutions)}"
-            + (", hypernetworks of the older layout" if config.hypernetwork == "affine" else "")
-        )
-    judge = (
-        f"; discriminator of {config.frames_per_clip} frames with{'' if config.motion_difference else 'out'} "
-        f"differences, FC {config.discriminator_hidden_dim}, groups of {config.mbstd_group}"
-        + ("" if config.time_condition else ", without its condition (dummy_c)")
-    )
-    return (
-        f"{config.resolution}², at most {config.channel_max} channels; w of {config.w_dim}, "
-        f"{config.num_labels or 'no'} labels; {config.fps or 'unknown'} frames/s; motion distance "
-        f"{config.motion_distance}, periods {config.shortest_period or config.motion_distance} to {config.max_period}; "
-        f"{styles}; activations clamped at {config.activation_clamp or 'no bound'}; half precision in the release at "
-        f"{several(config.prenorm_resolutions)} ({how}), so pre-normalized there, motion as the demodulation factor "
-        f"only at {several(config.motion_demod_only_resolutions)}{judge if discriminator else ''}; inferred from the "
-        f"tensors alone: {', '.join(name for name in inferred if name != 'stored_channels') or 'nothing'}"
-    )
+def _describe(config, how, inferred):
+    """The configuration in a line, and where it comes from."""
+    values = ", ".join(f"{name} {_said(value)}" for name, value in asdict(config).items())
+    by_tensors = ", ".join(name for name in inferred if name != "stored_channels") or "nothing"
+    return f"{values}; half precision in the release: {how}; inferred from the tensors alone: {by_tensors}"
 
 
 # ------------------------------------------------------------------------------------------ checks
@@ -736,29 +697,19 @@ def _check_options(networks):
     """Raise UserError, with the option's name, on what the release can do and ours cannot."""
     for which, network in networks.items():
         for path, ours in _ONE_WAY.items():
-            value = look_up(network.cfg, path) if network.cfg is not None else _MISSING
-            if value is not _MISSING and value != ours:
-                raise UserError(
-                    f"its {which} has {path} = {_said(value)}, of which ours has {_said(ours)} only"
-                )
+            _refuse_other(f"{which} has {path}", look_up(network.cfg, path), (ours,))
         for path, attributes in network.attributes.items():
-            place = f"{which}.{path}" if path else which
+            place = f"{which}.{path}".rstrip(".")
             for name, ours in _ONE_WAY_ATTRIBUTES.items():
-                value = _plain(attributes.get(name, ours))
-                if value is not _MISSING and value != ours:
-                    raise UserError(
-                        f"its {place} has {name} = {_said(value)}, of which ours has {_said(ours)} only"
-                    )
-            architecture = attributes.get("architecture", None)
-            if architecture is not None and architecture not in ("skip", "resnet"):
-                raise UserError(
-                    f"its {place} has architecture = {_said(str(architecture))}, which ours has not"
-                )
+                _refuse_other(f"{place} has {name}", _plain(attributes.get(name)), ours)
             size = _dictionary(attributes.get("_init_kwargs")).get("kernel_size")
-            if size is not None and size not in (1, 3):
-                raise UserError(
-                    f"its {place} has kernel_size = {_said(str(size))}, of which ours has 1 and 3 only"
-                )
+            _refuse_other(f"{place} has kernel_size", _plain(size), (1, 3))
+
+
+def _refuse_other(what, value, ours):
+    if value is not _MISSING and value not in ours:
+        only = " or ".join(map(_said, ours))
+        raise UserError(f"its {what} = {_said(value)}, of which ours has {only} only")
 
 
 def _fitted(network, module, config):

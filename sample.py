@@ -59,7 +59,9 @@ class Options:
     psi: float = 1.0
     """truncation: 1 none, towards 0 more typical and less diverse"""
     label: int | None = None
-    """class, for a conditional model"""
+    """class, for a model conditioned on classes"""
+    condition: tuple[float, ...] = ()
+    """condition vector, for a model conditioned on vectors"""
     motion_style: tuple[str, ...] = ()
     """k=GAIN: scales the share of motion style k (from 0); 0 removes it"""
     start: float = 0.0
@@ -105,7 +107,8 @@ def sample(options: Options):
         mode = "reduce-overhead" if device.type == "cuda" else "default"
         generator.synthesis.compile(fullgraph=True, dynamic=False, mode=mode)
     content, motion = grid_seeds(options, rows, columns)
-    windows = generator.render(content, options.start, frames, rows * columns, motion, options.label, options.psi,
+    windows = generator.render(content, options.start, frames, rows * columns, motion,
+                               list(options.condition) or options.label, options.psi,
                                content_frames=exact(options.content_seconds) * exact(rate),
                                style_gain=parse_gains(options.motion_style), **way)
     if options.loop is not None:

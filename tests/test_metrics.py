@@ -493,7 +493,7 @@ def test_bad_input_gets_one_line(arguments, complaint, packed, run_folder, detec
 
 def test_a_conditional_model_needs_labels(packed, tmp_path):
     save(tmp_path, dataclasses.replace(MODEL, num_labels=2))
-    with pytest.raises(UserError, match="has 2 classes"):
+    with pytest.raises(UserError, match="takes 2 numbers as a condition, or as many classes, but .* has no labels"):
         program.run(tmp_path, data=packed, protocol=SMALL)
 
 

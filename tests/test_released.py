@@ -288,6 +288,8 @@ CONTRADICTIONS = {
         None,
         "refers to itself",
     ),
+    "many digits": ({"dataset.motion_z_distance": 10**5000}, None, "makes no sense"),
+    "a list": ({"dataset.motion_z_distance": [64]}, None, "must be a number"),
     "no number": ({"dataset.motion_z_distance": "far"}, None, "is far, but must be a number"),
 }
 

@@ -92,18 +92,13 @@ class Dictionary(dict):
 class Function:
     """Stands for a function that a pickle may call. Its attributes cannot be set from the file."""
 
-    __slots__ = ("call",)
-
     def __init__(self, call):
-        object.__setattr__(self, "call", call)
+        self.call = call
 
     def __call__(self, *args):
         return self.call(*args)
 
     def __setstate__(self, state):
-        raise Refused("it sets the state of a function")
-
-    def __setattr__(self, name, value):
         raise Refused("it sets the state of a function")
 
 
@@ -116,16 +111,17 @@ class Storage:
     budget: "Budget"
     read_into: object = None
 
+    def __setstate__(self, state):
+        raise Refused("it sets the state of a tensor's storage")
+
     def read(self):
         """The numbers, in one dimension."""
         if self.read_into is None:
             raise Refused("a tensor's storage is missing")
         self.budget.spend(bytes=self.numel * self.dtype.itemsize)
         numbers = torch.empty(self.numel, dtype=self.dtype)
-        if (
-            self.numel
-            and self.read_into(memoryview(numbers.view(torch.uint8).numpy())) != numbers.nbytes
-        ):
+        buffer = memoryview(numbers.view(torch.uint8).numpy())
+        if self.numel and self.read_into(buffer) != len(buffer):
             raise Refused("a tensor's storage is cut short")
         return numbers
 
@@ -144,19 +140,18 @@ class Tensor:
 
     def check(self):
         """Raise Refused if the view reaches out of its storage."""
-        numbers = (self.offset, *self.size, *self.stride)
-        if len(self.size) != len(self.stride) or any(
-            type(n) is not int or not 0 <= n < 2**62 for n in numbers
-        ):
+        numbers, room = (self.offset, *self.size, *self.stride), self.storage.numel
+        whole = all(type(n) is int and 0 <= n < 2**62 for n in numbers)
+        if not whole or len(self.size) != len(self.stride):
             raise Refused("a tensor has no proper shape")
-        if 0 in self.size:
-            if self.offset > self.storage.numel:
-                raise Refused(f"a tensor of shape {self.size} does not fit its storage")
-            return
         last = self.offset + sum((n - 1) * step for n, step in zip(self.size, self.stride))
-        if last >= self.storage.numel or math.prod(self.size) > self.storage.numel:
+        if (
+            0 not in self.size
+            and (last >= room or math.prod(self.size) > room)
+            or self.offset > room
+        ):
             raise Refused(
-                f"a tensor of shape {self.size} does not fit its storage of {self.storage.numel} numbers"
+                f"a tensor of shape {self.size} does not fit its storage of {room} numbers"
             )
 
 
@@ -176,9 +171,8 @@ def read_tensors(tensors):
     for names in of_storage.values():
         numbers = tensors[names[0]].storage.read()
         for name in names:
-            view = numbers.as_strided(
-                tensors[name].size, tensors[name].stride, tensors[name].offset
-            )
+            of = tensors[name]
+            view = numbers.as_strided(of.size, of.stride, of.offset)
             whole = len(names) == 1 and view.numel() == numbers.numel() and view.is_contiguous()
             read[name] = view if whole else view.clone(memory_format=torch.contiguous_format)
     return {name: read[name] for name in tensors}
@@ -284,13 +278,9 @@ def opened(path):
                 value = _read_any(Source(file, 0, size), Budget(2 * size + 2**20))
             except (Refused, MemoryError, OSError):
                 raise
-            except (
-                Exception
-            ) as error:  # what a damaged file makes pickle and zipfile run into is anything
-                detail = str(error).partition("\n")[0][:200] or type(error).__name__
-                raise UserError(
-                    f"{path} is damaged, or no pickle of networks: {ascii(detail)[1:-1]}"
-                ) from None
+            except Exception as error:  # a damaged file makes pickle and zipfile run into anything
+                detail = ascii(str(error).partition("\n")[0][:200] or type(error).__name__)[1:-1]
+                raise UserError(f"{path} is damaged, or no pickle of networks: {detail}") from None
             yield value
         except Refused as error:
             raise UserError(f"{path} is refused, and nothing in it was executed: {error}") from None
@@ -308,17 +298,14 @@ def _read_any(source, budget):
     if type(first) is not int or first != LEGACY_MAGIC:
         return first
     protocol, system, storages = _load(source, budget), _load(source, budget), {}
-    if (
-        protocol != LEGACY_PROTOCOL
-        or not isinstance(system, dict)
-        or system.get("little_endian") is not True
-    ):
+    little = isinstance(system, dict) and system.get("little_endian") is True
+    if protocol != LEGACY_PROTOCOL or not little:
         raise Refused("it is no file of torch.save from a little-endian machine")
-    value = _load(
-        source,
-        budget,
-        lambda dtype, key, numel: storages.setdefault(key, Storage(dtype, numel, budget)),
-    )
+
+    def storage_of(dtype, key, numel):
+        return storages.setdefault(key, Storage(dtype, numel, budget))
+
+    value = _load(source, budget, storage_of)
     for key in _load(source, budget):
         storage = storages.get(key) if type(key) is str else None
         numel = int.from_bytes(source.read(8), "little")
@@ -383,10 +370,9 @@ def _read_entry(archive, info, buffer):
         with archive.open(info) as file:
             while done < len(buffer) and (count := file.readinto(buffer[done : done + 2**20])):
                 done += count
-    except zipfile.BadZipFile as error:
-        raise Refused(
-            f"an entry of the zip file is damaged: {ascii(str(error))[1:-1][:100]}"
-        ) from None
+    except Exception as error:  # zipfile has no one kind of error for damage
+        detail = ascii(str(error))[1:-1][:100]
+        raise Refused(f"an entry of the zip file is damaged: {detail}") from None
     return done
 
 
@@ -484,9 +470,7 @@ class SafeUnpickler(pickle.Unpickler):
         raise Refused(f"it names {shown(full)}, and networks need no such thing")
 
     def _class(self, full, base):
-        if (
-            full not in self.classes
-        ):  # made anew for each file, so what a file does to one ends with it
+        if full not in self.classes:  # made for this file alone: what it does to one ends with it
             self.classes[full] = type(base.__name__, (base,), {"name": full})
         return self.classes[full]
 
@@ -503,9 +487,7 @@ class SafeUnpickler(pickle.Unpickler):
     def storage_from_bytes(self, raw):
         """A storage that was pickled on its own: the bytes are a torch.save file of it."""
         if self.budget.nested or type(raw) is not bytes:
-            raise Refused(
-                "it has a tensor's storage within a tensor's storage, or something else for one"
-            )
+            raise Refused("it has a tensor's storage in a tensor's storage, or nothing of the kind")
         self.budget.nested = True
         found = _read_any(self.source.bytes_at(raw), self.budget)
         self.budget.nested = False
@@ -522,24 +504,15 @@ class SafeUnpickler(pickle.Unpickler):
 
     def persistent_load(self, key):
         """What torch.save keeps apart: ('storage', type, key, location, numel), in old files followed by a view, which
-        is None; and in old files ('module', class, its file, its source), whose source is left unread as well.
+        is None. The location, such as cuda:0, is of no concern.
         """
-        if self.storage_of is None or not isinstance(key, tuple) or not 2 <= len(key) <= 6:
+        if self.storage_of is None or not isinstance(key, tuple):
             raise Refused("it refers to something outside of itself")
-        if key[0] == "module":
-            return key[1]
-        kind, type_, name, _, numel, view = (*key, None, None, None)[:6]
+        kind, type_, name, _, numel, view = (*key, None, None, None, None, None, None)[:6]
         dtype = storage_dtype(getattr(type_, "name", "")) if isinstance(type_, type) else None
-        if (
-            kind != "storage"
-            or dtype is None
-            or type(numel) is not int
-            or not 0 <= numel < 2**40
-            or view is not None
-        ):
+        plain = kind == "storage" and type(name) is str and view is None and dtype is not None
+        if not plain or type(numel) is not int or not 0 <= numel < 2**40:
             raise Refused("it refers to something that is no plain storage")
-        if type(name) is not str:
-            raise Refused("it refers to a storage without a name")
         return self.storage_of(dtype, name, numel)
 
 
@@ -592,5 +565,5 @@ def storage_dtype(name):
 
 def shown(value):
     """Text from the file, fit to be printed: short, and without control characters."""
-    text = ascii(value).strip("'")
+    text = ascii(str(value)).strip("'")
     return text if len(text) <= 80 else text[:77] + "..."

@@ -30,6 +30,7 @@ MOST_MODULES, MOST_TENSORS, DEEPEST = (
     10_000,
     20,
 )  # a network of the release: 130 modules, 200 tensors, 6 deep
+MOST_REFERENCES = 100  # to be followed for one value of a configuration
 MOST_GROUP = 2**16  # clips whose statistics the discriminator pools; usually 4
 MOST_CLASSES, CLASS_LATENTS, CLASS_SEED = 4096, 1000, 2**40  # for the mean w of each class
 WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -89,7 +90,9 @@ _TOLD_BY_DISCRIMINATOR = (
     ("time_condition", "dummy_c"),
 )
 # The whole run's configuration has the discriminator's, too: so a generator alone tells what a new one should be.
-_TOLD_BY_GENERATOR += tuple((name, f"model.discriminator.{path}") for name, path in _TOLD_BY_DISCRIMINATOR)
+_TOLD_BY_GENERATOR += tuple(
+    (name, f"model.discriminator.{path}") for name, path in _TOLD_BY_DISCRIMINATOR
+)
 # A file of StyleGAN-V may have settings of what MoStGAN-V added, which then mean nothing.
 _OF_MOSTGAN_V = {"motion_styles", "motion_vector_dim", "motion_resolutions", "rank"}
 _OF_MOSTGAN_V |= {"motion_difference", "discriminator_hidden_dim"}
@@ -202,6 +205,8 @@ def read_released(
         _check_computed(networks, config)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
+    except (ArithmeticError, ValueError, TypeError) as error:  # numbers that are out of all bounds
+        raise UserError(f"{path}: its configuration makes no sense: {shown(error)}") from None
     means = None
     if classes and 0 < config.num_labels <= MOST_CLASSES:
         means = class_means(fitted[names[0]], config)
@@ -219,8 +224,11 @@ def read_released(
 
 def sha256(path):
     """Hex digest of a file."""
+    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 @torch.no_grad()
@@ -266,15 +274,14 @@ def _present(path, found, names):
 
 def _are_classes(vis):
     """Whether the labels of the sample grids are one-hot, as far as the file has any."""
-    labels = vis.get("grid_c") if isinstance(vis, dict) else None
-    labels = (
-        [part for part in labels or () if isinstance(part, pickles.Tensor)]
-        if isinstance(labels, tuple | list)
-        else []
-    )
-    rows = pickles.read_tensors({str(i): part for i, part in enumerate(labels[:100])})
-    return all(bool(((part == 0) | (part == 1)).all()) and bool((part.sum(-1) == 1).all())
-               for part in rows.values() if part.numel())  # fmt: skip
+    grids = vis.get("grid_c") if isinstance(vis, dict) else None
+    grids = grids[:100] if isinstance(grids, tuple | list) else ()
+    tensors = {str(i): grid for i, grid in enumerate(grids) if isinstance(grid, pickles.Tensor)}
+    for labels in pickles.read_tensors(tensors).values():
+        one_hot = ((labels == 0) | (labels == 1)).all() and (labels.sum(-1) == 1).all()
+        if labels.numel() and not one_hot:
+            return False
+    return True
 
 
 def _read_safetensors(path, names):
@@ -286,18 +293,14 @@ def _read_safetensors(path, names):
     found = {name: {} for name in ("G", "D", "G_ema")}
     for key, tensor in state.items():
         head, _, rest = key.partition(".")
-        found.setdefault(head if head in found else names[0], {})[
-            rest if head in found else key
-        ] = tensor
+        name, key = (head, rest) if head in found else (names[0], key)
+        found[name][key] = tensor
     return {name: tensors for name, tensors in found.items() if tensors}
 
 
 def _is_state(value):
-    return (
-        isinstance(value, dict)
-        and bool(value)
-        and all(isinstance(v, pickles.Tensor) for v in value.values())
-    )
+    tensors = value.values() if isinstance(value, dict) else ()
+    return bool(tensors) and all(isinstance(tensor, pickles.Tensor) for tensor in tensors)
 
 
 def _network(value):
@@ -366,9 +369,10 @@ def look_up(cfg, path):
     """
     root = _root(cfg)
     node = root if path.startswith("model.") else cfg
-    value = _walk(node, path.split("."), root, (), path)
+    looking = _Lookup(root, path)
+    value = looking.walk(node, path.split("."))
     if isinstance(value, list):
-        return [_resolved(item, root, (), path) for item in value]
+        return [looking.resolved(item) for item in value]
     return _plain(value)
 
 
@@ -383,29 +387,40 @@ def _root(node):
     return node
 
 
-def _walk(node, keys, root, following, path):
-    node = _resolved(node, root, following, path)
-    for key in keys:
-        if not isinstance(node, dict) or key not in node:
-            return _MISSING
-        node = _resolved(node[key], root, following, path)
-    return node
+class _Lookup:
+    """One look into a configuration, with the references that are being followed, and how many may be."""
 
+    def __init__(self, root, path):
+        self.root, self.path, self.following, self.left = root, path, [], MOST_REFERENCES
 
-def _resolved(node, root, following, path):
-    """A node's content: a dictionary or list of nodes, or a plain value."""
-    while isinstance(node, Inert):
-        state = node.state if isinstance(node.state, dict) else {}
-        node = state.get("_val") if "_val" in state else state.get("_content")
-    reference = re.fullmatch(r"\$\{([\w.]{1,200})\}", node) if type(node) is str else None
-    if reference is None:
+    def walk(self, node, keys):
+        node = self.resolved(node)
+        for key in keys:
+            if not isinstance(node, dict) or key not in node:
+                return _MISSING
+            node = self.resolved(node[key])
         return node
-    if node in following or len(following) > DEEPEST:
-        raise UserError(f"its configuration's {path} refers to itself, by {shown(node)}")
-    found = _walk(root, reference[1].split("."), root, (*following, node), path)
-    if found is _MISSING:
-        raise UserError(f"its configuration's {path} refers to {shown(node)}, which is not there")
-    return found
+
+    def resolved(self, node):
+        """A node's content: a dictionary or list of nodes, or a plain value."""
+        for _ in range(DEEPEST):
+            if not isinstance(node, Inert):
+                break
+            state = _dictionary(node.state)
+            node = state["_val"] if "_val" in state else state.get("_content")
+        reference = re.fullmatch(r"\$\{([\w.]{1,200})\}", node) if type(node) is str else None
+        if reference is None:
+            return node
+        self.left -= 1
+        if node in self.following or not self.left:
+            raise UserError(f"its configuration's {self.path} refers to itself, by {shown(node)}")
+        self.following.append(node)
+        found = self.walk(self.root, reference[1].split("."))
+        self.following.pop()
+        if found is _MISSING:
+            where = f"{shown(node)}, which is not there"
+            raise UserError(f"its configuration's {self.path} refers to {where}")
+        return found
 
 
 def _plain(value):

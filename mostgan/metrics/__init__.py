@@ -118,9 +118,10 @@ def add_differences(scores, enough, protocol, real, generated):
                 scores.notes.append(
                     f"{count:,} {which} clips of {window.span} frames, not {protocol.clips:,}: there are no more"
                 )
-    if isinstance(generated, ClipSet) and abs(real.clips.fps - generated.clips.fps) > 0.01:
+    fps = generated.clips.fps if isinstance(generated, ClipSet) else generated.generator.config.fps
+    if fps is not None and abs(real.clips.fps - fps) > 0.01:
         scores.notes.append(
-            f"the real clips have {real.clips.fps:g} frames/s, the others {generated.clips.fps:g}: "
+            f"the real clips have {real.clips.fps:g} frames/s, the others {fps:g}: "
             "a frame apart is not as long in both, so no value but the FID compares like with like"
         )
 

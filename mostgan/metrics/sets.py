@@ -233,10 +233,10 @@ def conditions_of(clips, num_labels):
         return None
     classes = clips.labels is not None and clips.labels.ndim == 1
     if clips.num_labels != num_labels and not (classes and clips.num_labels < num_labels):
-        have = "classes" if classes else "numbers per clip"
+        have = f"{clips.num_labels} {'classes' if classes else 'numbers per clip'}"
         raise UserError(
-            f"the model takes {num_labels} numbers as a condition (or as many classes), but {clips.path} "
-            f"has {clips.num_labels} {have}: evaluate it on labelled clips of its training data"
+            f"the model takes {num_labels} numbers as a condition, or as many classes, but {clips.path} has "
+            f"{have if clips.num_labels else 'no labels'}: evaluate it on labelled clips of its training data"
         )
     conditions = np.zeros((len(clips), num_labels), np.float32)
     for clip in range(len(clips)):

@@ -308,7 +308,7 @@ def test_what_only_the_tensors_tell_is_said_to_be_inferred(tmp_path, capsys):
     made = networks(activation_clamp=None)
     path = write(tmp_path / "snapshot.pkl", snapshot(*made, with_cfg=False))
     assert imported(path, tmp_path / "out")[0].config == dataclasses.replace(
-        made[0].config, fps=None
+        made[0].config, fps=25.0
     )
     inferred = capsys.readouterr().out.partition("inferred from the tensors alone: ")[2]
     for name in ("motion_distance", "motion_styles", "rank", "w_dim"):

@@ -21,7 +21,7 @@ import torch
 from mostgan.config import UserError
 
 MOST_BYTES = 2**33  # of a file; a snapshot at 1024² has about 2 GB
-MOST_INSTRUCTIONS = 5_000_000  # a snapshot has some 400,000
+MOST_INSTRUCTIONS = 2_000_000  # a snapshot has some 400,000
 DEEPEST_TUPLE = 100  # the unpickler hashes keys by recursion, which would overflow the C stack
 LARGE = (
     2**16
@@ -504,10 +504,13 @@ class SafeUnpickler(pickle.Unpickler):
 
     def persistent_load(self, key):
         """What torch.save keeps apart: ('storage', type, key, location, numel), in old files followed by a view, which
-        is None. The location, such as cuda:0, is of no concern.
+        is None; and in old files ('module', class, its file, its source), whose source is left unread. The location, such
+        as cuda:0, is of no concern.
         """
         if self.storage_of is None or not isinstance(key, tuple):
             raise Refused("it refers to something outside of itself")
+        if len(key) == 4 and key[0] == "module":
+            return key[1]
         kind, type_, name, _, numel, view = (*key, None, None, None, None, None, None)[:6]
         dtype = storage_dtype(getattr(type_, "name", "")) if isinstance(type_, type) else None
         plain = kind == "storage" and type(name) is str and view is None and dtype is not None

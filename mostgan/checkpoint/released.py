@@ -31,6 +31,7 @@ MOST_MODULES, MOST_TENSORS, DEEPEST = (
     20,
 )  # a network of the release: 130 modules, 200 tensors, 6 deep
 MOST_REFERENCES = 100  # to be followed for one value of a configuration
+USUAL_FPS = 25.0  # of data sets, where a file does not tell
 MOST_GROUP = 2**16  # clips whose statistics the discriminator pools; usually 4
 MOST_CLASSES, CLASS_LATENTS, CLASS_SEED = 4096, 1000, 2**40  # for the mean w of each class
 WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -487,6 +488,8 @@ def find_config(generator, discriminator=None, half_precision=None, motion_dista
         evidence.show(
             "motion_distance", evidence.shown["shortest_period"][0], "the shortest period"
         )
+    if "fps" not in evidence.told:
+        evidence.show("fps", USUAL_FPS, "most data sets")
     values, inferred = evidence.agreed()
     _channels(values, generator, resolutions)
     values.pop("stored_channels")

@@ -504,8 +504,8 @@ class SafeUnpickler(pickle.Unpickler):
 
     def persistent_load(self, key):
         """What torch.save keeps apart: ('storage', type, key, location, numel), in old files followed by a view, which
-        is None; and in old files ('module', class, its file, its source), whose source is left unread. The location, such
-        as cuda:0, is of no concern.
+        is None; and in old files ('module', class, its file, its source), whose source is left unread. The location,
+        such as cuda:0, is of no concern.
         """
         if self.storage_of is None or not isinstance(key, tuple):
             raise Refused("it refers to something outside of itself")

@@ -1,6 +1,7 @@
 """Scores: the Fréchet distance, the protocol from end to end, its cache, several processes, bad input (spec §9)."""
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -634,3 +635,21 @@ def test_which_protocol_is_taken_and_recorded(packed, detectors, tmp_path):
         window = said["protocol"]["windows"]["fvd128_every8"]
         told = (16, 8, 1) if expected == "release" else (128, 1, 8)
         assert (window["frames"], window["stride"], window["frame_stride"]) == told
+
+
+def test_conditions_are_classes_or_vectors():
+    """Classes as one-hot vectors, of which a model may know more; vectors as they are, all of them."""
+    clips = Numbered([20, 20, 20])
+    assert sets.conditions_of(clips, 0) is None
+    vectors = np.array([[0.5, -1], [0, 2], [1, 1]], np.float32)
+    for labels, size, expected in (
+        (np.array([1, 0, 1]), 2, [[0, 1], [1, 0], [0, 1]]),
+        (np.array([1, 0, 1]), 3, [[0, 1, 0], [1, 0, 0], [0, 1, 0]]),
+        (vectors, 2, vectors.tolist()),
+    ):
+        clips.labels, clips.num_labels = labels, 2
+        clips.condition = functools.partial(Clips.condition, clips)
+        assert sets.conditions_of(clips, size).tolist() == expected
+    for size in (1, 3):
+        with pytest.raises(UserError, match="has 2 numbers per clip"):
+            sets.conditions_of(clips, size)

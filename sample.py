@@ -237,7 +237,8 @@ if __name__ == "__main__":
         if not sample(tyro.cli(Options, description=__doc__)):
             sys.exit("sample.py: interrupted; the video ends with what was rendered")
     except UserError as error:
-        sys.exit(f"sample.py: {error}")
+        print(f"sample.py: {error}", file=sys.stderr)
+        sys.exit(2)
     except torch.OutOfMemoryError:
         sys.exit("sample.py: the GPU's memory is too small for so many clips at once: choose a smaller --grid")
     except KeyboardInterrupt:

@@ -25,13 +25,14 @@ from tqdm import tqdm
 import kernels
 from mostgan import augment, distributed, metrics
 from mostgan.config import DATASETS, TrainConfig, UserError, train_preset
-from mostgan.data import batches, open_data, sample_fake
+from mostgan.data import batches, sample_fake
 from mostgan.device import choose_kernels, make_deterministic, pick_device
 from mostgan.discriminator import Discriminator
 from mostgan.faults import memory_advice
 from mostgan.loss import Latents, discriminator_objective, frozen, generator_objective, r1_objective
 from mostgan.model import Generator
 from mostgan.motion import FRAME_ANCHORS
+from mostgan.prepare import open_data
 from mostgan.run import (
     Resume,
     Stats,
@@ -121,7 +122,7 @@ def train(config: TrainConfig, out: Path | None = None, resume: Resume | None = 
         if saves:
             saver.start(state, next(iter(scores.values()), None))  # the best by FVD16 is kept
         if shown and main:
-            save_grids(run, state.ema, state.frames, fps, bar.write)
+            save_grids(run, state.ema, clips, state.frames, fps, bar.write)
     bar.close()
     data.close()
     saver.last(state)
@@ -233,14 +234,11 @@ class Draws:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16")
 
     def pieces(self, real):
-        """This process's real clips in pieces of (frames float [N, 3, H, W], t [B, T], label one-hot or None)."""
+        """This process's real clips in pieces of (frames float [N, 3, H, W], t [B, T], label or None)."""
         frames = real.frames.float() / 127.5 - 1
-        return [(f.flatten(0, 1), t, self.one_hot(label))
+        conditional = self.config.model.num_labels > 0
+        return [(f.flatten(0, 1), t, label if conditional else None)
                 for f, t, label in zip(*(x.split(self.rows) for x in (frames, real.t, real.label)))]
-
-    def one_hot(self, label):
-        classes = self.config.model.num_labels
-        return torch.eye(classes, device=self.device)[label.to(self.device)] if classes else None
 
     def latents(self):
         """Latents of a piece of generated clips."""
@@ -254,7 +252,8 @@ class Draws:
         rows = FRAME_ANCHORS + -(-max(longest, model.frames_per_clip) // model.motion_distance)
         label = None
         if model.num_labels:
-            label = self.one_hot(torch.from_numpy(self.rng.choice(self.clips.labels, B)))
+            conditions = [self.clips.condition(clip) for clip in self.rng.choice(len(self.clips), B)]
+            label = torch.from_numpy(np.stack(conditions)).to(device)
         z = torch.randn(B, model.z_dim, generator=self.on_device, device=device)
         noise = torch.randn(B, rows, model.motion_noise_dim, generator=self.on_device, device=device)
         return Latents(z, torch.from_numpy(t).to(device), noise, first_anchor, label)
@@ -377,8 +376,11 @@ def parse(args):
     early.add_argument("--dataset", default="sky")
     early.add_argument("--out", type=Path)
     early.add_argument("--resume", nargs="?", const="")
+    early.add_argument("--data")
     known, _ = early.parse_known_args(args)
     resume = what_to_resume(known.out, known.resume)
+    if resume is not None:
+        resume = resume._replace(names_data=known.data is not None)
     config = train_preset(known.preset, known.dataset) if resume is None else read_config(resume.run)
     if known.resume == "":
         args = [arg for arg in args if arg != "--resume"]
@@ -394,4 +396,5 @@ if __name__ == "__main__":
         train(options.config, options.out, resume)
         distributed.finish()
     except (UserError, OSError) as error:
-        sys.exit(f"train.py: {error}")
+        print(f"train.py: {error}", file=sys.stderr)
+        sys.exit(2)

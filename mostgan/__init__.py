@@ -1,13 +1,13 @@
 """MoStGAN-V: video generation with temporal motion styles.
 
-    generator = mostgan.load("runs/00000-sky-paper256")
-    for window in generator.render(seed=0, frames=1024):  # uint8 [1, n, 3, H, W]
-        ...
+generator = mostgan.load("runs/00000-sky-paper256")
+for window in generator.render(seed=0, frames=1024):  # uint8 [1, n, 3, H, W]
+    ...
 """
 
+from importlib import import_module
+
 from mostgan.config import ModelConfig, TrainConfig, UserError
-from mostgan.discriminator import Discriminator
-from mostgan.model import Generator
 
 __all__ = ["Discriminator", "Generator", "ModelConfig", "TrainConfig", "UserError", "load"]
 
@@ -17,6 +17,16 @@ def load(path=None, device="cpu"):
 
     Raises UserError on a missing, damaged or wrong checkpoint.
     """
-    from mostgan import checkpoint  # not above: `python -m mostgan.checkpoint` wants it not yet imported
+    from mostgan import (
+        checkpoint,
+    )  # not above: `python -m mostgan.checkpoint` wants it not yet imported
 
     return checkpoint.load(path, device)
+
+
+def __getattr__(name):
+    """The networks, imported when they are asked for: commands and processes without them do not load PyTorch."""
+    modules = {"Discriminator": "mostgan.discriminator", "Generator": "mostgan.model"}
+    if name not in modules:
+        raise AttributeError(f"module 'mostgan' has no attribute {name!r}")
+    return getattr(import_module(modules[name]), name)

@@ -106,12 +106,13 @@ class ClipSet:
 
 @dataclass(frozen=True)
 class GeneratedSet:
-    """A generator's clips, at times 0, 1, …; clip i has seed (run's seed) · 2³² + i and a label drawn from `labels`."""
+    """A generator's clips, at times 0, 1, …; clip i has seed (run's seed) · 2³² + i and a condition drawn
+    from `conditions` [N, num_labels]."""
 
     generator: Generator
     protocol: Protocol
     seed: int
-    labels: np.ndarray | None = None
+    conditions: np.ndarray | None = None
 
     def lengths(self):
         return np.array([self.protocol.frames] * self.protocol.clips)
@@ -120,7 +121,7 @@ class GeneratedSet:
         label = None
         if self.generator.config.num_labels:
             rngs = [np.random.default_rng([self.seed, i]) for i in range(first, first + count)]
-            label = [int(rng.choice(self.labels)) for rng in rngs]
+            label = torch.from_numpy(np.stack([self.conditions[rng.choice(len(self.conditions))] for rng in rngs]))
         window = min(frames, 16)  # a GPU renders whole windows, and most of the clips have 16 frames
         return self.generator.render((self.seed << 32) + first, 0, frames, count, label=label, window=window)
 
@@ -157,10 +158,27 @@ class GeneratedSet:
                 "precision": f"{self.protocol.precision} (the release: half in its four highest resolutions)"}
 
 
+def conditions_of(clips, num_labels):
+    """What a generator of this num_labels is told of each packed clip: float32 [N, num_labels]; None if that is 0.
+
+    It may know more classes than these clips have. Raises UserError if they do not fit.
+    """
+    if not num_labels:
+        return None
+    classes = clips.labels is not None and clips.labels.ndim == 1
+    if clips.num_labels != num_labels and not (classes and clips.num_labels < num_labels):
+        have = "classes" if classes else "numbers per clip"
+        raise UserError(f"the model takes {num_labels} numbers as a condition (or as many classes), but {clips.path} "
+                        f"has {clips.num_labels} {have}: evaluate it on labelled clips of its training data")
+    conditions = np.zeros((len(clips), num_labels), np.float32)
+    for clip in range(len(clips)):
+        conditions[clip, : clips.num_labels] = clips.condition(clip)
+    return conditions
+
+
 def data_checksum(clips):
-    """SHA-256 over what the clips are (resolution, names, lengths, CRCs of coded frames), not over where they lie."""
-    rows = [[clip["name"], clip["start"], clip["frames"], clip["label"], clip["crc32"]] for clip in clips.info["clips"]]
-    return hashlib.sha256(json.dumps([clips.resolution, rows]).encode()).hexdigest()
+    """A checksum of what the clips are, not of where they lie."""
+    return clips.fingerprint
 
 
 # ------------------------------------------------------------------------------------------------------------ measuring

@@ -48,7 +48,7 @@ class ModelConfig:
     max_num_frames: int = 1024
     """longest time difference that the discriminator tells apart, plus one"""
     num_labels: int = 0
-    """number of classes; 0 is unconditional"""
+    """size of a clip's condition vector: C numbers, or C classes as one-hot vectors; 0 is unconditional"""
     concat_resolution: int = 16
     """the discriminator's block that sees all images of a clip at once"""
     motion_difference: bool = True

@@ -103,7 +103,7 @@ class Discriminator(nn.Module):
 
     def forward(self, frames, t, label=None):
         """frames: [N, 3, H, W] in [-1, 1], clip by clip; t: [B, T] times in frames, T = frames_per_clip ≥ 2;
-        label: one-hot [B, num_labels] → logits [B]. B must be a multiple of min(mbstd_group, B).
+        label: [B, num_labels], a class as one-hot → logits [B]. B must be a multiple of min(mbstd_group, B).
         """
         clips = len(t)
         x = frames.unflatten(0, t.shape)

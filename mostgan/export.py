@@ -29,7 +29,7 @@ first_anchor  int64 [{clips}]: the anchor that the first row of noise belongs to
 psi           float32 []: truncation, 1 none, towards 0 more typical and less diverse
 {label}frames        uint8 [{clips}, T, 3, {resolution}, {resolution}], RGB
 """
-LABEL_USAGE = "label         float32 [{clips}, {num_labels}], one-hot: class, a sixth argument\n"
+LABEL_USAGE = "label         float32 [{clips}, {num_labels}], a condition vector (a class: one-hot), a sixth argument\n"
 
 
 class WindowRenderer(nn.Module):

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from mostgan.config import UserError
 from mostgan.motion import content_latent
-from mostgan.packing import digest_of
+from mostgan.files import sha256_of
 
 Sums = dict[str, torch.Tensor]  # name → float64 sum, mean or scatter
 
@@ -118,7 +118,7 @@ def _from_file(path, device, trial, **arguments):
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path} is not there: the detector is a TorchScript file, such as i3d_torchscript.pt")
-    sha256 = digest_of(path)
+    sha256 = sha256_of(path)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # TorchScript is deprecated, but it is what published detectors come in

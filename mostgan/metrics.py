@@ -30,6 +30,7 @@ from mostgan.clip_sets import (
     Detectors,
     GeneratedSet,
     Protocol,
+    conditions_of,
     from_rank_0,
     measure,
     measure_long,
@@ -38,9 +39,10 @@ from mostgan.clip_sets import (
     progress,
 )
 from mostgan.config import UserError
-from mostgan.data import Clips, open_data
+from mostgan.data import Clips
 from mostgan.device import pick_device
-from mostgan.packing import digest_of
+from mostgan.files import sha256_of
+from mostgan.prepare import open_data
 from mostgan.run import read_config, write_text
 
 LABELS = {
@@ -155,7 +157,8 @@ def evaluate(generator, clips, detectors: Detectors, most=256, frames=16, long_c
     UserError.
     """
     protocol = Protocol(most, frames, long_clips)
-    sets = ClipSet(clips, protocol, seed), GeneratedSet(generator, protocol, seed, clips.labels)
+    conditions = conditions_of(clips, generator.config.num_labels)
+    sets = ClipSet(clips, protocol, seed), GeneratedSet(generator, protocol, seed, conditions)
     return score(*sets, protocol, detectors, show=False).values
 
 
@@ -271,11 +274,7 @@ def open_checkpoint(path, data, device):
             data = read_config(path.parent).data
         except UserError:
             raise UserError(f"{path} does not lie in a run: say which real clips with --data") from None
-    resolution, classes = generator.config.resolution, generator.config.num_labels
-    clips = from_rank_0(lambda: open_data(data, "sky", resolution))
-    if classes and clips.num_labels > classes or classes and clips.labels is None:
-        raise UserError(f"{path} has {classes} classes, but {clips.path} has {clips.num_labels}: evaluate it on "
-                        "labelled clips of the data that it was trained on")
+    clips = from_rank_0(lambda: open_data(data, "sky", generator.config.resolution))
     return generator, path, clips
 
 
@@ -333,12 +332,13 @@ def run(
     if second is None:
         generator, path, clips = open_checkpoint(first, data, device)
         folder, name = path.parent, path.name
+        conditions = conditions_of(clips, generator.config.num_labels)
     else:
         clips, other = open_two(first, second, resolution)
         folder, name = Path("."), f"{first.resolve().stem}-{second.resolve().stem}"
     scores = []
     for number in range(seed, seed + runs):
-        made = (GeneratedSet(generator, protocol, number, clips.labels) if second is None
+        made = (GeneratedSet(generator, protocol, number, conditions) if second is None
                 else ClipSet(other, protocol, number, from_start=not random_windows))  # fmt: skip
         sets = ClipSet(clips, protocol, number), made
         scores.append(score(*sets, protocol, detectors))
@@ -348,7 +348,7 @@ def run(
     merged = merge(scores, results)
     told = report(scores, results, merged, sets, protocol, detectors, seed)
     if second is None:
-        told["protocol"]["generated"] |= {"checkpoint": str(path), "sha256": digest_of(path / "model.safetensors")}
+        told["protocol"]["generated"] |= {"checkpoint": str(path), "sha256": sha256_of(path / "model.safetensors")}
     if out is None:
         key = hashlib.sha256(json.dumps(told["protocol"]).encode()).hexdigest()[:8]
         out = folder / f"metrics-{name}-{key}.json"

@@ -31,7 +31,7 @@ class ContentMapping(nn.Module):
 
     @full_precision
     def forward(self, z, label=None):
-        """z: [B, z_dim], label: one-hot [B, num_labels] → w [B, w_dim]."""
+        """z: [B, z_dim], label: [B, num_labels], a class as one-hot → w [B, w_dim]."""
         x = kernels.normalize(z)
         if label is not None:
             x = torch.cat([x, kernels.normalize(self.embed(label))], dim=1)
@@ -208,7 +208,7 @@ class Generator(nn.Module):
         z: [B, z_dim] content latents; t: [B, T] times in frames, float64 to keep far times exact.
         noise: motion noise [B, J, motion_noise_dim], rows for anchors first_anchor [B] onwards (0 if None) up to
         floor(t / motion_distance) + 21; or noise per frame, [N, 22, …] and [N] (`motion.motion_noise` draws either).
-        label: one-hot [B, num_labels]. psi: truncation, 1 none … 0 the mean w.
+        label: [B, num_labels], a class as one-hot. psi: truncation, 1 none … 0 the mean w.
         Returns [N, 3, H, W], about [-1, 1], frame = clip · T + index; with return_scores also the list of [N, O, K].
         """
         w = self.content_code(z, label, psi)

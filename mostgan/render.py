@@ -23,7 +23,8 @@ def render(generator, seed, start=0, frames=16, clips=1, motion_seed=None, label
 
     seed: of the first clip, clip i having seed + i; or a list with, per clip, a seed, or a tuple of seeds through which
     its content moves smoothly and round again, content_frames of time from one to the next. motion_seed: of all clips,
-    or a list; None: as the content (of a tuple the first). label: class index, or one per clip.
+    or a list; None: as the content (of a tuple the first). label: class index, or one per clip; or condition vectors,
+    float [num_labels] or [clips, num_labels].
     start: time of the first frame; step: time between frames, negative for backwards. Times are from −10⁸ to 10⁸.
     loop: frames after which the video repeats exactly; `loop_step` says at what pace. The way through a tuple of seeds
     then takes one loop. style_gain: {style: gain}, scales motion styles by hand (paper B.1; 0 removes one).
@@ -36,21 +37,22 @@ def render(generator, seed, start=0, frames=16, clips=1, motion_seed=None, label
     """
     config, device = generator.config, generator.mapping.w_avg.device
     start, step = exact(start), exact(step)
-    check_render(config, start, step, frames, clips, label, psi, window, loop, content_frames)
+    check_render(start, step, frames, clips, psi, window, loop, content_frames)
+    condition = conditions(config, label, clips, device)
     window = window or choose_window(config, clips, device)
     seeds, motion_seeds = clip_seeds(seed, motion_seed, clips)
     gain = gains(config, style_gain, device)
-    return windows(generator, seeds, motion_seeds, start, step, frames, label, psi, window, loop, content_frames, gain)
+    return windows(generator, seeds, motion_seeds, start, step, frames, condition, psi, window, loop, content_frames,
+                   gain)
 
 
 @torch.inference_mode()
-def windows(generator, seeds, motion_seeds, start, step, frames, label, psi, window, loop, content_frames, gain):
-    """The windows of `render`, from its arguments, checked; start and step are fractions; gain: of `gains`."""
+def windows(generator, seeds, motion_seeds, start, step, frames, condition, psi, window, loop, content_frames, gain):
+    """The windows of `render`, from its arguments, checked; start and step are fractions; gain: of `gains`; condition:
+    of `conditions`.
+    """
     config, device, clips = generator.config, generator.mapping.w_avg.device, len(seeds)
-    one_hot = None
-    if label is not None:
-        one_hot = torch.eye(config.num_labels, device=device)[torch.as_tensor(label)].expand(clips, -1)
-    stops = content_stops(generator, seeds, one_hot, psi)  # [clips, stops, w_dim]
+    stops = content_stops(generator, seeds, condition, psi)  # [clips, stops, w_dim]
     moving, content = stops.shape[1] > 1, None
     if not moving:
         content = generator.synthesis.content(stops[:, 0], gain)
@@ -69,7 +71,7 @@ def windows(generator, seeds, motion_seeds, start, step, frames, label, psi, win
         t = frame_times(offset, step, index - lead, window, period).expand(clips, -1)
         noise, first_anchor = motion_noise(motion_seeds, t, config, anchors)
         w = content_at(stops, t / float(content_frames)).flatten(0, 1) if moving else stops[:, 0]
-        motion = generator.motion(w, t.to(device), noise.to(device), first_anchor.to(device), one_hot)
+        motion = generator.motion(w, t.to(device), noise.to(device), first_anchor.to(device), condition)
         wanted = slice(lead, lead + count)
         made = slice(0, window) if device.type == "cuda" else wanted  # a GPU always renders windows of one shape
         motion = [pick(of_frames, clips, made) for of_frames in motion]
@@ -150,11 +152,29 @@ def clip_seeds(seed, motion_seed, clips):
     return seeds, motion_seeds
 
 
-def content_stops(generator, seeds, one_hot, psi):
+def conditions(config, label, clips, device):
+    """label, as `render` takes it → a condition vector per clip, float32 [clips, num_labels]; None without labels."""
+    C = config.num_labels
+    if label is None and not C:
+        return None
+    if not C:
+        raise UserError(f"label is {label}, but the model was trained without labels: leave it out")
+    wanted = torch.as_tensor([] if label is None else label)
+    is_vector = wanted.is_floating_point() or wanted.ndim == 2
+    if is_vector and wanted.shape in ((C,), (clips, C)) and wanted.isfinite().all():
+        return wanted.to(device, torch.float32).expand(clips, C)
+    whole = not is_vector and wanted.dtype != torch.bool and wanted.shape in ((), (1,), (clips,))
+    if not whole or not ((0 <= wanted) & (wanted < C)).all():
+        raise UserError(f"the model is conditional: give a label from 0 to {C - 1}, or a vector of {C} numbers, "
+                        f"not {label}")
+    return torch.eye(C, device=device)[wanted.reshape(-1)].expand(clips, C)
+
+
+def content_stops(generator, seeds, condition, psi):
     """w of the seeds that each clip's content goes through: [clips, stops, w_dim]."""
     z = content_latent([s for of_clip in seeds for s in of_clip], generator.config.z_dim)
     z = z.to(generator.mapping.w_avg)
-    label = None if one_hot is None else one_hot.repeat_interleave(len(seeds[0]), dim=0)
+    label = None if condition is None else condition.repeat_interleave(len(seeds[0]), dim=0)
     return generator.content_code(z, label, psi).unflatten(0, (len(seeds), -1))
 
 
@@ -210,7 +230,7 @@ def to_uint8(frames):
     return (frames * 127.5 + 128).clamp(0, 255).to(torch.uint8)
 
 
-def check_render(config, start, step, frames, clips, label, psi, window, loop, content_frames):
+def check_render(start, step, frames, clips, psi, window, loop, content_frames):
     """Raise UserError on arguments that `render` cannot serve."""
     for name, value in (("clips", clips), ("frames", frames), ("window", window), ("loop", loop)):
         if value is not None and value < 1:
@@ -223,8 +243,3 @@ def check_render(config, start, step, frames, clips, label, psi, window, loop, c
     if max(abs(start), abs(last)) > FARTHEST:
         raise UserError(f"start is {float(start):g} and the last frame is at {float(last):g}, but both must be "
                         "from −10⁸ to 10⁸ frames")
-    labels = [label] if label is None or isinstance(label, int) else label
-    if config.num_labels and not all(n is not None and 0 <= n < config.num_labels for n in labels):
-        raise UserError(f"the model is conditional: give a label from 0 to {config.num_labels - 1}, not {label}")
-    if not config.num_labels and label is not None:
-        raise UserError(f"label is {label}, but the model was trained without labels: leave it out")

@@ -27,10 +27,12 @@ FIXED = ("preset", "dataset", "conditional", "seed", "batch_clips")
 
 
 class Resume(NamedTuple):
-    """A run to go on with, and from where: None is from its start, where it was interrupted before its first save."""
+    """A run to go on with, and from where: None is from its start, where it was interrupted before its first save.
+    names_data: whether the command line says which data, so that they may be others than before."""
 
     run: Path
     checkpoint: Path | None
+    names_data: bool = False
 
 
 def what_to_resume(out, resume):
@@ -107,7 +109,9 @@ def continue_run(resume, config, clips):
     Prints what changed. Raises UserError naming the fields that do not fit, or if another process trains there.
     """
     run, old = resume.run, read_config(resume.run)
-    new = dataclasses.replace(config, data=str(clips.path))
+    described = json.loads((run / "config.json").read_text())
+    _check_data(resume, described, clips)
+    new = dataclasses.replace(config, data=_data_path(config, clips))
     before, now = ({name: getattr(c, name) for name in vars(c) if name != "model"}
                    | {f"model.{name}": value for name, value in vars(c.model).items()} for c in (old, new))
     changed = {name: f"{name} {before[name]} → {now[name]}" for name in before if before[name] != now[name]}
@@ -116,9 +120,6 @@ def continue_run(resume, config, clips):
         raise UserError(f"{run} cannot go on with another {', '.join(wrong)}: leave that out, or start a new run")
     if changed:
         print(f"changed since {run} was started: {', '.join(changed.values())}")
-    described = json.loads((run / "config.json").read_text())
-    if described.get("clips", len(clips)) != len(clips):
-        print(f"warning: {run} was started with {described['clips']} clips, {clips.path} has {len(clips)}")
     _write_config(run, config, clips)
     checkpoint.tidy(run)
     step = -1 if resume.checkpoint is None else int(resume.checkpoint.name.removeprefix("checkpoint-"))
@@ -126,8 +127,28 @@ def continue_run(resume, config, clips):
         print(f"{path.name} is not of this course any more: set aside")
 
 
+def _check_data(resume, described, clips):
+    """UserError where the data are not those that a run was trained on, unless the command line names them."""
+    before = described.get("data_fingerprint")
+    if before in (None, clips.fingerprint):
+        return
+    run, path = resume.run, clips.info.get("origin") or clips.path
+    if not resume.names_data:
+        raise UserError(f"{run} was trained on other clips than {path} has now ({described.get('clips')} then, {len(clips)} "
+                        f"now): name the data to go on with by --data, or put back the former ones")
+    print(f"warning: {run} goes on with other data than before: {path}, {len(clips)} clips instead of {described.get('clips')}")
+
+
+def _data_path(config, clips):
+    """Where the clips come from: what was packed, or the packed folder that was named; None is the built-in sky."""
+    if config.data is None and clips.builtin:
+        return None
+    return clips.info.get("origin") or str(clips.path.resolve())
+
+
 def _write_config(run, config, clips):
-    data = {"builtin_data": clips.builtin, "data": str(clips.path), "clips": len(clips)}
+    data = {"builtin_data": clips.builtin, "data": _data_path(config, clips), "clips": len(clips)}
+    data["data_fingerprint"] = clips.fingerprint
     described = dataclasses.asdict(config) | data
     if distributed.launch():
         described["torchrun"] = distributed.launch()
@@ -236,19 +257,22 @@ class Stats:
             write_text(self.path, "".join(kept))
 
 
-def save_grids(run, generator, frames_done, fps, say=print):
+def save_grids(run, generator, clips, frames_done, fps, say=print):
     """Sample grids with fixed latents: one where every clip moves by itself, one where all share their motion.
 
-    A disk that is full is said, and does not stop the training.
+    clips: the real clips, whose classes or condition vectors the generated ones take. A disk that is full is said, and
+    does not stop the training.
     """
-    labels = generator.config.num_labels
     count = GRID_SIDE**2
-    label = [i % labels for i in range(count)] if labels else None
+    label = None
+    if generator.config.num_labels:
+        classes = clips.labels.ndim == 1
+        label = [i % clips.num_labels if classes else clips.condition(i % len(clips)).tolist() for i in range(count)]
     for name, motion_seed in (("samples", None), ("shared-motion", SHARED_MOTION_SEED)):
         windows = generator.render(0, frames=GRID_FRAMES, clips=count, motion_seed=motion_seed, label=label, window=4)
-        clips, path = torch.cat(list(windows), dim=1), run / f"{name}-{frames_done // 1000:06d}k"
+        made, path = torch.cat(list(windows), dim=1), run / f"{name}-{frames_done // 1000:06d}k"
         try:
-            write_grid(path, clips, fps)
+            write_grid(path, made, fps)
         except OSError as error:
             say(f"warning: could not write {path.name}: {error}")
 

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch._dynamo.utils import counters
 import train as training
-from mostgan import packing, sky
+from mostgan.prepare import pack_sky
 from mostgan.config import ModelConfig, TrainConfig
 from mostgan.data import Clips, batches
 from mostgan.run import Stats
@@ -29,7 +29,7 @@ model = ModelConfig(
     resolution=32, channel_base=128, channel_max=8, z_dim=8, w_dim=8, motion_noise_dim=8, motion_code_dim=16,
     num_frequencies=8, motion_vector_dim=4, motion_styles=2, motion_resolutions=(16, 32), discriminator_hidden_dim=8,
     concat_resolution=8, motion_distance=16)
-packing.pack(sky.clips(count=4, length=40), Path({data!r}), 32)
+pack_sky(Path({data!r}), 32, count=4, frames=40)
 clips, cpu = Clips(Path({data!r})), torch.device("cpu")
 config = TrainConfig(model, batch_clips=4, batch_split=1, precision="float32", augment="bgc", r1_interval=1, workers=0,
                      seed=1)

@@ -1,66 +1,34 @@
-"""sources.py, prepare.py, data.py: finding clips, packing, sampling frames, batches, opening whatever the user has."""
+"""data.py: opening packed clips, sampling frames, batches; opening whatever the user has, caches,
+the run's data."""
 
+import dataclasses
+import io
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 import threading
 import time
-import zipfile
 from pathlib import Path
 
+import made_clips as made
 import numpy as np
 import pytest
 import torch
+from made_clips import moving, numbered, numbers, write_pictures, write_video
+from PIL import Image
+from safetensors.numpy import load_file
+from test_prepare_sources import make_archive
 
-from mostgan import data, packing, prepare, sky
-from mostgan.config import UserError
-from mostgan.data import SPANS, Clips, batches, open_data, sample_fake, sample_real, sample_span
-from mostgan.prepare import pack
-from mostgan.sources import find_sources
-from mostgan.video import center_crop_resize, png, read_frames
-from mostgan.video_writer import VideoWriter
+import train as training
+from mostgan.config import ModelConfig, TrainConfig, UserError
+from mostgan.data import SPANS, Clips, batches, sample_fake, sample_real, sample_span
+from mostgan.prepare import open_data, pack_sky, sky
+from mostgan.run import what_to_resume
 
-
-def moving(n, height=40, width=48, seed=0):
-    """Smooth frames [n,H,W,3], each with a brightness of its own."""
-    y, x = np.mgrid[:height, :width] / 40
-    a, b = np.random.default_rng(seed).uniform(0, 6, 2)
-    wave = np.sin(4 * x + a + np.arange(n)[:, None, None] / 4) * np.cos(3 * y + b) * 60
-    return np.stack([wave + 100, wave * 0.5 + 60 + 4 * np.arange(n)[:, None, None] % 120, 190 - wave], -1).astype(
-        np.uint8
-    )
-
-
-def write_video(path, frames, fps=25):
-    with VideoWriter(path, fps, crf=4) as video:
-        video.write(frames)
-
-
-def write_frames(folder, frames):
-    folder.mkdir(parents=True)
-    for i, image in enumerate(frames):
-        (folder / f"frame{i}.png").write_bytes(png(image))  # not zero-padded: 10 must come after 9
-
-
-@pytest.fixture
-def mixed(tmp_path):
-    """A folder with a bit of everything: nested videos, frame folders, a zip, junk, short clips."""
-    src = tmp_path / "mixed"
-    write_video(src / "b.mp4", moving(12), fps=30)
-    write_video(src / "deep" / "er" / "a.gif", moving(5, seed=1))
-    write_frames(src / "deep" / "folder%03d", moving(11, seed=2))
-    (src / "broken.mp4").write_bytes(b"\0" * 5000)
-    (src / "empty.webm").write_bytes(b"")
-    write_video(src / "short.mp4", moving(2))
-    (src / "notes.txt").write_text("not a video")
-    (src / ".hidden.mp4").write_bytes(b"")
-    with zipfile.ZipFile(src / "more.zip", "w") as archive:
-        for i, image in enumerate(moving(4, seed=3)):
-            archive.writestr(f"x/y/{i:03d}.png", png(image))
-        archive.writestr("z.mp4", (src / "b.mp4").read_bytes())
-    return src
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -68,168 +36,76 @@ def packed(tmp_path_factory):
     """Seven clips of 3 … 60 frames at 32 pixels, and their frames."""
     folder = tmp_path_factory.mktemp("packed")
     lengths = [3, 5, 9, 17, 20, 33, 60]
-    for i, length in enumerate(lengths):
-        write_frames(folder / "src" / f"clip{i}", moving(length, 32, 32, seed=i))
-    pack(find_sources(folder / "src"), folder / "dst", 32)
-    frames = [moving(length, 32, 32, seed=i).transpose(0, 3, 1, 2) for i, length in enumerate(lengths)]
-    return Clips(folder / "dst"), frames
+    for k, length in enumerate(lengths):
+        write_pictures(folder / "src" / f"clip{k}", moving(length, 32, 32, seed=k))
+    _, clips = made.pack(folder / "src", folder / "dst", 32)
+    return clips, [
+        moving(length, 32, 32, seed=k).transpose(0, 3, 1, 2) for k, length in enumerate(lengths)
+    ]
 
 
-def psnr(a, b):
-    return 10 * np.log10(255**2 / max(np.mean((a.astype(float) - b) ** 2), 1e-9))
+# opening packed clips
 
 
-def contents(folder):
-    return {file.name: file.read_bytes() for file in folder.iterdir()}
-
-
-# finding and packing
-
-
-def test_everything_is_found_and_the_unusable_named_and_counted(mixed, tmp_path, capfd):
-    index = pack(find_sources(mixed), tmp_path / "dst", 32)
-    clips = Clips(tmp_path / "dst")
-    names = ["b.mp4", "deep/er/a.gif", "deep/folder%03d", "more.zip/x/y", "more.zip/z.mp4"]
-    assert clips.names == names and clips.lengths.tolist() == [12, 5, 11, 4, 12]
-    assert [clip["fps"] for clip in clips.info["clips"]] == [30, 25, 25, 25, 30] and clips.fps == 25
-    assert clips.labels is None and clips.num_labels == 0 and len(clips) == 5 and not clips.builtin
-    assert {entry["name"] for entry in index["skipped"]} == {"broken.mp4", "empty.webm", "short.mp4"}
-    printed = capfd.readouterr().err
-    for name in ("broken.mp4: unreadable", "empty.webm: unreadable", "short.mp4: shorter than 3 frames"):
-        assert f"skipped {name}" in printed
-    assert "skipped 3: 1 shorter than 3 frames, 2 unreadable" in prepare.summary(index)
-    expected = np.stack([center_crop_resize(image, 32) for image in moving(11, seed=2)]).transpose(0, 3, 1, 2)
-    for i in range(11):
-        assert psnr(clips.frames(2, [i])[0], expected[i]) > 45
-
-
-@pytest.mark.parametrize("form", ["video", "frames", "zip", "zip of videos"])
-def test_one_source_in_each_form(tmp_path, form):
-    frames = moving(6, 32, 32)
-    write_frames(tmp_path / "frames", frames)
-    write_video(tmp_path / "video.mp4", frames)
-    with zipfile.ZipFile(tmp_path / "zip.zip", "w") as archive:
-        for file in (tmp_path / "frames").iterdir():
-            archive.write(file, f"c/{file.name}")
-    with zipfile.ZipFile(tmp_path / "zip of videos.zip", "w") as archive:
-        archive.write(tmp_path / "video.mp4", "c.mp4")
-    path = {"video": "video.mp4", "frames": "frames"}.get(form, f"{form}.zip")
-    pack(find_sources(tmp_path / path), tmp_path / "dst", 32)
-    decoded = Clips(tmp_path / "dst").frames(0, range(6)).transpose(0, 2, 3, 1)
-    assert psnr(decoded, frames) > (38 if "video" in form else 45)
-
-
-def test_lossless_is_exact(tmp_path):
-    frames = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), dtype=np.uint8)
-    write_frames(tmp_path / "src", frames)
-    pack(find_sources(tmp_path / "src"), tmp_path / "dst", 32, lossless=True)
-    assert (Clips(tmp_path / "dst").frames(0, range(4)).transpose(0, 2, 3, 1) == frames).all()
-
-
-def test_same_input_same_bytes_whatever_the_number_of_threads(mixed, tmp_path):
-    for name, jobs in (("one", 1), ("four", 4)):
-        pack(find_sources(mixed), tmp_path / name, 32, jobs=jobs)
-    one, four = contents(tmp_path / "one"), contents(tmp_path / "four")
-    assert sorted(one) == ["SHA256SUMS", "index.json", "offsets.npy", "preview.png", "shard-00000.bin"] and one == four
-
-
-def test_clips_spread_over_shards(packed, tmp_path, monkeypatch):
-    monkeypatch.setattr(packing, "SHARD_BYTES", 20_000)
-    pack(find_sources(packed[0].path.parent / "src"), tmp_path / "dst", 32)
-    clips = Clips(tmp_path / "dst")
-    assert len(clips.info["shards"]) > 2
-    for c, length in enumerate(clips.lengths):
-        assert (clips.frames(c, range(length)) == packed[0].frames(c, range(length))).all()
-
-
-@pytest.mark.parametrize("make", ["missing", "empty", "only text", "all broken", "bad zip", "empty zip"])
-def test_unusable_data_is_the_users_to_mend(tmp_path, make):
-    src = tmp_path / "src"
-    if make != "missing":
-        src.mkdir()
-    if make == "only text":
-        (src / "readme.txt").write_text("no videos here")
-    if make == "all broken":
-        (src / "a.mp4").write_bytes(b"junk" * 99)
-        write_video(src / "b.mp4", moving(1))
-    if make == "bad zip":
-        (src / "a.zip").write_bytes(b"junk" * 99)
-    if make == "empty zip":
-        zipfile.ZipFile(src / "a.zip", "w").close()
-    with pytest.raises(UserError) as error:
-        pack(find_sources(src), tmp_path / "dst", 32)
-    text = str(error.value)
-    assert "\n" not in text and len(text) > 20
-    if make == "all broken":
-        assert "1 shorter than 3 frames, 1 unreadable" in text and "a.mp4" in text
-    assert {path.name for path in tmp_path.iterdir()} <= {"src"}
-
-
-# labels
-
-
-@pytest.mark.parametrize("style", ["pairs", "table", "frames", "without suffix"])
-def test_labels_of_dataset_json(tmp_path, style):
-    src = tmp_path / "src"
-    write_frames(src / "k" / "one", moving(3))
-    write_video(src / "two.mp4", moving(3))
-    keys = {"frames": ["k/one/frame0.png", "two.mp4"], "without suffix": ["k/one", "two"]}.get(
-        style, ["k/one", "two.mp4"]
-    )
-    labels = {keys[0]: 4, keys[1]: 1}
-    text = json.dumps({"labels": labels if style == "table" else list(labels.items())})
-    (src / "dataset.json").write_text(text)
-    with zipfile.ZipFile(tmp_path / "src.zip", "w") as archive:
-        for file in src.rglob("*.*"):
-            archive.write(file, f"top/{file.relative_to(src)}")
-    for path in (src, tmp_path / "src.zip"):
-        pack(find_sources(path), tmp_path / "dst", 16, replace=True)
-        clips = Clips(tmp_path / "dst")
-        assert clips.labels.tolist() == [4, 1] and clips.num_labels == 5
-    assert set(next(batches(clips, 2, 3, seed=0)).label.tolist()) == {1, 4}
-
-
-def test_labels_by_folders_and_their_errors(tmp_path):
-    for name in ("cat/1", "cat/2", "dog/3"):
-        write_frames(tmp_path / "src" / name, moving(3))
-    assert [source.label for source in find_sources(tmp_path / "src", "folders")] == [0, 0, 1]
-    (tmp_path / "src" / "dataset.json").write_text(json.dumps({"labels": {"cat/1": 0}}))
-    with pytest.raises(UserError, match="2 of 3 clips have no label"):
-        find_sources(tmp_path / "src")
-    for text in ('{"labels": [["cat/1", "zero"]]}', '{"labels": [["cat/1", -1]]}', '{"labels": 3}', "{{{", "[]"):
-        (tmp_path / "src" / "dataset.json").write_text(text)
-        with pytest.raises(UserError, match=r"dataset\.json"):
-            find_sources(tmp_path / "src")
-    (tmp_path / "src" / "dataset.json").write_text('{"labels": null}')
-    assert find_sources(tmp_path / "src")[0].label is None
-
-
-# opening
-
-
-def test_any_frame_equals_sequential_reading_and_the_original(packed):
+def test_what_clips_say_about_themselves(packed):
     clips, frames = packed
-    for c, original in enumerate(frames):
-        sequential = clips.frames(c, range(len(original)))
-        assert all(psnr(a, b) >= 45 for a, b in zip(sequential, original))
-        order = np.random.default_rng(c).permutation(len(original))
-        assert (clips.frames(c, order) == sequential[order]).all()
-    with pytest.raises(IndexError):
-        clips.frames(0, [3])
-    with pytest.raises(IndexError):
-        clips.frames(1, [-1])
+    assert len(clips) == 7 and clips.resolution == 32 and clips.fps == 25
+    assert clips.names == [f"clip{k}" for k in range(7)]
+    assert clips.lengths.dtype == np.int64 and clips.lengths.tolist() == [
+        len(clip) for clip in frames
+    ]
+    assert clips.labels is None and clips.num_labels == 0 and clips.condition(3).shape == (0,)
+    assert not clips.builtin and clips.info["clips"]["name"] == clips.names
+
+
+def test_any_frame_in_any_order_is_the_one_of_the_source(packed):
+    clips, frames = packed
+    for k, original in enumerate(frames):
+        found = clips.frames(k, range(len(original)))
+        assert found.dtype == np.uint8 and (found == original).all()  # raw at this size
+        order = np.random.default_rng(k).permutation(len(original))
+        assert (clips.frames(k, order) == original[order]).all()
+        assert (clips.frames(k, [1, 1, 0]) == original[[1, 1, 0]]).all()
+    assert clips.frames(0, []).shape == (0, 3, 32, 32)
+    for clip, wrong in ((0, [3]), (1, [-1])):
+        with pytest.raises(IndexError):
+            clips.frames(clip, wrong)
+
+
+def test_frames_of_jpegs_are_what_pillow_decodes(tmp_path):
+    write_pictures(tmp_path / "src" / "a", moving(5, 150, 150))
+    _, clips = made.pack(tmp_path / "src", tmp_path / "dst", 140)
+    tensors = load_file(tmp_path / "dst" / clips.info["clips"]["file"][0])
+    offsets = tensors["offsets"]
+    assert offsets.dtype == np.int64 and offsets.shape == (6,) and offsets[0] == 0
+    for k in range(5):
+        data = tensors["jpeg"][offsets[k] : offsets[k + 1]].tobytes()
+        expected = np.asarray(Image.open(io.BytesIO(data))).transpose(2, 0, 1)
+        assert (clips.frames(0, [k])[0] == expected).all()
+
+
+def test_frames_are_read_and_no_others(packed, tmp_path):
+    """Rubbish everywhere else in the file is not noticed."""
+    shutil.copytree(packed[0].path, tmp_path / "dst")
+    clips = Clips(tmp_path / "dst")
+    file = tmp_path / "dst" / clips.info["clips"]["file"][6]
+    data, size = bytearray(file.read_bytes()), 3 * 32 * 32
+    begin = data.index(packed[1][6].tobytes())
+    for k in set(range(60)) - {7, 30, 31}:
+        data[begin + k * size : begin + (k + 1) * size] = b"\xaa" * size
+    file.write_bytes(data)
+    assert (clips.frames(6, [31, 7, 30]) == packed[1][6][[31, 7, 30]]).all()
 
 
 def test_clips_can_be_pickled_and_shared_between_threads(packed):
-    clips, _ = packed
-    expected = clips.frames(6, range(60))
+    clips, frames = packed
     again = pickle.loads(pickle.dumps(clips))
-    assert (again.frames(6, range(60)) == expected).all()
+    assert (again.frames(6, range(60)) == frames[6]).all() and len(pickle.dumps(clips)) < 5000
     wrong = []
 
     def read():
         for _ in range(5):
-            if not (clips.frames(6, range(60)) == expected).all():
+            if not (clips.frames(6, range(60)) == frames[6]).all():
                 wrong.append(1)
 
     threads = [threading.Thread(target=read) for _ in range(4)]
@@ -237,31 +113,89 @@ def test_clips_can_be_pickled_and_shared_between_threads(packed):
     assert not wrong
 
 
-@pytest.mark.parametrize(
-    "damage", ["gone", "version", "not json", "short shard", "no offsets", "short offsets", "frame"]
-)
+def test_no_file_stays_open(packed):
+    clips, _ = packed
+    before = len(os.listdir("/proc/self/fd"))
+    for k in range(7):
+        clips.frames(k, [0, 1, 2])
+    assert len(os.listdir("/proc/self/fd")) <= before
+
+
+DAMAGES = [
+    "gone",
+    "folder",
+    "version",
+    "not json",
+    "columns",
+    "clip gone",
+    "clip cut",
+    "clip rubbish",
+    "clip of another size",
+]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_damaged_packed_folders_are_named(packed, tmp_path, damage):
     dst = tmp_path / "dst"
-    pack(find_sources(packed[0].path.parent / "src"), dst, 32)
-    shard, index = dst / "shard-00000.bin", dst / "index.json"
+    shutil.copytree(packed[0].path, dst)
+    index, clip = dst / "index.json", dst / packed[0].info["clips"]["file"][0]
     if damage == "gone":
         index.unlink()
+    if damage == "folder":
+        shutil.rmtree(dst)
     if damage == "version":
-        index.write_text(index.read_text().replace('"version": 2', '"version": 7'))
+        index.write_text(index.read_text().replace('"version": 3', '"version": 7'))
     if damage == "not json":
         index.write_text(index.read_text()[:-20])
-    if damage == "short shard":
-        shard.write_bytes(shard.read_bytes()[:-1])
-    if damage == "no offsets":
-        (dst / "offsets.npy").unlink()
-    if damage == "short offsets":
-        np.save(dst / "offsets.npy", np.load(dst / "offsets.npy")[:-1])
-    if damage == "frame":
-        shard.write_bytes(b"\0" * shard.stat().st_size)
+    if damage == "columns":
+        table = json.loads(index.read_text())
+        table["clips"]["frames"].pop()
+        index.write_text(json.dumps(table))
+    if damage == "clip gone":
+        clip.unlink()
+    if damage == "clip cut":
+        clip.write_bytes(clip.read_bytes()[:-1])
+    if damage == "clip rubbish":
+        clip.write_bytes(bytes(clip.stat().st_size))
+    if damage == "clip of another size":
+        _, other = made.pack(packed[0].path.parent / "src", tmp_path / "other", 16)
+        shutil.copy(tmp_path / "other" / other.info["clips"]["file"][0], clip)
     with pytest.raises(UserError, match=str(dst)) as error:
         Clips(dst).frames(0, [0])
     assert "\n" not in str(error.value)
-    assert damage != "version" or "version 7" in str(error.value)
+    assert damage != "version" or "7" in str(error.value)
+    assert not damage.startswith("clip") or clip.name in str(error.value)
+
+
+def test_36000_clips_are_opened_in_little_memory(tmp_path):
+    """As many as CelebV-HQ has. Their files are empty: opening looks into none. bench/loader.py
+    measures the time."""
+    write_pictures(tmp_path / "src" / "clip", made.smallest())
+    index, _ = made.pack(tmp_path / "src", tmp_path / "dst", 16)
+    n, table = 36_000, index["clips"]
+    for name, column in table.items():
+        table[name] = column and column * n
+    table["file"] = [
+        f"celebvhq-processed-video-{k:05d}-0123abcd-00000.safetensors" for k in range(n)
+    ]
+    table["name"] = table["source"] = [f"celebvhq/processed/M2Ohb0FAaJU_{k}.mp4" for k in range(n)]
+    (tmp_path / "dst" / "index.json").write_text(json.dumps(index, indent=1))
+    for file in table["file"]:
+        os.close(os.open(tmp_path / "dst" / file, os.O_CREAT))
+    program = (
+        "import resource, sys, time\n"
+        "from mostgan.data import Clips\n"
+        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024\n"
+        "before, begun = peak(), time.perf_counter()\n"
+        "clips = Clips(sys.argv[1])\n"
+        "print(len(clips), time.perf_counter() - begun, peak() - before)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, tmp_path / "dst"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    count, seconds, megabytes = map(float, done.stdout.split())
+    assert count == n and megabytes <= 40 and seconds < 10, done.stdout
 
 
 # frame sampling (spec §8)
@@ -289,8 +223,21 @@ def test_other_numbers_of_frames():
         assert sample_span(20, 1, rng).tolist() == [0]
         assert len(sample_span(20, 2, rng)) == 2 and sample_span(20, 2, rng)[1] in SPANS
         five = sample_span(50, 5, rng)
-        assert five[0] == 0 and five[-1] in (4, 8, 16, 32) and len(set(five)) == 5 and (np.diff(five) > 0).all()
-        assert sample_span(7, 7, rng).tolist() == [0, 1, 2, 3, 4, 5, 6]  # span 6 is none of the usual ones
+        assert (
+            five[0] == 0
+            and five[-1] in (4, 8, 16, 32)
+            and len(set(five)) == 5
+            and (np.diff(five) > 0).all()
+        )
+        assert sample_span(7, 7, rng).tolist() == [
+            0,
+            1,
+            2,
+            3,
+            4,
+            5,
+            6,
+        ]  # span 6 is none of the usual ones
     assert {int(sample_real(5, 1, rng)[0][0]) for _ in range(200)} == {0, 1, 2, 3, 4}
     with pytest.raises(ValueError):
         sample_span(2, 3, rng)
@@ -302,7 +249,11 @@ def test_long_clips_are_windowed():
     frames, times = np.array([d[0] for d in draws]), np.array([d[1] for d in draws])
     assert times.dtype == np.float64 and times.min() >= 0 and times.max() <= 1023 < frames.max()
     window = frames - times
-    assert (window == window[:, :1]).all() and window.min() < 200 and 3776 < window.max() <= 5000 - 1024
+    assert (
+        (window == window[:, :1]).all()
+        and window.min() < 200
+        and 3776 < window.max() <= 5000 - 1024
+    )
     index, t = sample_real(1024, 3, rng)
     assert (index == t).all()
 
@@ -327,12 +278,18 @@ def test_uniform_sampling():
     rng = np.random.default_rng(0)
     drawn = np.array([sample_real(7, 3, rng, sampling="uniform")[0] for _ in range(7000)])
     sets, counts = np.unique(drawn, axis=0, return_counts=True)
-    assert (np.diff(sets, axis=1) > 0).all() and len(sets) == 35 and 130 < counts.min() < counts.max() < 275
+    assert (
+        (np.diff(sets, axis=1) > 0).all()
+        and len(sets) == 35
+        and 130 < counts.min() < counts.max() < 275
+    )
     frames, times = sample_real(5000, 3, rng, sampling="uniform")
     assert frames[-1] < 5000 and times[-1] < 1024 and (np.diff(frames - times) == 0).all()
     t = sample_fake(np.array([7, 90]), 3000, 3, rng, sampling="uniform")
     steps = np.diff(t, axis=1)
-    assert t.min() >= 0 and t.max() <= 89 and np.allclose(steps, steps.round()) and (steps > 0.5).all()
+    assert (
+        t.min() >= 0 and t.max() <= 89 and np.allclose(steps, steps.round()) and (steps > 0.5).all()
+    )
     assert len(np.unique(steps.round())) > 40  # no spans
     with pytest.raises(ValueError):
         sample_real(2, 3, rng, sampling="uniform")
@@ -363,15 +320,22 @@ def test_batches_are_deterministic_and_resume_exactly(packed, workers):
     whole = take(batches(clips, 4, 3, seed=5), 8)
     again = take(batches(clips, 4, 3, seed=5, workers=workers), 8)
     resumed = take(batches(clips, 4, 3, seed=5, start=3, workers=workers), 5)
-    assert all(same(a, b) for a, b in zip(whole, again)) and all(same(a, b) for a, b in zip(whole[3:], resumed))
+    assert all(same(a, b) for a, b in zip(whole, again)) and all(
+        same(a, b) for a, b in zip(whole[3:], resumed)
+    )
     assert not same(whole[0], take(batches(clips, 4, 3, seed=6), 1)[0])
-    halves = [take(batches(clips, 2, 3, seed=5, start=1, rank=rank, world=2, workers=workers), 7) for rank in (0, 1)]
-    for batch, first, second in zip(whole[1:], *halves):  # two processes share what one would take alone
+    halves = [
+        take(batches(clips, 2, 3, seed=5, start=1, rank=rank, world=2, workers=workers), 7)
+        for rank in (0, 1)
+    ]
+    for batch, first, second in zip(
+        whole[1:], *halves
+    ):  # two processes share what one would take alone
         assert same([x[:2] for x in batch], first) and same([x[2:] for x in batch], second)
     frames, t, label = whole[0]
     assert frames.shape == (4, 3, 3, 32, 32) and frames.dtype == torch.uint8
     assert t.shape == (4, 3) and t.dtype == torch.float32 and (t.diff(dim=1) > 0).all()
-    assert label.tolist() == [0] * 4 and label.dtype == torch.int64
+    assert label.shape == (4, 0) and label.dtype == torch.float32
 
 
 def test_each_pass_takes_every_clip_once_and_half_are_mirrored(packed):
@@ -388,11 +352,15 @@ def test_each_pass_takes_every_clip_once_and_half_are_mirrored(packed):
                         mirrored.append(flip)
                         break
             else:
-                pytest.fail("a sample is neither a clip's frames at its times nor their mirror image")
+                pytest.fail(
+                    "a sample is neither a clip's frames at its times nor their mirror image"
+                )
     passes = np.array(seen).reshape(30, 7)
     assert (np.sort(passes, axis=1) == np.arange(7)).all() and len({tuple(p) for p in passes}) > 25
     assert 0.38 < np.mean(mirrored) < 0.62
-    assert (np.array(mirrored).reshape(30, 7).std(axis=1) > 0).mean() > 0.8  # drawn for each clip of a batch alone
+    assert (
+        np.array(mirrored).reshape(30, 7).std(axis=1) > 0
+    ).mean() > 0.8  # drawn for each clip of a batch alone
     plain = take(batches(clips, 7, 3, seed=0, mirror=False), 1)[0]
     first = take(batches(clips, 7, 3, seed=0), 1)[0]
     flips = [not (a == b).all() for a, b in zip(plain.frames, first.frames)]
@@ -408,10 +376,10 @@ def test_clips_too_short_for_a_sample_are_left_out(packed):
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_errors_reach_the_consumer_as_they_are(packed, tmp_path, workers):
-    pack(find_sources(packed[0].path.parent / "src"), tmp_path / "dst", 32)
+    shutil.copytree(packed[0].path, tmp_path / "dst")
     clips = Clips(tmp_path / "dst")
-    shard = tmp_path / "dst" / "shard-00000.bin"
-    shard.write_bytes(b"\0" * shard.stat().st_size)
+    for file in (tmp_path / "dst").glob("*.safetensors"):
+        file.write_bytes(bytes(file.stat().st_size))
     with pytest.raises(UserError, match="damaged") as error:
         next(batches(clips, 2, 3, seed=0, workers=workers))
     assert "\n" not in str(error.value)
@@ -437,81 +405,314 @@ def test_a_program_that_forgets_to_close_exits(packed, workers):
         f"iterator = batches(Clips({str(packed[0].path)!r}), 4, 3, seed=0, workers={workers})\n"
         "print(next(iterator).frames.shape)"
     )
-    root = Path(data.__file__).parents[1]
-    done = subprocess.run([sys.executable, "-c", program], cwd=root, timeout=120, capture_output=True, text=True)
+    root = ROOT
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=root, timeout=120, capture_output=True, text=True
+    )
     assert done.returncode == 0 and "32, 32" in done.stdout, done.stderr
 
 
 # opening whatever the user has
 
 
-def test_raw_data_is_packed_once_beside_it_and_again_when_it_changes(tmp_path, capsys):
-    src = tmp_path / "clouds"
-    write_frames(src / "a", moving(4))
+def write_source(path, kind, frames, name="a"):
+    """The same clip as a folder of pictures, a video or an archive."""
+    if kind == "folder":
+        write_pictures(path / name, frames)
+    elif kind == "mp4":
+        write_video(path, frames)
+    else:
+        files = {}
+        for k, image in enumerate(frames):
+            data = io.BytesIO()
+            Image.fromarray(image).save(data, "PNG")
+            files[f"{name}/{k:03d}.png"] = data.getvalue()
+        make_archive(path, files)
+
+
+@pytest.fixture
+def one_core(monkeypatch):
+    """Packing starts no workers: they would take longer than what they do here."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0})
+
+
+def caches(folder):
+    return sorted(path.name for path in folder.glob("*.clips"))
+
+
+@pytest.mark.parametrize(
+    "name", ["clouds", "clouds.zip", "clouds.tar", "clouds.tar.gz", "clouds.mp4"]
+)
+def test_raw_data_is_packed_once_beside_it_and_again_when_it_changes(
+    tmp_path, capsys, one_core, name
+):
+    src, kind = tmp_path / name, name.partition(".")[2] or "folder"
+    write_source(src, kind, numbered(4, 16, 16))
     first = open_data(src, "sky", 16)
-    assert first.path == tmp_path / "clouds-16px.clips" and not first.builtin and "once" in capsys.readouterr().out
-    assert open_data(src, "sky", 16).path == first.path and capsys.readouterr().out == ""
-    assert open_data(src, "sky", 32).resolution == 32
-    write_frames(src / "b", moving(5))
-    assert len(open_data(src, "sky", 16)) == 2
-    (src / "b" / "frame4.png").unlink()
-    assert open_data(src, "sky", 16).lengths.tolist() == [4, 4]
-    assert open_data(first.path, "sky", 16).path == first.path  # packed folders are taken as they are
-    with pytest.raises(UserError, match="16 pixels.*--resolution 32"):
-        open_data(first.path, "sky", 32)
+    assert (
+        first.path.parent == tmp_path and first.path.name.startswith("clouds") and not first.builtin
+    )
+    assert "once" in capsys.readouterr().out and numbers(first) == [0, 1, 2, 3]
+    before = made.files_of(first.path)
+    again = open_data(src, "sky", 16)
+    assert (
+        again.path == first.path
+        and capsys.readouterr().out == ""
+        and made.files_of(first.path) == before
+    )
+    larger = open_data(src, "sky", 32)
+    assert larger.resolution == 32 and larger.path != first.path
+    if kind == "folder":
+        write_source(src, kind, numbered(5, 16, 16), "b")
+        assert sorted(open_data(src, "sky", 16).lengths.tolist()) == [4, 5]
+        (src / "b" / "004.png").unlink()
+        assert open_data(src, "sky", 16).lengths.tolist() == [4, 4]
+        write_source(
+            src, kind, numbered(7, 16, 16)[3:], "a"
+        )  # the same names, and of each file the same size
+    else:
+        write_source(src, kind, numbered(7, 16, 16)[3:])
+    assert numbers(open_data(src, "sky", 16)) == [3, 4, 5, 6]
+    for path in (first.path, larger.path):
+        if path.exists():  # packed folders are taken as they are
+            assert open_data(path, "sky", Clips(path).resolution).path == path
+            with pytest.raises(UserError, match="pixels"):
+                open_data(path, "sky", 64)
     with pytest.raises(UserError, match="does not exist"):
         open_data(tmp_path / "nowhere", "sky", 16)
 
 
-def test_a_read_only_place_and_a_cache_that_is_given(tmp_path, monkeypatch):
+def test_sources_of_one_name_have_a_cache_each(tmp_path, one_core):
+    places = {}
+    for k, end in enumerate(("", ".zip", ".tar", ".tar.gz", ".mp4")):
+        write_source(
+            tmp_path / f"x{end}", end.lstrip(".") or "folder", numbered(20, 16, 16)[k : k + 4]
+        )
+        places[end] = open_data(tmp_path / f"x{end}", "sky", 16).path
+    assert len(set(places.values())) == 5 == len(caches(tmp_path))
+    for k, (end, place) in enumerate(places.items()):  # none was taken for another
+        clips = open_data(tmp_path / f"x{end}", "sky", 16)
+        assert clips.path == place and numbers(clips) == list(range(k, k + 4))
+
+
+def test_sources_of_one_name_from_different_places_in_one_cache(tmp_path, one_core):
+    for k, place in enumerate(("one", "two")):
+        write_source(tmp_path / place / "x", "folder", numbered(8, 16, 16)[k : k + 4])
+        for path in (tmp_path / place).rglob("*"):
+            os.utime(path, (10**9, 10**9))
+    first, second = (
+        open_data(tmp_path / place / "x", "sky", 16, cache=tmp_path / "cache")
+        for place in ("one", "two")
+    )
+    assert first.path != second.path and first.path.parent == tmp_path / "cache"
+    assert numbers(first) == [0, 1, 2, 3] and numbers(second) == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    "damage", ["index gone", "index rubbish", "clip gone", "an earlier version"]
+)
+def test_a_cache_that_is_stale_or_damaged_is_made_anew(tmp_path, one_core, damage):
+    write_source(tmp_path / "x", "folder", numbered(4, 16, 16))
+    place = open_data(tmp_path / "x", "sky", 16).path
+    before, (clip,) = made.files_of(place), place.glob("*.safetensors")
+    if damage == "index gone":
+        (place / "index.json").unlink()
+    if damage == "index rubbish":
+        (place / "index.json").write_text("{")
+    if damage == "clip gone":
+        clip.unlink()
+    if damage == "an earlier version":
+        (place / "index.json").write_text('{"format": "mostgan-clips", "version": 2, "clips": []}')
+    clips = open_data(tmp_path / "x", "sky", 16)
+    assert numbers(clips) == [0, 1, 2, 3] and made.files_of(clips.path) == before
+
+
+def test_a_packing_of_the_cache_that_was_interrupted_goes_on(tmp_path, one_core, monkeypatch):
+    for k in range(3):
+        write_source(tmp_path / "x", "folder", numbered(4 + k, 16, 16), f"clip{k}")
+    real, done = os.replace, []
+
+    def replace(*names):
+        if len(done) == 3:
+            raise KeyboardInterrupt
+        done.append(real(*names))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", replace)
+        with pytest.raises(KeyboardInterrupt):
+            open_data(tmp_path / "x", "sky", 16)
+    assert open_data(tmp_path / "x", "sky", 16).lengths.tolist() == [4, 5, 6]
+    assert len(caches(tmp_path)) == 1
+
+
+def test_a_read_only_place_and_a_cache_that_is_given(tmp_path, monkeypatch, one_core):
     monkeypatch.chdir(tmp_path)
-    write_frames(tmp_path / "ro" / "src" / "a", moving(4))
+    write_source(tmp_path / "ro" / "src", "folder", numbered(4, 16, 16))
     os.chmod(tmp_path / "ro", 0o555)
     try:
         clips = open_data(tmp_path / "ro" / "src", "sky", 16)
-        assert clips.path.parent == Path("data/cache") and clips.path.name.endswith("src-16px.clips")
+        assert clips.path.parent == Path("data/cache") and clips.path.name.endswith(".clips")
         given = open_data(tmp_path / "ro" / "src", "sky", 16, cache=tmp_path / "elsewhere")
         assert given.path.parent == tmp_path / "elsewhere"
-        assert sorted(p.name for p in (tmp_path / "ro").iterdir()) == ["src"]
+        assert sorted(path.name for path in (tmp_path / "ro").iterdir()) == ["src"]
     finally:
         os.chmod(tmp_path / "ro", 0o755)
 
 
-def test_without_a_path(tmp_path, monkeypatch):
+def test_a_cache_among_the_sources_is_no_source(tmp_path, one_core):
+    """A folder of data sets, each with its cache beside it, given as a data set itself."""
+    write_source(tmp_path / "all" / "x", "folder", numbered(4, 16, 16))
+    open_data(tmp_path / "all" / "x", "sky", 16)
+    assert open_data(tmp_path / "all", "sky", 16).lengths.tolist() == [4]
+
+
+def test_without_a_path(tmp_path, monkeypatch, one_core):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sky, "clips", lambda: [sky.SkyClip(i, 4) for i in range(3)])
+    monkeypatch.setattr(sky, "CLIPS", 3)
+    monkeypatch.setattr(sky, "FRAMES", 4)
     with pytest.raises(UserError, match="data/ffs"):
         open_data(None, "ffs", 16)
     clips = open_data(None, "sky", 16)
-    assert clips.builtin and clips.path == Path("data/sky-builtin-16px.clips") and clips.lengths.tolist() == [4, 4, 4]
-    expected = sky.make_clip(1, 16, 4)
-    assert psnr(clips.frames(1, range(4)), expected) >= 45
-    assert open_data(None, "sky", 16).builtin
-    write_frames(tmp_path / "data" / "sky" / "a", moving(4))
+    assert (
+        clips.builtin and clips.path.parent == Path("data") and clips.lengths.tolist() == [4, 4, 4]
+    )
+    assert (clips.frames(1, range(4)) == sky.make_clip(1, 16, 4)).all()
+    assert open_data(None, "sky", 16).path == clips.path
+    write_source(tmp_path / "data" / "sky", "folder", numbered(4, 16, 16))
     assert not open_data(None, "sky", 16).builtin  # the user's own sky comes first
 
 
-# the command
+# the run's side
+
+TINY = ModelConfig(
+    resolution=32,
+    channel_base=128,
+    channel_max=8,
+    z_dim=16,
+    w_dim=16,
+    motion_noise_dim=16,
+    motion_code_dim=16,
+    num_frequencies=8,
+    motion_vector_dim=8,
+    motion_styles=2,
+    motion_resolutions=(16,),
+    discriminator_hidden_dim=16,
+    mbstd_group=2,
+)
 
 
-def test_the_command(mixed, tmp_path):
+@pytest.fixture
+def quiet(monkeypatch):
+    monkeypatch.setattr(training, "save_grids", lambda *arguments: None)
+    monkeypatch.setattr(training, "save_real_grid", lambda *arguments: None)
+
+
+def tiny_run(data, steps=1):
+    values = dict(
+        data=str(data),
+        batch_clips=4,
+        batch_split=1,
+        precision="float32",
+        compile=False,
+        workers=0,
+        augment="none",
+        total_kframes=0.012 * steps,
+        log_kframes=0.012,
+        snapshot_kframes=100,
+    )
+    return dataclasses.replace(TrainConfig(TINY), **values)
+
+
+def described(run):
+    return json.loads((run / "config.json").read_text())
+
+
+@pytest.mark.parametrize("form", ["folder", "zip", "tar", "packed"])
+def test_training_takes_data_in_every_form_and_a_run_remembers_it(tmp_path, one_core, quiet, form):
+    src = tmp_path / ("x" if form in ("folder", "packed") else f"x.{form}")
+    for k in range(2) if form in ("folder", "packed") else [0]:
+        write_source(
+            src, "folder" if form == "packed" else form, moving(6, 32, 32, seed=k), f"clip{k}"
+        )
+    data = src
+    if form == "packed":
+        data = made.pack(src, tmp_path / "packed", 32)[1].path
+    training.train(tiny_run(data), tmp_path / "run")
+    clips = open_data(data, "sky", 32)
+    remembered = described(tmp_path / "run")
+    assert (
+        Path(remembered["data"]) == data.resolve()
+        and clips.info["fingerprint"] in remembered.values()
+    )
+
+
+def test_a_run_goes_on_with_other_data_only_when_they_are_named(tmp_path, one_core, quiet, capsys):
+    write_source(tmp_path / "x", "folder", moving(6, 32, 32), "clip0")
+    training.train(tiny_run(tmp_path / "x"), tmp_path / "run")
+    before = described(tmp_path / "run")
+    write_source(tmp_path / "x", "folder", moving(6, 32, 32, seed=5), "clip0")
+    resume = what_to_resume(tmp_path / "run", "")
+    with pytest.raises(UserError, match="--data") as error:
+        training.train(tiny_run(tmp_path / "x", 2), None, resume)
+    assert "\n" not in str(error.value) and described(tmp_path / "run") == before
+    capsys.readouterr()
+    training.train(tiny_run(tmp_path / "x", 2), None, resume._replace(names_data=True))
+    told, after = capsys.readouterr().out, described(tmp_path / "run")
+    assert (
+        "other data" in told
+        and after["data_fingerprint"] == open_data(tmp_path / "x", "sky", 32).info["fingerprint"]
+    )
+    assert after["data_fingerprint"] != before["data_fingerprint"]
+    training.train(
+        tiny_run(tmp_path / "x", 3), None, what_to_resume(tmp_path / "run", "")
+    )  # it is the run's data now
+
+
+@pytest.mark.slow
+def test_the_command_line_names_other_data(tmp_path):
+    """`--resume` alone refuses, in one line; with --data it goes on, says so, and records it."""
+    for k in range(2):
+        pack_sky(tmp_path / f"sky{k}", 32, count=2 + k, frames=6)
+    model = [
+        word
+        for name, value in vars(TINY).items()
+        if value != getattr(ModelConfig(), name)
+        for word in (
+            f"--{name.replace('_', '-')}",
+            *map(str, value if isinstance(value, tuple) else [value]),
+        )
+    ]
+    base = [
+        sys.executable,
+        str(ROOT / "train.py"),
+        "--preset",
+        "tiny",
+        *model,
+        "--batch-clips",
+        "4",
+        "--batch-split",
+        "1",
+    ]
+    base += [
+        "--augment",
+        "none",
+        "--log-kframes",
+        "0.012",
+        "--out",
+        str(tmp_path / "run"),
+        "--resume",
+    ]
+
     def run(*arguments):
-        root = Path(data.__file__).parents[1]
-        command = [sys.executable, "-m", "mostgan.prepare", *map(str, arguments)]
-        return subprocess.run(command, cwd=root, capture_output=True, text=True)
+        return subprocess.run([*base, *arguments], capture_output=True, text=True, cwd=tmp_path)
 
-    done = run(mixed, tmp_path / "dst", "--resolution", 16)
-    assert done.returncode == 0 and "5 clips, 44 frames of 16 pixels" in done.stdout and "skipped 3" in done.stdout
-    assert Clips(tmp_path / "dst").resolution == 16
-    for arguments in ((mixed, tmp_path / "dst"), (tmp_path / "none", tmp_path / "new")):
-        done = run(*arguments, "--resolution", 16)
-        assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
-
-
-def test_videos_read_the_same_from_a_zip(tmp_path):
-    write_video(tmp_path / "a.mp4", moving(5))
-    with zipfile.ZipFile(tmp_path / "a.zip", "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.write(tmp_path / "a.mp4", "a.mp4")
-    (source,) = find_sources(tmp_path / "a.zip")
-    direct = [center_crop_resize(frame, 24) for frame in read_frames(tmp_path / "a.mp4")]
-    assert (np.stack(list(source.frames(24))) == direct).all()
+    done = run("--data", str(tmp_path / "sky0"), "--total-kframes", "0.012")
+    assert done.returncode == 0, done.stderr
+    shutil.rmtree(tmp_path / "sky0")
+    (tmp_path / "sky1").rename(tmp_path / "sky0")
+    done = run("--total-kframes", "0.024")
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert [line for line in done.stderr.splitlines() if line][-1].startswith("train.py: ")
+    done = run("--total-kframes", "0.024", "--data", str(tmp_path / "sky0"))
+    assert done.returncode == 0 and "other data" in done.stdout + done.stderr, done.stderr
+    assert described(tmp_path / "run")["clips"] == 3

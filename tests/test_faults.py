@@ -19,7 +19,8 @@ from safetensors.torch import load_file
 
 import mostgan
 import train as training
-from mostgan import augment, checkpoint, distributed, packing, sky
+from mostgan import augment, checkpoint, distributed
+from mostgan.prepare import pack_sky
 from mostgan.config import ModelConfig, TrainConfig, UserError
 from mostgan.data import Clips, batches
 from mostgan.run import Resume, Stats, StopSignal, continue_run, what_to_resume
@@ -38,7 +39,7 @@ CPU = torch.device("cpu")
 def packed(tmp_path_factory):
     """Eight procedural clips of 40 frames at 32²."""
     folder = tmp_path_factory.mktemp("data") / "sky.clips"
-    packing.pack(sky.clips(count=8, length=40), folder, 32)
+    pack_sky(folder, 32, count=8, frames=40)
     return folder
 
 

@@ -15,12 +15,14 @@ import torch
 from safetensors.torch import save_file
 
 import train as training
-from mostgan import checkpoint, clip_sets, frechet, metrics, packing, sky
+from mostgan import checkpoint, clip_sets, frechet, metrics
 from mostgan.clip_sets import ClipSet, GeneratedSet, Protocol
 from mostgan.config import ModelConfig, TrainConfig, UserError
 from mostgan.data import Clips
 from mostgan.frechet import add_features, frechet_distance, mean_and_covariance
 from mostgan.model import Generator
+from mostgan.prepare import pack, sky
+from mostgan.prepare.reading import Settings
 from mostgan.run import Resume
 from mostgan.video_writer import VideoWriter
 
@@ -45,7 +47,7 @@ def packed(tmp_path_factory):
     """Procedural clips at 32²: nine of 20 frames, two of 130, one of 140."""
     folder = tmp_path_factory.mktemp("data") / "sky.clips"
     lengths = [20] * 9 + [130, 130, 140]
-    packing.pack([sky.SkyClip(i, n) for i, n in enumerate(lengths)], folder, 32, extra={"builtin": True})
+    pack([sky.SkyClip(i, n) for i, n in enumerate(lengths)], folder, Settings(32, "raw"), about={"builtin": True})
     return folder
 
 
@@ -255,7 +257,7 @@ def test_bf16_is_for_rendering_alone():
 def test_labels_are_drawn_from_the_data():
     torch.manual_seed(0)
     generator = Generator(dataclasses.replace(MODEL, num_labels=3)).eval()
-    one = torch.cat(list(GeneratedSet(generator, SMALL, 0, np.array([2])).batches(16, 0, 1)))
+    one = torch.cat(list(GeneratedSet(generator, SMALL, 0, np.eye(3, dtype=np.float32)[[2]]).batches(16, 0, 1)))
     alone = torch.cat(list(generator.render(0, 0, 16, clips=4, label=2)), dim=1)
     assert (alone.int() - one[:4].int()).abs().max() <= 1
 

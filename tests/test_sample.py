@@ -236,7 +236,7 @@ def test_stopped_it_leaves_what_was_rendered(run, tmp_path, name, number):
 def test_an_error_is_one_line(run, tmp_path):
     program = start(run, tmp_path, "--start", "2e8", "--out", "a.mp4")
     out, errors = program.communicate(timeout=120)
-    assert program.returncode == 1 and errors.startswith("sample.py: start is 2e+08") and errors.count("\n") == 1
+    assert program.returncode == 2 and errors.startswith("sample.py: start is 2e+08") and errors.count("\n") == 1
     assert out == "" and list(tmp_path.iterdir()) == []
 
 

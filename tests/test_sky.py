@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from mostgan import sky
+from mostgan.prepare import sky
+from mostgan.prepare.reading import Settings
 
 
 def luma(clip):
@@ -16,7 +17,8 @@ def test_clips_are_deterministic_and_have_the_right_form(resolution):
     assert clip.shape == (11, 3, resolution, resolution) and clip.dtype == np.uint8
     assert (sky.make_clip(3, resolution, frames=11) == clip).all()
     assert (sky.make_clip(3, resolution, frames=20)[:11] == clip).all()
-    assert (np.stack(list(sky.SkyClip(3, 11).frames(resolution))) == clip.transpose(0, 2, 3, 1)).all()
+    frames = sky.SkyClip(3, 11).frames(Settings(resolution, "raw"), 0, None, {}, set())
+    assert (np.stack([shown.image for _, shown in frames]) == clip.transpose(0, 2, 3, 1)).all()
 
 
 def test_seeds_and_indices_differ():

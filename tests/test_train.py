@@ -12,7 +12,7 @@ import torch
 
 import mostgan
 import train as training
-from mostgan import packing, sky
+from mostgan.prepare import pack_sky
 from mostgan.config import DATASETS, ModelConfig, TrainConfig, UserError, train_preset
 from mostgan.data import Clips, batches
 from mostgan.loss import generator_loss
@@ -30,7 +30,7 @@ CPU = torch.device("cpu")
 def packed(tmp_path_factory):
     """Four procedural clips of 40 frames at 32²."""
     folder = tmp_path_factory.mktemp("data") / "sky.clips"
-    packing.pack(sky.clips(count=4, length=40), folder, 32)
+    pack_sky(folder, 32, count=4, frames=40)
     return folder
 
 

@@ -1,8 +1,9 @@
-"""The built-in procedural sky: time-lapse skies made from nothing, so that training runs before any data is downloaded.
+"""The built-in procedural sky: time-lapse skies made from nothing, so that training runs before any
+data is downloaded.
 
-A clip is a pure function of (seed, index) and looks the same at every resolution: a graded sky, two decks of clouds
-carried by the wind across a plane overhead, a sun that lights and colours them, light that changes with time, and dark
-ridges below.
+A clip is a pure function of (seed, index) and looks the same at every resolution: a graded sky, two
+decks of clouds carried by the wind across a plane overhead, a sun that lights and colours them,
+light that changes with time, and dark ridges below.
 """
 
 import math
@@ -13,11 +14,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from mostgan.prepare.frames import Shown, Timing
+
 VERSION = 1  # raise it when the pictures change, so that cached ones are made again
 CLIPS, FRAMES, FPS = 64, 64, 25.0
 NOISE_SIZE = 256  # texels a side of the periodic noise; its features are about 16 texels wide
 
 # Per mood: colours of (zenith, horizon, lit cloud, shaded cloud, glow around the sun), sRGB 0…1.
+# fmt: off
 MOODS = np.array([
     # blue noon
     [[0.10, 0.27, 0.62], [0.58, 0.76, 0.91], [1.00, 1.00, 0.99], [0.60, 0.66, 0.75], [0.35, 0.32, 0.22]],
@@ -33,31 +37,50 @@ MOODS = np.array([
     [[0.47, 0.53, 0.60], [0.72, 0.75, 0.78], [0.88, 0.89, 0.90], [0.38, 0.42, 0.48], [0.16, 0.15, 0.12]],
     # golden hour
     [[0.30, 0.42, 0.55], [0.93, 0.82, 0.60], [1.00, 0.90, 0.70], [0.48, 0.46, 0.50], [0.50, 0.38, 0.16]],
-])  # fmt: skip
+])
+# fmt: on
 AFTER = [1, 0, 3, 4, 3, 0, 2]  # the mood that each one drifts towards
 
 
 @dataclass
 class SkyClip:
-    """One clip in the form that prepare.pack takes."""
+    """One clip, in the form of a Source (see sources.py)."""
 
     index: int
-    length: int = FRAMES
+    count: int = FRAMES
     seed: int = 0
     label: int | None = None
-    fps: float = FPS
+    problem: str | None = None
+    timing: Timing = Timing(FPS, 0.0, None)
+    files: tuple = ("procedural sky",)
+    facts: frozenset = frozenset()
 
     @property
     def name(self):
         return f"sky{self.index:03d}"
 
-    def identity(self):
-        return f"sky {VERSION} {self.seed} {self.index} {self.length} {self.label}"
+    def stamp(self, times=True):
+        return ["sky", VERSION, self.seed, self.index, self.count]
 
-    def frames(self, resolution):
-        """Yields uint8 [resolution,resolution,3]."""
-        for chunk in _chunks(self.index, resolution, self.length, self.seed):
-            yield from chunk.transpose(0, 2, 3, 1)
+    def look(self, settings):
+        pass
+
+    def fps(self, settings):
+        return FPS
+
+    def length(self, settings):
+        return self.count
+
+    def frames(self, settings, first, count, errors, facts):
+        """Yields (number, Shown) with images uint8 [R, R, 3]."""
+        number = 0
+        for chunk in _chunks(self.index, settings.resolution, self.count, self.seed):
+            for image in chunk.transpose(0, 2, 3, 1):
+                yield number, Shown(number / FPS, 1 / FPS, image)
+                number += 1
+
+    def framing(self, settings, facts):
+        return lambda image: image
 
 
 def clips(count=CLIPS, length=FRAMES, seed=0):
@@ -72,7 +95,9 @@ def make_clip(index, resolution, frames=FRAMES, seed=0):
 
 def _chunks(index, resolution, frames, seed):
     scene = _draw_scene(index, seed)
-    for start in range(0, frames, 8):  # few at a time: they stay in the cache, and memory stays small at any size
+    for start in range(
+        0, frames, 8
+    ):  # few at a time: they stay in the cache, and memory stays small at any size
         t = torch.arange(start, min(start + 8, frames), dtype=torch.float32)
         yield _render(scene, t[:, None, None], resolution)
 
@@ -109,15 +134,25 @@ def _render(scene, t, resolution):
     image = image + glow * near_sun
     haze = 0.75 * (-5 * height).exp()[:, None]  # far clouds take the colour of the air before them
     for deck, strength in ((scene["high deck"], 0.55), (scene["low deck"], 0.95)):
-        density, lighting = _clouds(scene["seed"], deck, x - 0.5, height, t, sun[0] - 0.5, resolution)
-        color = shade + (lit - shade) * lighting[:, None] + 0.5 * glow * near_sun * (1 - 0.6 * density[:, None])
+        density, lighting = _clouds(
+            scene["seed"], deck, x - 0.5, height, t, sun[0] - 0.5, resolution
+        )
+        color = (
+            shade
+            + (lit - shade) * lighting[:, None]
+            + 0.5 * glow * near_sun * (1 - 0.6 * density[:, None])
+        )
         color = color + (low - color) * haze
         image = image + (color - image) * (strength * density[:, None])
-    exposure = 1 + scene["light"][0] * (t / 63 - 0.5) + 0.5 * scene["light"][1] * torch.sin(t / 63 * 5)
+    exposure = (
+        1 + scene["light"][0] * (t / 63 - 0.5) + 0.5 * scene["light"][1] * torch.sin(t / 63 * 5)
+    )
     image = image * exposure[:, None]
     for ridge, level, air in ((scene["far ridge"], 0.95, 0.6), (scene["near ridge"], 0.6, 0.12)):
         top = level * horizon + 0.22 * horizon * _ridge(ridge, x)
-        cover = ((top - y) * resolution + 0.5).clamp(0, 1)[:, None]  # the covered part of each pixel: no jagged edge
+        cover = ((top - y) * resolution + 0.5).clamp(0, 1)[
+            :, None
+        ]  # the covered part of each pixel: no jagged edge
         ground = (0.35 * shade * exposure[:, None] + 0.45 * air * low) * (0.25 + 0.75 * air)
         image = image + (ground - image) * cover
     return (image.clamp(0, 1) * 255).round().to(torch.uint8).numpy()
@@ -131,14 +166,20 @@ def _palette(mood, drift, t):
 
 
 def _draw_deck(rng, overcast, speed):
-    """Draws one deck of clouds: its octaves' places and turns, the wind, how much of the sky it covers, how softly."""
-    angle = rng.uniform(-0.6, 0.6) + (math.pi if rng.random() < 0.5 else 0)  # mostly sideways, slightly towards or away
+    """Draws one deck of clouds: its octaves' places and turns, the wind, how much of the sky it
+    covers, how softly.
+    """
+    angle = rng.uniform(-0.6, 0.6) + (
+        math.pi if rng.random() < 0.5 else 0
+    )  # mostly sideways, slightly towards or away
     speed = rng.uniform(*speed) / 64  # of the picture's width per frame, at the top of the picture
     return {
         "origin": rng.uniform(0, 1, (5, 2)),
         "turn": rng.uniform(0, 2 * math.pi, 5),
         "wind": (speed * math.cos(angle), speed * math.sin(angle)),
-        "slip": rng.uniform(-0.25, 0.25, (5, 2)),  # octaves drift apart by this part of the wind: clouds change shape
+        "slip": rng.uniform(
+            -0.25, 0.25, (5, 2)
+        ),  # octaves drift apart by this part of the wind: clouds change shape
         "coverage": rng.uniform(0.75, 0.95) if overcast else rng.uniform(0.28, 0.58),
         "scale": rng.uniform(0.8, 1.3),
         "softness": rng.uniform(1.0, 1.7),
@@ -146,11 +187,16 @@ def _draw_deck(rng, overcast, speed):
 
 
 def _clouds(seed, deck, x, height, t, sun_x, resolution):
-    """One deck's density and lighting, each [T,H,W] in 0…1. x from −½ to ½; height above the horizon, 0…1."""
-    # Perspective: the deck is a plane overhead; its distance is 1 at the top of the picture and grows to the horizon.
+    """One deck's density and lighting, each [T,H,W] in 0…1. x from −½ to ½; height above the
+    horizon, 0…1.
+    """
+    # Perspective: the deck is a plane overhead; its distance is 1 at the top of the picture and
+    # grows to the horizon.
     distance = 1.35 / (height + 0.35)
     px, pz = x * distance, 1.1 * distance  # [1,H,W] in picture widths
-    pixel = distance * distance / resolution  # footprint of a pixel, for fading octaves that it cannot show
+    pixel = (
+        distance * distance / resolution
+    )  # footprint of a pixel, for fading octaves that it cannot show
     step = 0.06 / math.hypot(sun_x, 0.8)  # towards the sun
     field = _fractal(seed, deck, px, pz, t, pixel)
     ahead = _fractal(seed, deck, px + step * sun_x, pz + step * 0.8, t, pixel, octaves=3)
@@ -179,13 +225,17 @@ def _fractal(seed, deck, px, pz, t, pixel, octaves=5):
 
 def _ridge(bumps, x):
     """The outline of a ridge at x, around 0: six waves of falling size."""
-    return sum(torch.sin(x * (3.1 * 1.9**k) + 9 * bumps[1, k]) * (bumps[0, k] / 1.75**k) for k in range(bumps.shape[1]))
+    return sum(
+        torch.sin(x * (3.1 * 1.9**k) + 9 * bumps[1, k]) * (bumps[0, k] / 1.75**k)
+        for k in range(bumps.shape[1])
+    )
 
 
 @lru_cache(maxsize=2)
 def _noise(seed):
-    """A periodic random field [1,1,N+1,N+1] of unit variance, with one band of wavelengths around 16 texels; the last
-    row and column repeat the first, so that sampling wraps."""
+    """A periodic random field [1,1,N+1,N+1] of unit variance, with one band of wavelengths around
+    16 texels; the last row and column repeat the first, so that sampling wraps.
+    """
     white = np.random.default_rng([seed, 1 << 31]).standard_normal((NOISE_SIZE, NOISE_SIZE))
     frequency = np.hypot(np.fft.fftfreq(NOISE_SIZE)[:, None], np.fft.fftfreq(NOISE_SIZE)[None, :])
     band = np.exp(-(((frequency * 16 - 1) / 0.45) ** 2))
@@ -198,4 +248,6 @@ def _sample(noise, u, v):
     """Bilinear samples of the periodic field at (u, v) in periods, [T,H,W] each."""
     where = torch.stack(torch.broadcast_tensors(u, v), -1)
     where = (where - where.floor()) * 2 - 1
-    return F.grid_sample(noise, where.reshape(1, 1, -1, 2), mode="bilinear", align_corners=True).view(where.shape[:-1])
+    return F.grid_sample(
+        noise, where.reshape(1, 1, -1, 2), mode="bilinear", align_corners=True
+    ).view(where.shape[:-1])

@@ -1,0 +1,341 @@
+"""From whatever the user has to a packed data set: finding, labels and masks, packing; its check;
+its cache beside the source.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+
+from mostgan.config import UserError
+from mostgan.files import sha256_of
+from mostgan.prepare import archives
+from mostgan.prepare.labels import label_sources
+from mostgan.prepare.pack import RAW_UP_TO, checksum_of, pack
+from mostgan.prepare.reading import Settings, natural, printable, stem
+from mostgan.prepare.sources import Notes, find_sources
+
+
+def prepare(
+    src,
+    dst,
+    resolution,
+    *,
+    crop="center",
+    masks=None,
+    fps=None,
+    clip_length=None,
+    labels=None,
+    split=None,
+    test_share=0.1,
+    lossless=False,
+    strict=False,
+    jobs=None,
+    about=None,
+):
+    """Packs the clips in SRC (a folder, an archive or a file) into the folder DST and returns its
+    index, a dict.
+
+    The options are those of the command (`python -m mostgan.prepare --help`); jobs: processes, None
+    for one a core; about: more entries of the index. Raises UserError.
+    """
+    if fps is not None and not 0 < fps <= 1000:
+        raise UserError(f"--fps {fps:g} is not possible: above 0, up to 1000")
+    if not 0 < test_share < 1:
+        raise UserError(f"--test-share {test_share:g} is not possible: between 0 and 1")
+    if masks is not None and crop != "center":
+        raise UserError("--masks and --crop exclude each other: the masks say what to crop")
+    coding = "raw" if lossless or resolution <= RAW_UP_TO else "jpeg"
+    settings = Settings(resolution, coding, _crop(crop), fps, clip_length)
+    notes, src, dst = Notes(), Path(src), Path(dst)
+    new = not dst.exists()
+    try:
+        dst.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make {printable(str(dst))}: {error.strerror}") from None
+    try:
+        sources, tables = find_sources(src, notes, dst)
+        sources, meaning = label_sources(sources, tables, labels, notes)
+        if masks is not None:
+            _find_masks(sources, masks, dst)
+        if split:
+            sources = [
+                source
+                for source in sources
+                if (place(source.name) < test_share) == (split == "test")
+            ]
+            if not sources:
+                raise UserError(f"{printable(str(src))}: no clip falls into the {split} part")
+        told = {
+            "source": printable(src.resolve().name),
+            "labels": meaning,
+            "masks": masks is not None,
+        }
+        told |= {"split": split, "test_share": test_share if split else None} | (about or {})
+        return pack(sources, dst, settings, notes, told, strict, jobs)
+    finally:
+        _tidy(dst, new)
+
+
+def _tidy(dst, new):
+    """Removes unpacked archives, and the folder if nothing came of it."""
+    for name in os.listdir(dst) if dst.is_dir() else ():
+        if name.endswith(".unpacked"):
+            os.unlink(dst / name)
+    if new and dst.is_dir() and set(os.listdir(dst)) <= {"plan.json"}:
+        for name in os.listdir(dst):
+            os.unlink(dst / name)
+        dst.rmdir()
+
+
+def _crop(crop):
+    """ "center", "none", or the text X,Y,W,H as four numbers. Raises UserError."""
+    if crop in ("center", "none") or isinstance(crop, tuple):
+        return crop
+    try:
+        x, y, width, height = (int(part) for part in crop.split(","))
+    except ValueError:
+        raise UserError(f"--crop {crop}: use none, center or X,Y,W,H") from None
+    if x < 0 or y < 0 or width < 1 or height < 1:
+        raise UserError(
+            f"--crop {crop}: the box must begin at 0 or more and be at least a pixel large"
+        )
+    return x, y, width, height
+
+
+def place(name):
+    """A number in [0, 1) that depends on nothing but a clip's name: no other clip, no order, no
+    machine.
+    """
+    return (
+        int.from_bytes(hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()[:6], "big")
+        / 2**48
+    )
+
+
+def _find_masks(sources, masks, scratch):
+    """Gives each source the mask of its path (any suffix), else of its name, else the first named
+    <name>_<anything>.
+    """
+    found = {}
+    for mask in reversed(find_sources(masks, Notes(), scratch)[0]):
+        base = stem(mask.name).rpartition("/")[2]
+        beginnings = [base[: i + 1] + "*" for i, letter in enumerate(base) if letter == "_"]
+        found |= dict.fromkeys([stem(mask.name), base, *beginnings], mask)
+    for source in sources:
+        base = stem(source.name).rpartition("/")[2]
+        source.mask = found.get(stem(source.name)) or found.get(base) or found.get(base + "_*")
+        if source.mask is None:
+            source.problem = source.problem or "it has no mask"
+    if all(source.mask is None for source in sources):
+        raise UserError(
+            f"{masks} holds no mask for any clip, e.g. none named {printable(base)} or {printable(base)}_..."
+        )
+
+
+# ----------------------------------------------------------------------------------------- checking
+
+
+def check(path):
+    """What is wrong with a packed folder: a list of lines, each naming a file; empty: nothing.
+    Reads every byte.
+
+    Raises UserError where there is no index to read.
+    """
+    from mostgan.data import Clips, read_index  # not above: see pack._write_preview
+
+    path = Path(path)
+    index, wrong = read_index(path), []
+    if index.get("checksum") != checksum_of(index):
+        return [f"{path / 'index.json'} is damaged; prepare {path} again"]
+    columns, files = index["clips"], index["files"]
+    sums = dict(zip(columns["file"], columns["sha256"])) | files
+    names = dict(zip(columns["file"], columns["name"]))
+    for file, digest in sums.items():
+        clip = f", which holds {names[file]}," if file in names else ""
+        try:
+            if sha256_of(path / file) != digest:
+                wrong.append(f"{path / file}{clip} is damaged")
+        except FileNotFoundError:
+            wrong.append(f"{path / file}{clip} is missing")
+        except OSError as error:
+            wrong.append(f"{path / file}{clip} cannot be read: {error.strerror}")
+    if not wrong:
+        Clips(path)
+    return wrong
+
+
+# ------------------------------------------------------------------------------------------ opening
+# whatever there is
+
+
+def open_data(path, dataset, resolution, cache=None):
+    """Whatever the user has → mostgan.data.Clips of the right resolution.
+
+    path: a packed folder; or videos, pictures or archives in any form that prepare takes, which are
+    packed once: beside the source, or under `cache` (default data/cache) when that is given or the
+    place beside is read-only; packed anew when the source changes. None: data/<dataset>, else for
+    "sky" the built-in procedural sky. Raises UserError.
+    """
+    from mostgan.data import Clips, is_packed  # not above: see pack._write_preview
+
+    if path is None:
+        path = _usual_place(dataset)
+        if path is None and dataset == "sky":
+            return _builtin_sky(resolution, Path(cache or "data"))
+        if path is None:
+            where = f"put videos or frames of '{dataset}' into data/{dataset}, or say where with --data PATH"
+            raise UserError(f"no data: {where}")
+    path = Path(path)
+    if not path.exists():
+        raise UserError(f"{printable(str(path))} does not exist")
+    if is_packed(path):
+        clips = Clips(path)
+        if clips.resolution != resolution:
+            raise UserError(
+                f"{path} holds frames of {clips.resolution} pixels, the model takes {resolution}; change the model's "
+                f"resolution or prepare the videos again with --resolution {resolution}"
+            )
+        return clips
+    place = _cache_place(path, resolution, cache)
+    if clips := _opened(place):
+        return clips
+    _clear_damaged(place)
+    print(
+        f"packing {printable(str(path))} at {resolution} pixels into {printable(str(place))} (once)"
+    )
+    origin = {"origin": str(path.resolve())}
+    index = prepare(path, place, resolution, about=origin)
+    print("\n".join(summary(index)))
+    _name_older(place)
+    return Clips(place)
+
+
+def _usual_place(dataset):
+    """Where a data set lies that nobody named: data/<dataset>, or an archive or video of that name;
+    else None.
+    """
+    for suffix in ("", *archives.ARCHIVES, ".mp4"):
+        if (found := Path("data", dataset + suffix)).exists():
+            return found
+    return None
+
+
+def _opened(place):
+    from mostgan.data import Clips
+
+    try:
+        return Clips(place)
+    except UserError:
+        return None  # not there, or of another version, or damaged: it is only a cache
+
+
+def _clear_damaged(place):
+    """Removes a cache that cannot be opened, unless packing can go on with it."""
+    if place.is_dir() and not (place / "plan.json").exists():
+        shutil.rmtree(place)
+
+
+def _cache_place(path, resolution, cache):
+    """A folder for the packed clips of a source, of a name that no other source has, nor this one
+    in another state.
+    """
+    path = path.resolve()
+    kind = "folder" if path.is_dir() else path.suffix.lower().lstrip(".") or "file"
+    name = f"{path.name if path.is_dir() else path.stem}-{kind}-{source_fingerprint(path)}-{resolution}px.clips"
+    # Root may write anywhere; a folder without any write permission is still meant to be left
+    # alone.
+    writable = os.access(path.parent, os.W_OK) and path.parent.stat().st_mode & 0o222
+    if cache is None and writable:
+        return path.parent / name
+    return Path(cache or "data/cache", name)
+
+
+def source_fingerprint(path):
+    """Eight digits that change when a source does: its place, and its files' names, sizes and times
+    of change.
+    """
+    digest = hashlib.sha256(str(path).encode("utf-8", "surrogateescape"))
+    folder = archives.Folder(str(path if path.is_dir() else path.parent))
+    for name in sorted(folder.names()) if path.is_dir() else [path.name]:
+        digest.update(json.dumps([printable(name), *folder.stamp(name)]).encode())
+    return digest.hexdigest()[:8]
+
+
+def _name_older(place):
+    """Says which caches are of the source as it was before: they may be removed, unless a training
+    still reads them.
+    """
+    name, kind, _, size = place.name.rsplit("-", 3)
+    for older in sorted(
+        place.parent.glob(f"*-{kind}-????????-{size}"), key=lambda path: natural(path.name)
+    ):
+        if older != place and older.name.rsplit("-", 3)[0] == name:
+            print(
+                f"{printable(str(older))} holds the clips as they were before, and can be removed"
+            )
+
+
+def pack_sky(dst, resolution, count=None, frames=None):
+    """Packs the first `count` clips of the built-in procedural sky, of `frames` frames each;
+    returns the index.
+    """
+    from mostgan.prepare import sky  # not above: it brings PyTorch, see pack._write_preview
+
+    settings = Settings(resolution, "raw" if resolution <= RAW_UP_TO else "jpeg")
+    about = {"source": f"sky {sky.VERSION}", "origin": None, "labels": None, "builtin": True}
+    return pack(sky.clips(count or sky.CLIPS, frames or sky.FRAMES), dst, settings, about=about)
+
+
+def _builtin_sky(resolution, folder):
+    """The whole procedural sky, packed once into `folder`."""
+    from mostgan.data import Clips
+
+    place = folder / f"sky-builtin-{resolution}px.clips"
+    if clips := _opened(place):
+        return clips
+    _clear_damaged(place)
+    print(f"packing the built-in procedural sky at {resolution} pixels into {place} (once)")
+    print("\n".join(summary(pack_sky(place, resolution))))
+    return Clips(place)
+
+
+# ------------------------------------------------------------------------------------------ telling
+
+
+def summary(index):
+    """What was packed, as a few lines: clips, lengths, rates, labels, and a line for everything
+    skipped or guessed.
+    """
+    clips = index["clips"]
+    lengths = sorted(clips["frames"])
+    seconds = sum(frames / fps for frames, fps in zip(clips["frames"], clips["fps"]))
+    rates = sorted({round(fps, 3) for fps in clips["fps"]})
+    rates = ", ".join(f"{rate:g}" for rate in rates[:5]) + (" ..." if len(rates) > 5 else "")
+    middle = lengths[len(lengths) // 2]
+    lines = [
+        f"packed    {len(lengths)} clips, {sum(lengths)} frames of {index['resolution']} pixels ({index['coding']})",
+        f"lengths   {lengths[0]} to {lengths[-1]} frames, median {middle}; {seconds / 60:.1f} minutes in all",
+        f"rates     {rates} frames/s",
+        f"labels    {_meaning(index.get('labels'))}",
+    ]
+    for note in index["notes"]:
+        names = ", ".join(note["names"][:3]) + (" ..." if note["count"] > 3 else "")
+        lines.append(
+            f"note      {note['count']} {note['what']}: {note['why']}"
+            + (f" ({names})" if names else "")
+        )
+    return lines
+
+
+def _meaning(labels):
+    if labels is None:
+        return "none"
+    if "size" in labels:
+        return f"vectors of {labels['size']} numbers"
+    names = labels["classes"]
+    if names == [str(number) for number in range(len(names))]:
+        return f"{len(names)} classes, 0 to {len(names) - 1}"
+    told = ", ".join(f"{number} is {printable(name)}" for number, name in enumerate(names[:10]))
+    return f"{len(names)} classes: {told}" + (" ... (all in index.json)" if len(names) > 10 else "")

@@ -80,8 +80,8 @@ class Options:
     """of the convolutions"""
     compile: bool = torch.cuda.is_available()
     """torch.compile the synthesis network: a minute or so before the first frame, and faster from there on"""
-    kernels: Literal["triton", "reference"] = "reference"
-    """what the ops of kernels/ run as on a GPU"""
+    kernels: Literal["auto", "triton", "reference"] = "auto"
+    """what the ops of kernels/ run as on a GPU: auto is the fastest that agrees with plain PyTorch, measured once"""
 
 
 def sample(options: Options):
@@ -137,7 +137,7 @@ def sample(options: Options):
     print(f"{seconds * per_frame:.2f} ms/frame: rendering {rendering * per_frame:.2f}, transfer "
           f"{transfer * per_frame:.2f}, and beside them encoding {writer.seconds * per_frame:.2f}; "
           f"peak memory {peak_memory_mb(device):.0f} MB, on {device}, {options.precision}, "
-          f"{'compiled' if options.compile else 'not compiled'}, kernels: {kernels.chosen(device)}")
+          f"{'compiled' if options.compile else 'not compiled'}, kernels: {kernels.summary(device)}")
     return done == frames
 
 

@@ -36,7 +36,8 @@ from kernels.mostatt import (
 @triton.jit
 def _gradient_of_factor(inputs, P, n, o, i, tap, S, HAS_GRAD: tl.constexpr):
     """For a tile of P / p: w, s, F, U (see the top) and h = U w s leaky_relu'(P), the gradient of P times p."""
-    grad_ptr, content_ptr, _, content_style_ptr, _, _, demod_ptr, grad_demod_ptr = inputs
+    grad_ptr, content_ptr, content_style_ptr = inputs[0], inputs[1], inputs[3]
+    demod_ptr, grad_demod_ptr = inputs[6], inputs[7]
     w, address, inside, s = content_tile(content_ptr, content_style_ptr, n, o, i, tap, S)
     F = 1.0 + tl.maximum(P, 0.2 * P)
     demod = tl.load(demod_ptr + n * S.O + o, mask=o < S.O, other=0.0)
@@ -59,7 +60,7 @@ def _grad_attention_kernel(
     BLOCK_I: tl.constexpr,
 ):
     """∂A = h Mᵀ / p → [N, O, K], still without the share of ∂p. Grid: blocks of o, frames."""
-    _, _, style_ptr, _, score_ptr, peak_ptr, _, _ = inputs
+    style_ptr, score_ptr, peak_ptr = inputs[2], inputs[4], inputs[5]
     n = tl.program_id(1).to(tl.int64)
     o = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)
     kappa = tl.arange(0, S.K_P)
@@ -71,7 +72,7 @@ def _grad_attention_kernel(
         i = step // S.TAPS * BLOCK_I + tl.arange(0, BLOCK_I)
         m = motion(style_ptr, n * S.K + kappa, kappa < S.K, i, tap, S)
         P = tl.dot(A, m, input_precision=S.PRECISION)
-        _, _, _, _, h = _gradient_of_factor(inputs, P, n, o, i, tap, S, HAS_GRAD)
+        w, s, F, U, h = _gradient_of_factor(inputs, P, n, o, i, tap, S, HAS_GRAD)
         grad_A = tl.dot(h, tl.trans(m), grad_A, input_precision=S.PRECISION)
     inside = (o < S.O)[:, None] & (kappa < S.K)[None, :]
     address = (n * S.O + o)[:, None] * S.K + kappa[None, :]
@@ -163,7 +164,7 @@ def _grad_motion_kernel(
 
     Grid: (tap, block of i), frames. A program goes through the output channels in order.
     """
-    _, _, style_ptr, _, score_ptr, peak_ptr, _, _ = inputs
+    style_ptr, score_ptr, peak_ptr = inputs[2], inputs[4], inputs[5]
     grad_score_ptr, at_ptr, grad_peak_ptr = of_score
     n = tl.program_id(1).to(tl.int64)
     tap = tl.program_id(0) % S.TAPS
@@ -215,7 +216,7 @@ def _grad_content_kernel(
 
     Grid: (tap, block of i), blocks of o, groups of frames, each of one row of the weights.
     """
-    _, _, style_ptr, _, score_ptr, peak_ptr, _, _ = inputs
+    style_ptr, score_ptr, peak_ptr = inputs[2], inputs[4], inputs[5]
     group = tl.program_id(2).to(tl.int64)
     tap = tl.program_id(0) % S.TAPS
     i = tl.program_id(0) // S.TAPS * BLOCK_I + tl.arange(0, BLOCK_I)
@@ -226,7 +227,7 @@ def _grad_content_kernel(
         A = attention(score_ptr, n, o, kappa, S) * inverse_peak(peak_ptr, n, S)
         m = motion(style_ptr, n * S.K + kappa, kappa < S.K, i, tap, S)
         P = tl.dot(A, m, input_precision=S.PRECISION)
-        _, s, F, U, _ = _gradient_of_factor(inputs, P, n, o, i, tap, S, HAS_GRAD)
+        w, s, F, U, h = _gradient_of_factor(inputs, P, n, o, i, tap, S, HAS_GRAD)
         inside = (o < S.O)[:, None] & (kappa < S.K)[None, :]
         address = (n * S.O + o)[:, None] * S.K + kappa[None, :]
         grad_score = tl.load(grad_score_ptr + address, mask=inside, other=0.0) * S.INVERSE_ROOT
@@ -268,6 +269,7 @@ def backward(
     content, style = tap_major(weight), motion_style.contiguous()
     grad = tap_major(grad_weight) if has_grad else content
     s = content if content_style is None else content_style.contiguous()
+    # What several kernels read, in this order.
     inputs = (grad, content, style, s, score, peak, demod, grad_demod.contiguous())
     flags = {"HAS_GRAD": has_grad}
 
@@ -281,7 +283,7 @@ def backward(
     at, grad_peak = empty(N, 3, dtype=torch.int32), empty(N)
     _find_peak_kernel[(N,)](score, style, peak, at, shape, **tile("peak", shape))
     grad_score = grad_score.float().clone(memory_format=torch.contiguous_format)
-    block = block_size(O, 128)
+    block = block_size(O, 64)
     _grad_score_kernel[(N,)](  # adds the softmax's share to grad_score
         grad_attention,
         score,

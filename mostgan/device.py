@@ -28,7 +28,11 @@ def pick_device():
 
 
 def choose_kernels(choice, compiles, device):
-    """kernels.use(choice), and is there what torch.compile needs? Raises UserError where something is not installed."""
+    """kernels.use(choice), and is there what torch.compile needs? Raises UserError where something is not installed.
+
+    The shapes of a run hardly change, so cuDNN may look for its fastest algorithm for each.
+    """
+    torch.backends.cudnn.benchmark = not torch.are_deterministic_algorithms_enabled()
     try:
         kernels.use(choice)
     except ImportError:

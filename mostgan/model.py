@@ -92,14 +92,15 @@ class SynthesisLayer(nn.Module):
             demod = content.demod.repeat_interleave(frames_per_clip, dim=0)
         else:
             frame_weight, score, demod = self.motion_modulate(content, motion_vectors)
+        epilogue = demod, self.bias, self.up
         if frame_weight is not None and not self.demod_only:
-            return kernels.conv2d_epilogue(x, frame_weight, demod, self.bias, self.up), score
+            return kernels.conv2d_epilogue(x, frame_weight, *epilogue), score
         if len(content.style) == 1:  # one clip: s goes into the weight, and no pass over the features is needed
             x = kernels.conv2d_shared(x, content.weight[0], self.up)
         else:
             style = content.style.repeat_interleave(frames_per_clip, dim=0)[:, :, None, None]
             x = kernels.conv2d_shared(x * style.to(x.dtype), content.raw_weight, self.up)
-        return kernels.epilogue(x, demod, self.bias, self.up), score
+        return kernels.epilogue(x, *epilogue), score
 
     def motion_modulate(self, content, motion_vectors):
         """MoStAtt in the order of paper 4.3 → weight [N, O, I, 3, 3], score [N, O, K] and demodulation [N, O]."""

@@ -25,7 +25,7 @@ from kernels.choose import Op
 
 # Pixels across, channels and rows of a strip; pixels and channels of a resampled tile; warps. Chosen from the resource
 # report of `bench/kernels.py --aot`; not yet timed.
-STRIP, TILE, WARPS = (16, 64, 16), (32, 64), 4
+STRIP, TILE, WARPS = (16, 64, 16), (32, 64), 8
 GAIN, SLOPE = tl.constexpr(math.sqrt(2)), tl.constexpr(0.2)
 
 

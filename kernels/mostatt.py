@@ -30,15 +30,15 @@ CONFIGS = {
     "tf32": {
         "peak": (64, 64, 4, 2),
         "modulate": (64, 64, 8, 2),
-        "attention": (64, 64, 8, 2),
+        "attention": (64, 64, 8, 1),
         "motion": (32, 64, 8, 2),
-        "content": (64, 32, 8, 1),
+        "content": (32, 64, 8, 1),
     },
     "ieee": {
         "peak": (64, 32, 4, 2),
         "modulate": (32, 32, 4, 2),
         "attention": (32, 32, 4, 2),
-        "motion": (32, 32, 8, 2),
+        "motion": (32, 32, 8, 1),
         "content": (32, 32, 8, 2),
     },
 }

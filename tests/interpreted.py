@@ -158,9 +158,10 @@ def test_fir(N, C, H, W, gain, stride, padding, transposed, dtype):
     compare(twice(fir_module.fir_op), twice(twin._Fir.apply), [x], dtype, ["y", "gradient"], {0: channels_last})
 
 
-def candidate(op, name):
-    """The op with one of its candidates in place of a choice."""
-    return lambda *args: op.candidates[name](*args)
+def every_candidate(op, inputs, ref, tolerance):
+    """Triton's at the tolerance of all kernels; the libraries' convolutions sum in an order of their own."""
+    for name, run in op.candidates.items():
+        close(run(*inputs), ref, tolerance if name.startswith("Triton") else 10 * tolerance, name)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -179,8 +180,7 @@ def test_modconv(N, O, I, H, k, layout, up, dtype):
 def test_modconv_by_every_candidate(N, O, I, H, k, up, dtype):
     x, weight = randn(N, I, H, H + 1, seed=1, dtype=dtype), randn(N, O, I, k, k, seed=2, dtype=dtype)
     ref = twin.conv2d_per_frame(x, weight, up)
-    for name in modconv_module.CONV.candidates:
-        close(candidate(modconv_module.CONV, name)(x.to(dtype), weight.to(dtype), up), ref, TOLERANCE[dtype], name)
+    every_candidate(modconv_module.CONV, (x.to(dtype), weight.to(dtype), up), ref, TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -196,9 +196,8 @@ def test_modconv_with_its_epilogue(N, O, I, H, k, clamp, dtype):
 
     compare(lambda *a: modconv_module.conv2d_epilogue(*a, clamp=clamp), plain, [x, weight, demod, bias], dtype, ["y"])
     inputs = [v.to(dtype) for v in (x, weight, demod, bias)]
-    for name in modconv_module.CONV_EPILOGUE.candidates:
-        y = candidate(modconv_module.CONV_EPILOGUE, name)(*inputs, clamp)
-        close(y, plain(x, weight, demod, bias), TOLERANCE[dtype], name)
+    ref = plain(x, weight, demod, bias)
+    every_candidate(modconv_module.CONV_EPILOGUE, (*inputs, clamp), ref, TOLERANCE[dtype])
 
 
 OPS = [mostatt_module.MOSTATT, backward_module.BACKWARD, fir_module.EPILOGUE, fir_module.EPILOGUE_BACKWARD,

@@ -29,7 +29,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # else `kernels` is this file
 import kernels
 from bench.timing import write
-from kernels import reference
+from kernels import modconv, reference
 
 ARCHITECTURES = (80, 90, 100)  # A100, H100, B200
 AOT_LAYERS = [
@@ -68,9 +68,13 @@ def cases(frames, resolutions, dtype, device):
             demod, bias = t(N, O, dtype=torch.float32).abs() + 0.5, t(O, dtype=torch.float32)
             flop = 2 * N * O * I * 9 * low * low
             if 16 <= r <= 128:
-                content, style = t(1, O, I, 3, 3), t(N, 8, 1, I + 6, last=False)
-                yield ("mostatt", shape, (content, style), kernels.mostatt_demod, reference.mostatt_demod,
-                       [content, style, weight], 32 * weight.numel())  # scores and P: 2 · 8 each  # fmt: skip
+                # As sampling has them: the content in float32, styles and W' in dtype.
+                content = t(1, O, I, 3, 3, dtype=torch.float32)
+                style = t(N, 8, 1, I + 6, last=False)
+                run, plain = (mostatt_in(dtype, of) for of in (kernels, reference))
+                tensors = [content, style, weight]
+                of_scores_and_p = 32 * weight.numel()  # 2 · 8 each
+                yield "mostatt", shape, (content, style), run, plain, tensors, of_scores_and_p
                 inputs, tensors = (x, weight, up), [x, weight, conv]
                 yield (
                     "conv",
@@ -81,7 +85,12 @@ def cases(frames, resolutions, dtype, device):
                     tensors,
                     flop,
                 )
-                yield "conv", shape, inputs, None, unfolded, tensors, flop
+                for name, run in modconv.PLAIN_CONVOLUTIONS.items():
+                    yield f"conv {name}", shape, inputs, None, run, tensors, flop
+                if up == 1:
+                    fused = (x, weight, demod, bias)
+                    run, plain = kernels.conv2d_epilogue, reference.conv2d_epilogue
+                    yield "conv + epilogue", shape, fused, run, plain, tensors, flop
             y = t(N, O, r, r)
             yield ("epilogue", shape, (conv, demod, bias, up), kernels.epilogue, reference.epilogue, [conv, y],
                    0)  # fmt: skip
@@ -108,15 +117,15 @@ def cases(frames, resolutions, dtype, device):
                 yield "fir pad 2", shape, (y, 2), kernels.fir, reference.fir, [y, y], 0
 
 
-def unfolded(x, weight, up):
-    """The same as batched matrix products over the unfolded input (up: of the input, then folded)."""
-    N, O, I, k, _ = weight.shape
-    H, W = x.shape[2:]
-    if up == 2:
-        columns = weight.flatten(3).permute(0, 1, 3, 2).reshape(N, O * k * k, I) @ x.flatten(2)
-        return torch.nn.functional.fold(columns, (2 * H + k - 2, 2 * W + k - 2), k, stride=2)
-    columns = torch.nn.functional.unfold(x, k, padding=k // 2)
-    return (weight.flatten(2) @ columns).view(N, O, H, W)
+def mostatt_in(dtype, module):
+    """mostatt_demod of a module of ops with W' in dtype, as autocast would have it."""
+
+    def run(content, style):
+        if module is reference:  # plain PyTorch wants one dtype
+            content = content.to(style.dtype)
+        return module.mostatt_demod(content, style, None, dtype)
+
+    return run
 
 
 def backward(op):
@@ -166,9 +175,14 @@ def ceilings(dtype, device):
     return 2 * size / copy * 1e3, 2 * edge**3 / milliseconds(lambda: a @ a, device) * 1e3
 
 
+def choose_mode(device):
+    """The Triton kernels on a GPU, whatever else would be faster: they are what the table is about."""
+    kernels.use("triton" if device == "cuda" else "reference")
+
+
 def measure(args, dtype, device, result):
     """Rows of the table, printed and written as they come."""
-    kernels.use("triton")
+    choose_mode(device)
     copy, matmul = ceilings(dtype, device)
     result["ceilings"] = dict(copy_bytes_per_s=copy, matmul_flop_per_s=matmul)
     print(
@@ -180,6 +194,7 @@ def measure(args, dtype, device, result):
     )
     rows = []
     resolutions = (16, 32, 64, 128, 256) if device == "cuda" else (16, 32)
+    resolutions = (16,) if args.dry_run else resolutions
     for frames in args.frames:
         for name, shape, inputs, fast, plain, tensors, flop in cases(
             frames, resolutions, dtype, device
@@ -188,7 +203,7 @@ def measure(args, dtype, device, result):
                 ("", lambda op: op, 1, 1),
                 (" backward", backward, 2, BACKWARD_BYTES.get(name, 1)),
             ):
-                op = name + direction + (" unfolded" if plain is unfolded else "")
+                op = name + direction
                 if args.only and args.only not in op:
                     continue
                 nbytes = traffic * sum(x.nbytes for x in tensors)
@@ -210,7 +225,7 @@ def measure(args, dtype, device, result):
                     device == "cuda"
                     and frames == args.compile_at
                     and not direction
-                    and plain is not unfolded
+                    and fast is not None
                 ):
                     torch.compiler.reset()  # or the ninth shape of a function would run eagerly
                     runs["compiled_ms"] = torch.compile(plain, dynamic=False, fullgraph=True)
@@ -391,6 +406,9 @@ def main():
     parser.add_argument("--only", help="only ops whose name holds this")
     parser.add_argument("--aot", action="store_true")
     parser.add_argument("--quick", action="store_true", help="with --aot: one shape of each kernel")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="tiny shapes, only to try the program"
+    )
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     result = dict(torch=torch.__version__)
@@ -398,7 +416,11 @@ def main():
         write(args.out, result | dict(aot=compile_all(args.quick)))
     else:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        args.frames = args.frames or ([1, 16, 64, 192] if device == "cuda" else [1, 2])
+        args.frames = (
+            [1]
+            if args.dry_run
+            else args.frames or ([1, 16, 64, 192] if device == "cuda" else [1, 2])
+        )
         args.dtype = args.dtype or ("bfloat16" if device == "cuda" else "float32")
         result["device"] = torch.cuda.get_device_name() if device == "cuda" else "CPU"
         print(

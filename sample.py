@@ -59,7 +59,9 @@ class Options:
     psi: float = 1.0
     """truncation: 1 none, towards 0 more typical and less diverse"""
     label: int | None = None
-    """class, for a conditional model"""
+    """class, for a model conditioned on classes"""
+    condition: tuple[float, ...] = ()
+    """condition vector, for a model conditioned on vectors"""
     motion_style: tuple[str, ...] = ()
     """k=GAIN: scales the share of motion style k (from 0); 0 removes it"""
     start: float = 0.0
@@ -67,7 +69,7 @@ class Options:
     speed: float = 1.0
     """of time; 0.25 is slow motion, negative is backwards"""
     fps: float | None = None
-    """frames per second of the video, whose pace stays; default: the dataset's, 25 for an imported checkpoint"""
+    """frames per second of the video, whose pace stays; default: the checkpoint's"""
     loop: float | None = None
     """seconds after which the video repeats; its pace is adapted so that it closes"""
     grid: str = "1x1"
@@ -105,7 +107,8 @@ def sample(options: Options):
         mode = "reduce-overhead" if device.type == "cuda" else "default"
         generator.synthesis.compile(fullgraph=True, dynamic=False, mode=mode)
     content, motion = grid_seeds(options, rows, columns)
-    windows = generator.render(content, options.start, frames, rows * columns, motion, options.label, options.psi,
+    windows = generator.render(content, options.start, frames, rows * columns, motion,
+                               list(options.condition) or options.label, options.psi,
                                content_frames=exact(options.content_seconds) * exact(rate),
                                style_gain=parse_gains(options.motion_style), **way)
     if options.loop is not None:
@@ -225,7 +228,10 @@ def describe(options, path, fps):
 
 
 def dataset_fps(path):
-    """Frames per second of the dataset that a checkpoint was trained on; 25 if it lies outside a run."""
+    """Frames per second of a checkpoint's data; of an older one, the preset's of its run, else 25."""
+    fps = checkpoint.read_config(path).fps
+    if fps is not None:
+        return fps
     try:
         return DATASETS[read_config(path.parent).dataset].fps
     except UserError:

@@ -3,6 +3,7 @@
     python train.py --dataset sky                       # data/sky if it is there, else the built-in procedural sky
     python train.py --dataset ffs --data faces.zip --rank 3
     python train.py --resume runs/00000-sky-builtin-tiny        # go on where it stopped
+    python train.py --data clips --start-from runs/released     # fine-tune a checkpoint on other clips
     torchrun --nproc_per_node=8 train.py --dataset sky  # the same run on eight GPUs
 """
 
@@ -23,8 +24,8 @@ import tyro
 from tqdm import tqdm
 
 import kernels
-from mostgan import augment, distributed, metrics
-from mostgan.config import DATASETS, TrainConfig, UserError, train_preset
+from mostgan import augment, checkpoint, distributed, metrics
+from mostgan.config import TrainConfig, UserError, train_preset
 from mostgan.data import batches, sample_fake
 from mostgan.device import choose_kernels, make_deterministic, pick_device
 from mostgan.discriminator import Discriminator
@@ -43,7 +44,7 @@ from mostgan.run import (
     save_real_grid,
     what_to_resume,
 )
-from mostgan.state import Saver, State, load_state
+from mostgan.state import Saver, State, load_state, start_from
 
 G_LAZY_INTERVAL = 8  # the release corrects G's Adam for a lazy regularizer that it no longer has
 W_AVG_DECAY = 0.995
@@ -57,17 +58,21 @@ def train(config: TrainConfig, out: Path | None = None, resume: Resume | None = 
     device, main = pick_device(), distributed.main()
     choose_kernels(config.kernels, config.compile, device)
     clips = distributed.in_turn(lambda: open_data(config.data, config.dataset, config.model.resolution, config.cache))
-    config = with_shares(with_labels(config, clips))
+    config = with_shares(with_data(config, clips))
     detectors = None
     if config.eval_every:
         detectors = metrics.open_detectors(config.eval_detector, config.eval_frame_detector, device)
-    run, saved = open_run(out, resume, config, clips), resume.checkpoint if resume else None
-    fps = DATASETS[config.dataset].fps
-    state = new_state(config, device)
+    state, fps = new_state(config, device), config.model.fps
+    saved = resume.checkpoint if resume else None
+    started = start_from(state, config.start_from) if config.start_from and saved is None else None
+    run = open_run(out, resume, config, clips)
     if saved is not None:
         load_state(state, saved)
     elif main:
         save_real_grid(run, clips, fps)
+        if started:
+            print(started)
+            save_grids(run, state.ema, clips, 0, fps)  # the checkpoint's own frames
     print_start(config, clips, run, device, state)
 
     world, rank = distributed.size(), distributed.rank()
@@ -317,10 +322,12 @@ def passes(state, config, kframes):
     return state.frames // every > (state.frames - config.frames_per_step) // every
 
 
-def with_labels(config, clips):
+def with_data(config, clips):
+    """The configuration with what the data decides: the size of a clip's condition, and the frame rate."""
     if config.conditional and not clips.num_labels:
         raise UserError(f"--conditional needs labels, but {clips.path} has none: leave it out, or add a dataset.json")
-    model = dataclasses.replace(config.model, num_labels=clips.num_labels if config.conditional else 0)
+    model = dataclasses.replace(config.model, num_labels=clips.num_labels if config.conditional else 0,
+                                fps=config.model.fps or clips.fps)
     return dataclasses.replace(config, model=model)
 
 
@@ -362,6 +369,15 @@ def print_start(config, clips, run, device, state):
         distributed.say(f"the tiny preset takes about {minutes} min for this on two cores; Ctrl-C saves and stops")
 
 
+def fine_tuning(config, path):
+    """config with the model of the checkpoint at path, and with an average that keeps what the checkpoint's has."""
+    if Path(path).is_file() and not path.endswith((".json", ".safetensors")):
+        raise UserError(f"{path} is a file, and a checkpoint is a folder. Import a released snapshot with: "
+                        f"python -m mostgan.checkpoint import {path} runs/released --training")
+    model = dataclasses.replace(checkpoint.read_config(checkpoint.find(path)), fps=None)
+    return dataclasses.replace(config, model=model, conditional=model.num_labels > 0, ema_rampup=0.0)
+
+
 @dataclass(frozen=True)
 class Options:
     config: TrainConfig
@@ -376,6 +392,7 @@ def parse(args):
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("--preset", default="paper256" if torch.cuda.is_available() else "tiny")
     early.add_argument("--dataset", default="sky")
+    early.add_argument("--start-from", "--start_from")
     early.add_argument("--out", type=Path)
     early.add_argument("--resume", nargs="?", const="")
     early.add_argument("--data")
@@ -384,6 +401,8 @@ def parse(args):
     if resume is not None:
         resume = resume._replace(names_data=known.data is not None)
     config = train_preset(known.preset, known.dataset) if resume is None else read_config(resume.run)
+    if resume is None and known.start_from:
+        config = fine_tuning(config, known.start_from)
     if known.resume == "":
         args = [arg for arg in args if arg != "--resume"]
     options = tyro.cli(Annotated[Options, tyro.conf.arg(name="")], default=Options(config), args=args,

@@ -7,7 +7,8 @@ A row renders windows of so many frames of one clip. Its floor is the larger of 
 traffic (100 MB, the lower estimate of the performance plan) at that of a large copy, both measured in this run, so that
 the fraction does not depend on how fast the machine is today. Weights are random: speed does not depend on them.
 
-"on host": the same with every frame brought to host memory. On a GPU in bfloat16, and all variants by default; on a CPU in float32, and eager: compiling takes minutes there.
+"on host": the same with every frame brought to host memory. On a GPU in bfloat16, and all variants by
+default; on a CPU in float32, and eager: compiling takes minutes there.
 
 Below the rows: a video by the fastest of them, from the first latent to the finished mp4, written as sample.py writes
 it, beside the same frames rendered only.
@@ -60,8 +61,8 @@ def make_generator(variant, device, config):
 
 
 def measure(variant, frames, device, dtype, repeats, config):
-    """(seconds per frame, the same with every frame brought to host memory, peak MB) of windows of `frames` frames of one
-    clip, in uint8.
+    """(seconds per frame, the same with every frame brought to host memory, peak MB) of windows
+    of `frames` frames of one clip, in uint8.
     """
     generator = make_generator(variant, device, config)
     windows = max(1, 64 // frames) if device.type == "cuda" else 1
@@ -151,7 +152,8 @@ def main():
         f"MoStGAN-V {args.resolution}², one clip, {result['dtype']}, {result['device']}, torch {result['torch']}"
     )
     print(
-        f"{'variant':32}{'frames':>7}{'ms/frame':>10}{'on host':>10}{'GFLOP/s':>10}{'peak MB':>9}{'of matmul':>11}{'of floor':>10}"
+        f"{'variant':32}{'frames':>7}{'ms/frame':>10}{'on host':>10}{'GFLOP/s':>10}{'peak MB':>9}"
+        f"{'of matmul':>11}{'of floor':>10}"
     )
     bandwidth = copy_rate(device)
     for variant in args.variants or (
@@ -227,7 +229,8 @@ def show(row):
         for key, width in (("fraction_of_matmul_rate", 11), ("fraction_of_floor", 10))
     )
     print(
-        f"{row['variant']:32}{row['frames_per_window']:>7}{row['ms_per_frame']:10.3f}{row['ms_per_frame_on_host']:10.3f}{known}"
+        f"{row['variant']:32}{row['frames_per_window']:>7}{row['ms_per_frame']:10.3f}"
+        f"{row['ms_per_frame_on_host']:10.3f}{known}"
         f"{row['peak_memory_mb']:9.0f}{fractions}",
         flush=True,
     )

@@ -2,10 +2,11 @@
 
     python bench/train_step.py [--preset paper256] [--kernels triton] [--no-compile] [--batch-split 4] [--out FILE]
 
-The phases are timed one by one, each waited for, R1 last, for it takes longest to compile. "frames/s" is of steps one
-after another, nothing waiting in between, with R1's share added. Model-FLOP utilization counts 618 GFLOP per trained frame at
-paper256 (spec §11: convolutions and matrix products, gradients included) against a large matrix product in the same run
-and dtype. Data are random bytes, copied from pinned memory: decoding is bench/loader.py's question.
+The phases are timed one by one, each waited for, R1 last, for it takes longest to compile.
+"frames/s" is of steps one after another, nothing waiting in between, with R1's share added.
+Model-FLOP utilization counts 618 GFLOP per trained frame at paper256 (spec §11: convolutions and
+matrix products, gradients included) against a large matrix product in the same run and dtype. Data
+are random bytes, copied from pinned memory: decoding is bench/loader.py's question.
 
 On a GPU: paper256, compiled, for each choice of kernels. On a CPU: tiny, eager.
 """

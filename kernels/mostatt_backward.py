@@ -303,13 +303,13 @@ def backward(
         inputs, of_score, grad_motion, grad_s, shape, **flags, **launch
     )
     launch = tile("content", shape)
-    grid = triton.cdiv(I, launch["BLOCK_I"]) * taps, triton.cdiv(O, launch["BLOCK_O"])
-    frames = frames_of_a_program(N // B, B * grid[0] * grid[1])
+    columns, rows = triton.cdiv(I, launch["BLOCK_I"]) * taps, triton.cdiv(O, launch["BLOCK_O"])
+    frames = frames_of_a_program(N // B, B * columns * rows)
     groups = N // frames
     partial = empty(
         groups, *content.shape[1:], dtype=weight.dtype if groups == B else torch.float32
     )
-    _grad_content_kernel[*grid, groups](
+    _grad_content_kernel[columns, rows, groups](
         inputs, grad_score, partial, shape, FRAMES=frames, **flags, **launch
     )
     grad_content = partial

@@ -1,15 +1,15 @@
 """MoStGAN-V: video generation with temporal motion styles.
 
-generator = mostgan.load("runs/00000-sky-paper256")
-for window in generator.render(seed=0, frames=1024):  # uint8 [1, n, 3, H, W]
-    ...
+    generator = mostgan.load("runs/00000-sky-paper256")
+    for window in generator.render(seed=0, frames=1024):  # uint8 [1, n, 3, H, W]
+        ...
 """
 
 from importlib import import_module
 
 from mostgan.config import ModelConfig, TrainConfig, UserError
 
-__all__ = ["Discriminator", "Generator", "ModelConfig", "TrainConfig", "UserError", "load"]
+__all__ = ["Discriminator", "Generator", "ModelConfig", "TrainConfig", "UserError", "checkpoint", "load"]
 
 
 def load(path=None, device="cpu"):
@@ -17,15 +17,13 @@ def load(path=None, device="cpu"):
 
     Raises UserError on a missing, damaged or wrong checkpoint.
     """
-    from mostgan import (
-        checkpoint,
-    )  # not above: `python -m mostgan.checkpoint` wants it not yet imported
-
-    return checkpoint.load(path, device)
+    return import_module("mostgan.checkpoint").load(path, device)
 
 
 def __getattr__(name):
-    """The networks, imported when they are asked for: commands and processes without them do not load PyTorch."""
+    """What needs PyTorch is imported when it is asked for, so that commands and processes without networks start fast."""
+    if name == "checkpoint":
+        return import_module("mostgan.checkpoint")
     modules = {"Discriminator": "mostgan.discriminator", "Generator": "mostgan.model"}
     if name not in modules:
         raise AttributeError(f"module 'mostgan' has no attribute {name!r}")

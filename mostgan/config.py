@@ -1,5 +1,6 @@
 """Configurations: the model, a training run, dataset presets and size presets (spec §6–8)."""
 
+import math
 from dataclasses import dataclass
 
 
@@ -28,6 +29,8 @@ class ModelConfig:
     """waves of a motion code; sines and cosines make motion_code_dim = 2 · num_frequencies"""
     max_period: int = 1024
     """longest period of a motion code's waves"""
+    shortest_period: int | None = None
+    """shortest period of the waves; default motion_distance"""
     motion_distance: int = 256
     """distance between two anchor motion codes (D of spec §2)"""
     motion_styles: int = 8
@@ -35,6 +38,9 @@ class ModelConfig:
     motion_vector_dim: int = 128
     rank: int = 1
     """R, rank of a motion style's modulation"""
+    hypernetwork: str = "lrelu"
+    """what makes a layer's motion style of a motion vector: lrelu (spec §4), or affine, as files of late 2022 have it:
+    with a bias that starts at 1 and without activation"""
     motion_resolutions: tuple[int, ...] = (16, 32, 64, 128)
     """resolutions whose convolutions MoStAtt modulates"""
     modulation_order: str = "content_first"
@@ -43,6 +49,8 @@ class ModelConfig:
     """pre-normalized resolutions; released checkpoints need their four highest (spec §6)"""
     motion_demod_only_resolutions: tuple[int, ...] = ()
     """resolutions where MoStAtt gives only the demodulation factor (spec §6)"""
+    activation_clamp: float | None = None
+    """bound of the activations of generator and discriminator (spec §1), times a layer's own gain; in releases 256"""
     frames_per_clip: int = 3
     """T, the frames of a clip that the discriminator sees"""
     max_num_frames: int = 1024
@@ -56,6 +64,10 @@ class ModelConfig:
     discriminator_hidden_dim: int = 128
     mbstd_group: int = 4
     """clips that share a minibatch standard deviation"""
+    time_condition: bool = True
+    """the discriminator is told times and label; False, an ablation of the release, multiplies them by 0"""
+    fps: float | None = None
+    """frames per second that samples play at; default: those of the data that it is trained on"""
 
     def __post_init__(self):
         for name in ("motion_resolutions", "prenorm_resolutions", "motion_demod_only_resolutions"):
@@ -72,6 +84,12 @@ class ModelConfig:
                      "max_num_frames", "discriminator_hidden_dim", "mbstd_group", "mapping_layers"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}, but must be at least 1")
+        for name in ("shortest_period", "activation_clamp", "fps"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise UserError(f"{name} is {value}, but must be more than 0, or none")
+        if self.hypernetwork not in ("lrelu", "affine"):
+            raise UserError(f"hypernetwork is {self.hypernetwork!r}: lrelu or affine")
         if self.motion_styles < 0 or self.num_labels < 0:
             raise UserError("motion_styles and num_labels must be 0 or more")
         if self.channel_base < r or self.channels(self.concat_resolution) < 2:
@@ -132,6 +150,8 @@ class TrainConfig:
     """videos or frames: a folder, a zip, or a packed folder; default data/<dataset>"""
     cache: str | None = None
     """where to pack the data; default beside it"""
+    start_from: str | None = None
+    """fine-tune: a checkpoint, or a run, whose model and weights a new run starts with"""
     conditional: bool = False
     """train on the data's labels"""
     shared_fakes: bool = False

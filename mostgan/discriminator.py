@@ -13,11 +13,11 @@ from mostgan.layers import Conv2d, Linear, Mapping, full_precision
 class ResidualBlock(nn.Module):
     """H×W → H/2×W/2: conv0 → conv1 (down=2), plus a 1×1 skip, each branch at gain √½."""
 
-    def __init__(self, in_channels, hidden_channels, out_channels, from_rgb=False):
+    def __init__(self, in_channels, hidden_channels, out_channels, from_rgb=False, clamp=None):
         super().__init__()
-        self.fromrgb = Conv2d(3, in_channels, 1, lrelu=True) if from_rgb else None
-        self.conv0 = Conv2d(in_channels, hidden_channels, 3, lrelu=True)
-        self.conv1 = Conv2d(hidden_channels, out_channels, 3, lrelu=True, down=2, gain=math.sqrt(0.5))
+        self.fromrgb = Conv2d(3, in_channels, 1, lrelu=True, clamp=clamp) if from_rgb else None
+        self.conv0 = Conv2d(in_channels, hidden_channels, 3, lrelu=True, clamp=clamp)
+        self.conv1 = Conv2d(hidden_channels, out_channels, 3, lrelu=True, down=2, gain=math.sqrt(0.5), clamp=clamp)
         self.skip = Conv2d(in_channels, out_channels, 1, bias=False, down=2, gain=math.sqrt(0.5))
 
     def forward(self, x):
@@ -32,7 +32,7 @@ class TimeCondition(nn.Module):
 
     def __init__(self, config, out_dim):
         super().__init__()
-        self.max_num_frames = config.max_num_frames
+        self.max_num_frames, self.used = config.max_num_frames, config.time_condition
         self.table = nn.Embedding(config.max_num_frames, 256)
         waves = 2 * int(math.log2(config.max_num_frames))
         self.embed = Linear((256 + waves) * (config.frames_per_clip - 1) + config.num_labels, out_dim)
@@ -47,6 +47,8 @@ class TimeCondition(nn.Module):
         condition = torch.cat([self.table(delta.round().long()), raw.sin(), raw.cos()], dim=2).flatten(1)
         if label is not None:
             condition = torch.cat([label, condition], dim=1)
+        if not self.used:
+            condition = condition * 0  # an ablation of the release
         return self.layers(kernels.normalize(self.embed(condition)))
 
 
@@ -69,7 +71,7 @@ class Epilogue(nn.Module):
         super().__init__()
         channels, hidden = config.channels(4), config.discriminator_hidden_dim
         self.mbstd_group = config.mbstd_group
-        self.conv = Conv2d(channels + 1, channels, 3, lrelu=True)
+        self.conv = Conv2d(channels + 1, channels, 3, lrelu=True, clamp=config.activation_clamp)
         self.fc = Linear(channels * 4 * 4, hidden, lrelu=True)
         self.out = Linear(hidden, out_dim)
 
@@ -95,7 +97,8 @@ class Discriminator(nn.Module):
                 out_channels //= 2
             if r == config.concat_resolution:
                 in_channels *= images
-            block = ResidualBlock(in_channels, config.channels(r), out_channels, from_rgb=r == config.resolution)
+            block = ResidualBlock(in_channels, config.channels(r), out_channels, r == config.resolution,
+                                  config.activation_clamp)
             setattr(self, f"b{r}", block)
             in_channels = out_channels
         self.b4 = Epilogue(config, config.channels(4))

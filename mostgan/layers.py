@@ -45,11 +45,13 @@ class Linear(nn.Module):
 class Conv2d(nn.Module):
     """Equalized convolution with the discriminator's down=2 (spec §1): FIR first, then stride 2."""
 
-    def __init__(self, in_channels, out_channels, kernel_size, bias=True, lrelu=False, down=1, gain=1.0):
+    def __init__(self, in_channels, out_channels, kernel_size, bias=True, lrelu=False, down=1, gain=1.0,
+                 clamp=None):
         super().__init__()
         self.weight = nn.Parameter(torch.randn(out_channels, in_channels, kernel_size, kernel_size))
         self.bias = nn.Parameter(torch.zeros(out_channels)) if bias else None
         self.lrelu, self.down = lrelu, down
+        self.clamp = None if clamp is None else clamp * gain  # spec §1: the bound has the layer's extra gain in it
         self.bias_gain = gain * (kernels.LRELU_GAIN if lrelu else 1.0)
         self.weight_gain = self.bias_gain / math.sqrt(in_channels * kernel_size**2)
 
@@ -63,7 +65,8 @@ class Conv2d(nn.Module):
             x, padding, stride = kernels.fir(x, 2), 0, 2
         bias = None if self.bias is None else self.bias * self.bias_gain
         x = F.conv2d(x, self.weight * self.weight_gain, bias, stride, padding)
-        return kernels.lrelu(x) if self.lrelu else x
+        x = kernels.lrelu(x) if self.lrelu else x
+        return x if self.clamp is None else x.clamp(-self.clamp, self.clamp)
 
 
 class Mapping(nn.Module):

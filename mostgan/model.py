@@ -28,6 +28,7 @@ class ContentMapping(nn.Module):
             in_dim += config.w_dim
         self.layers = Mapping(in_dim, config.w_dim, config.mapping_layers)
         self.register_buffer("w_avg", torch.zeros(config.w_dim))
+        self.class_means = None  # [num_labels, w_dim], of an imported model with classes: what rendering truncates to
 
     @full_precision
     def forward(self, z, label=None):
@@ -57,14 +58,15 @@ class SynthesisLayer(nn.Module):
         self.content_first = config.modulation_order == "content_first"
         self.prenorm = resolution in config.prenorm_resolutions
         self.demod_only = resolution in config.motion_demod_only_resolutions
-        self.rank, self.in_channels = config.rank, in_channels
+        self.rank, self.in_channels, self.clamp = config.rank, in_channels, config.activation_clamp
         self.weight = nn.Parameter(torch.randn(out_channels, in_channels, 3, 3))
         self.bias = nn.Parameter(torch.zeros(out_channels))
         self.affine = Linear(config.w_dim, in_channels, bias_init=1.0)
         self.hypernetwork = None
         if config.motion_styles and resolution in config.motion_resolutions:
             factors = config.rank * (in_channels + 3 + 3)
-            self.hypernetwork = Linear(config.motion_vector_dim, factors, bias=False, lrelu=True)
+            affine = config.hypernetwork == "affine"
+            self.hypernetwork = Linear(config.motion_vector_dim, factors, bias=affine, bias_init=1.0, lrelu=not affine)
 
     @full_precision
     def content(self, w, style_gain=None):
@@ -92,7 +94,7 @@ class SynthesisLayer(nn.Module):
             demod = content.demod.repeat_interleave(frames_per_clip, dim=0)
         else:
             frame_weight, score, demod = self.motion_modulate(content, motion_vectors)
-        epilogue = demod, self.bias, self.up
+        epilogue = demod, self.bias, self.up, self.clamp
         if frame_weight is not None and not self.demod_only:
             return kernels.conv2d_epilogue(x, frame_weight, *epilogue), score
         if len(content.style) == 1:  # one clip: s goes into the weight, and no pass over the features is needed
@@ -118,6 +120,7 @@ class ToRGB(nn.Module):
 
     def __init__(self, config, in_channels):
         super().__init__()
+        self.clamp = config.activation_clamp
         self.weight = nn.Parameter(torch.randn(3, in_channels, 1, 1))
         self.bias = nn.Parameter(torch.zeros(3))
         self.affine = Linear(config.w_dim, in_channels, bias_init=1.0)
@@ -133,7 +136,8 @@ class ToRGB(nn.Module):
         clips, (frames, channels, height, width) = len(weight), x.shape
         x = x.permute(0, 2, 3, 1).reshape(clips, -1, channels)  # a view in channels-last memory
         rgb = torch.baddbmm(self.bias.to(x.dtype).expand(clips, 1, -1), x, weight.to(x.dtype).transpose(1, 2))
-        return rgb.view(frames, height, width, 3).permute(0, 3, 1, 2)
+        rgb = rgb.view(frames, height, width, 3).permute(0, 3, 1, 2)
+        return rgb if self.clamp is None else rgb.clamp(-self.clamp, self.clamp)
 
 
 class Block(nn.Module):

@@ -66,6 +66,7 @@ class MotionCodes(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.motion_distance, self.max_period = config.motion_distance, config.max_period
+        self.shortest_period = config.shortest_period or config.motion_distance
         dim, self.num_frequencies = config.motion_noise_dim, config.num_frequencies
         self.conv0 = nn.Parameter(torch.randn(dim, dim + config.num_labels, 11) / 0.01)
         self.conv0_bias = nn.Parameter(torch.zeros(dim))
@@ -77,7 +78,7 @@ class MotionCodes(nn.Module):
 
     def frequencies(self, device):
         """ω in radians per frame, longest period first: float64 [F]. From the config alone, so in full precision."""
-        shortest, longest = math.log2(self.motion_distance), math.log2(self.max_period)
+        shortest, longest = math.log2(self.shortest_period), math.log2(self.max_period)
         log_period = torch.linspace(longest, shortest, self.num_frequencies, dtype=torch.float64, device=device)
         return 2 * math.pi / torch.exp2(log_period)
 

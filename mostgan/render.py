@@ -175,7 +175,21 @@ def content_stops(generator, seeds, condition, psi):
     z = content_latent([s for of_clip in seeds for s in of_clip], generator.config.z_dim)
     z = z.to(generator.mapping.w_avg)
     label = None if condition is None else condition.repeat_interleave(len(seeds[0]), dim=0)
-    return generator.content_code(z, label, psi).unflatten(0, (len(seeds), -1))
+    w = generator.mapping(z, label)
+    if psi != 1:
+        w = torch.lerp(truncation_center(generator.mapping, label), w, psi)
+    return w.unflatten(0, (len(seeds), -1))
+
+
+def truncation_center(mapping, condition):
+    """What ψ = 0 gives: the mean w; for a class of an imported model, that class's mean w. Broadcasts to [N, w_dim].
+
+    condition: [N, num_labels] or None.
+    """
+    if condition is None or mapping.class_means is None:
+        return mapping.w_avg
+    is_class = ((condition == 0) | (condition == 1)).all(1, keepdim=True) & (condition.sum(1, keepdim=True) == 1)
+    return torch.where(is_class, mapping.class_means.to(mapping.w_avg)[condition.argmax(1)], mapping.w_avg)
 
 
 def content_at(stops, u):

@@ -23,7 +23,7 @@ GRID_SIDE, GRID_FRAMES = 4, 32  # a snapshot shows 4 × 4 clips of 32 frames …
 STRIP_FRAMES = 8  # … and its png these many frames of each, in a row
 SHARED_MOTION_SEED = 10_000  # of the grid whose clips all move alike
 # What weights, random streams and the loader's position depend on, and the presets, which chose all else at the start.
-FIXED = ("preset", "dataset", "conditional", "seed", "batch_clips")
+FIXED = ("preset", "dataset", "start_from", "conditional", "seed", "batch_clips")
 
 
 class Resume(NamedTuple):
@@ -64,6 +64,9 @@ def _what_to_resume(out, resume, restarted):
     path = out if resume == "" and out is not None else Path(resume) if resume else checkpoint.find(None).parent
     if not (path / "config.json").exists():
         raise UserError(f"there is no run or checkpoint at {path}")
+    if (path / "model.safetensors").exists() and not (path / "training.json").exists():
+        raise UserError(f"{path} is an imported checkpoint, not a run to go on with: start a new one from it with: "
+                        f"python train.py --start-from {path}")
     if not (path / "model.safetensors").exists() and not path.name.startswith("checkpoint-"):
         return Resume(path, checkpoint.newest_whole(path))
     if wrong := checkpoint.damage(path):
@@ -115,7 +118,8 @@ def continue_run(resume, config, clips):
     before, now = ({name: getattr(c, name) for name in vars(c) if name != "model"}
                    | {f"model.{name}": value for name, value in vars(c.model).items()} for c in (old, new))
     changed = {name: f"{name} {before[name]} → {now[name]}" for name in before if before[name] != now[name]}
-    wrong = [text for name, text in changed.items() if name in FIXED or name.startswith("model.")]
+    wrong = [text for name, text in changed.items()
+             if name in FIXED or name.startswith("model.") and name != "model.fps"]
     if wrong:
         raise UserError(f"{run} cannot go on with another {', '.join(wrong)}: leave that out, or start a new run")
     if changed:
@@ -134,9 +138,10 @@ def _check_data(resume, described, clips):
         return
     run, path = resume.run, clips.info.get("origin") or clips.path
     if not resume.names_data:
-        raise UserError(f"{run} was trained on other clips than {path} has now ({described.get('clips')} then, {len(clips)} "
-                        f"now): name the data to go on with by --data, or put back the former ones")
-    print(f"warning: {run} goes on with other data than before: {path}, {len(clips)} clips instead of {described.get('clips')}")
+        raise UserError(f"{run} was trained on other clips than {path} has now ({described.get('clips')} then, "
+                        f"{len(clips)} now): name the data to go on with by --data, or put back the former ones")
+    print(f"warning: {run} goes on with other data than before: {path}, {len(clips)} clips instead of "
+          f"{described.get('clips')}")
 
 
 def _data_path(config, clips):
@@ -268,9 +273,10 @@ def save_grids(run, generator, clips, frames_done, fps, say=print):
     if generator.config.num_labels:
         classes = clips.labels.ndim == 1
         label = [i % clips.num_labels if classes else clips.condition(i % len(clips)).tolist() for i in range(count)]
+    moment = f"{frames_done // 1000:06d}k" + (str(frames_done) if 0 < frames_done < 1000 else "")
     for name, motion_seed in (("samples", None), ("shared-motion", SHARED_MOTION_SEED)):
         windows = generator.render(0, frames=GRID_FRAMES, clips=count, motion_seed=motion_seed, label=label, window=4)
-        made, path = torch.cat(list(windows), dim=1), run / f"{name}-{frames_done // 1000:06d}k"
+        made, path = torch.cat(list(windows), dim=1), run / f"{name}-{moment}"
         try:
             write_grid(path, made, fps)
         except OSError as error:

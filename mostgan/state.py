@@ -1,5 +1,6 @@
 """The training state, and saving it while training goes on."""
 
+import dataclasses
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -8,6 +9,7 @@ import torch
 
 from mostgan import checkpoint, distributed
 from mostgan.config import UserError
+from mostgan.discriminator import Discriminator
 from mostgan.model import Generator
 
 RETRY_SECONDS = 60  # until the next try after a save that failed
@@ -60,6 +62,52 @@ def load_state(state, path):
         adam.load_state_dict(adam.state_dict() | {"state": moments})
     for key, value in scalars.items():
         setattr(state, key, value)
+
+
+def start_from(state, path):
+    """Take the networks of a checkpoint that it has of G, D and the average; Adam and all counts start anew.
+
+    A generator that is not there starts as the average. Returns a line on what was taken. Raises UserError, naming the
+    fields of the configuration that fit no tensor.
+    """
+    path, model = checkpoint.find(path), state.G.config
+    states = checkpoint.read_networks(path)
+    wrong = [] if _fits(model, states) else _misfits(model, checkpoint.read_config(path), states)
+    if wrong:
+        raise UserError(f"{path} has no tensors for {', '.join(wrong)}: leave that out, or train a new model")
+    checkpoint.load_state(state.ema, states["ema"], path)
+    checkpoint.load_state(state.G, states.get("G", states["ema"]), path)
+    if "D" in states:
+        checkpoint.load_state(state.D, states["D"], path)
+    last = "its generator" if "G" in states else "the generator from its average, for it has no other"
+    judge = "its discriminator" if "D" in states else "a new discriminator, for it has none"
+    return f"starts from {path}: its average, {last}, {judge}"
+
+
+def _shapes(config):
+    with torch.device("meta"):
+        networks = {"G": Generator(config), "D": Discriminator(config)}
+    return {name: {key: value.shape for key, value in of.state_dict().items()} for name, of in networks.items()}
+
+
+def _fits(config, states):
+    shapes = _shapes(config)
+    return all({key: value.shape for key, value in of.items()} == shapes["D" if name == "D" else "G"]
+               for name, of in states.items())  # fmt: skip
+
+
+def _misfits(config, stored, states):
+    """Which fields of config, other than those of the checkpoint, change shapes: 'rank 3 (it has 1)', …"""
+    found = []
+    for field in dataclasses.fields(config):
+        wanted, has = getattr(config, field.name), getattr(stored, field.name)
+        try:
+            alone = wanted == has or _fits(dataclasses.replace(stored, **{field.name: wanted}), states)
+        except UserError:  # a field that goes with another, such as motion_code_dim
+            alone = False
+        if not alone:
+            found.append(f"{field.name} {wanted} (it has {has})")
+    return found or ["its own configuration"]
 
 
 class Saver:

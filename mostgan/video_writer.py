@@ -4,6 +4,7 @@ Frames are uint8 RGB. Every format is written as the frames come, in constant me
 bytes a frame), and holds exactly the frames that it was given.
 """
 
+import io
 import math
 import os
 import queue
@@ -19,10 +20,20 @@ from xml.sax.saxutils import escape
 import av
 import numpy as np
 import torch
-from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc, VideoReformatter
+from av.video.reformatter import (
+    ColorPrimaries,
+    ColorRange,
+    Colorspace,
+    ColorTrc,
+    Interpolation,
+    VideoReformatter,
+)
+from PIL import Image
 
 from mostgan.config import UserError
-from mostgan.video import EXACT, png
+
+# swscale's defaults trade chroma resolution and rounding for speed; these flags do not.
+EXACT = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT | Interpolation.FULL_CHR_H_INP
 
 
 class VideoWriter:
@@ -346,6 +357,13 @@ SINKS = {".mp4": _Mp4, ".gif": _Gif, ".webp": _Webp, ".npy": _Npy, "": _PngFolde
 # thousand is written without an error, but is of no duration and decodes to no frame.
 FASTEST = {".gif": 50, ".webp": 1000, ".mp4": 1000}
 LARGEST = {".gif": 65535, ".webp": 16383, ".mp4": 16384}  # pixels a side; of mp4s, x264's limit
+
+
+def png(image):
+    """uint8 [H,W,3] → the bytes of a PNG file."""
+    data = io.BytesIO()
+    Image.fromarray(np.ascontiguousarray(image)).save(data, "PNG", compress_level=4)
+    return data.getvalue()
 
 
 def write_png(path, image):

@@ -201,7 +201,8 @@ def test_modconv_with_its_epilogue(N, O, I, H, k, clamp, dtype):
 
 
 OPS = [mostatt_module.MOSTATT, backward_module.BACKWARD, fir_module.EPILOGUE, fir_module.EPILOGUE_BACKWARD,
-       modconv_module.CONV, modconv_module.CONV_EPILOGUE, modconv_module.GRAD_X, modconv_module.GRAD_WEIGHT]  # fmt: skip
+       modconv_module.CONV, modconv_module.CONV_EPILOGUE, modconv_module.GRAD_X,
+       modconv_module.GRAD_WEIGHT]  # fmt: skip
 
 
 MODEL = dict(

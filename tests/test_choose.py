@@ -174,8 +174,11 @@ def saved(folder):
     return path, json.loads(path.read_text())
 
 
-@pytest.mark.parametrize("damage", ["", "{", "[]", '{"key": {"device": "test"}}', '{"key": {"device": "test"}, "rows": [1]}',
-                                    '{"key": {"device": "test"}, "rows": {"double 4×3:float32": {"ms": 3}}}', "\0\0"])
+TABLE = '{"key": {"device": "test"}'
+
+
+@pytest.mark.parametrize("damage", ["", "{", "[]", "\0\0", TABLE + "}", TABLE + ', "rows": [1]}',
+                                    TABLE + ', "rows": {"double 4×3:float32": {"ms": 3}}}'])  # fmt: skip
 def test_a_damaged_table_is_measured_anew(tmp_path, caplog, damage):
     op = Op("double", twin, {"Triton": fast})
     Choices(tmp_path, KEY).of(op, (x,))

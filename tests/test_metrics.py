@@ -1,6 +1,7 @@
 """Scores: the Fréchet distance, the protocol from end to end, its cache, several processes, bad input (spec §9)."""
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -15,11 +16,13 @@ import torch
 from safetensors.torch import save_file
 
 import train as training
-from mostgan import checkpoint, clip_sets, frechet, metrics
-from mostgan.clip_sets import ClipSet, GeneratedSet, Protocol
+from mostgan import checkpoint, metrics
 from mostgan.config import ModelConfig, TrainConfig, UserError
 from mostgan.data import Clips
-from mostgan.frechet import add_features, frechet_distance, mean_and_covariance
+from mostgan.metrics import __main__ as program
+from mostgan.metrics import frechet, sets
+from mostgan.metrics.frechet import add_features, frechet_distance, mean_and_covariance
+from mostgan.metrics.sets import ClipSet, GeneratedSet, Protocol, Window
 from mostgan.model import Generator
 from mostgan.prepare import pack, sky
 from mostgan.prepare.reading import Settings
@@ -204,15 +207,15 @@ def test_equal_sets_and_a_shift(count):
 def test_windows_are_one_of_each_clip_that_is_long_enough(packed):
     clips = Clips(packed)
     for frames, usable in ((16, 12), (20, 12), (128, 3), (141, 0)):
-        windows = ClipSet(clips, Protocol(), 0).windows(frames)
+        windows = ClipSet(clips, Protocol(), 0).windows(Window(frames))
         assert len({clip for clip, _ in windows}) == len(windows) == usable
         assert all(0 <= first <= clips.lengths[clip] - frames for clip, first in windows)
-    at_16 = [ClipSet(clips, Protocol(), seed).windows(16) for seed in (0, 0, 1)]
+    at_16 = [ClipSet(clips, Protocol(), seed).windows(Window(16)) for seed in (0, 0, 1)]
     assert at_16[0] == at_16[1] != at_16[2]
-    first_clips = [ClipSet(clips, Protocol(), seed).windows(16)[0] for seed in range(60)]
+    first_clips = [ClipSet(clips, Protocol(), seed).windows(Window(16))[0] for seed in range(60)]
     assert {first for _, first in first_clips} == set(range(5))  # of 20 frames
-    assert all(first == 0 for _, first in ClipSet(clips, Protocol(), 0, from_start=True).windows(16))
-    few = [{clip for clip, _ in ClipSet(clips, SMALL, seed).windows(16)} for seed in range(3)]
+    assert all(first == 0 for _, first in ClipSet(clips, Protocol(), 0, from_start=True).windows(Window(16)))
+    few = [{clip for clip, _ in ClipSet(clips, SMALL, seed).windows(Window(16))} for seed in range(3)]
     assert all(len(part) == 6 for part in few) and len(set(map(frozenset, few))) > 1  # at most so many, at random
 
 
@@ -221,8 +224,8 @@ def test_processes_share_a_set(packed, world):
     """Together, the batches of all processes are those of one, each whole."""
     torch.manual_seed(0)
     for a_set in (ClipSet(Clips(packed), SMALL, 3), GeneratedSet(Generator(MODEL).eval(), SMALL, 3)):
-        whole = list(a_set.batches(16, 0, 1))
-        parts = [list(a_set.batches(16, rank, world)) for rank in range(world)]
+        whole = list(a_set.batches(Window(16), 0, 1))
+        parts = [list(a_set.batches(Window(16), rank, world)) for rank in range(world)]
         assert [len(batch) for batch in whole] == [4, 2]
         for k, batch in enumerate(whole):
             assert torch.equal(parts[k % world][k // world], batch)
@@ -231,7 +234,7 @@ def test_processes_share_a_set(packed, world):
 def test_generated_clips_have_their_own_seeds_and_start_at_0():
     torch.manual_seed(0)
     generator = Generator(MODEL).eval()
-    clips = torch.cat(list(GeneratedSet(generator, SMALL, 3).batches(16, 0, 1)))
+    clips = torch.cat(list(GeneratedSet(generator, SMALL, 3).batches(Window(16), 0, 1)))
     for i in (0, 5):
         # one clip alone is the same but for float32 rounding in another batch
         alone = torch.cat(list(generator.render((3 << 32) + i, 0, 16)), dim=1)[0]
@@ -245,7 +248,7 @@ def test_bf16_is_for_rendering_alone():
     for precision in ("float32", "bf16"):
         made = GeneratedSet(generator, dataclasses.replace(SMALL, precision=precision, long_clips=1), 0)
         clips = []
-        for batch in made.batches(16, 0, 1):
+        for batch in made.batches(Window(16), 0, 1):
             assert not torch.is_autocast_enabled("cpu")
             clips.append(batch.int())
         for _, window in zip(range(2), next(made.long_videos())()):
@@ -257,7 +260,7 @@ def test_bf16_is_for_rendering_alone():
 def test_labels_are_drawn_from_the_data():
     torch.manual_seed(0)
     generator = Generator(dataclasses.replace(MODEL, num_labels=3)).eval()
-    one = torch.cat(list(GeneratedSet(generator, SMALL, 0, np.eye(3, dtype=np.float32)[[2]]).batches(16, 0, 1)))
+    one = torch.cat(list(GeneratedSet(generator, SMALL, 0, np.eye(3, dtype=np.float32)[[2]]).batches(Window(16), 0, 1)))
     alone = torch.cat(list(generator.render(0, 0, 16, clips=4, label=2)), dim=1)
     assert (alone.int() - one[:4].int()).abs().max() <= 1
 
@@ -271,9 +274,9 @@ def test_which_frames_a_detector_sees():
 
     one = frechet.Detector("one", "", False, remember)
     batch = torch.arange(128, dtype=torch.uint8)[None, :, None, None, None].expand(1, -1, 3, 2, 2)
-    clip_sets.add_batch({}, batch, clip_sets.Detectors(one, one, CPU))
-    clip_sets.add_batch({}, batch[:, :16], clip_sets.Detectors(one, one, CPU))
-    clip_sets.add_batch({}, batch[:, :40], clip_sets.Detectors(one, one, CPU))  # no metric of clips of 40 frames
+    for frames in (128, 16, 40):  # there is no metric of clips of 40 frames
+        window = Window(frames)
+        sets.add_batch({}, batch[:, :frames], window, Protocol().video_metrics, sets.Detectors(one, one, CPU))
     videos, frames = [x[0, 0, :, 0, 0].tolist() for x in seen if x.ndim == 5], [x for x in seen if x.ndim == 4]
     assert videos == [list(range(128)), list(range(0, 128, 8)), list(range(16))]
     assert [x[:, 0, 0, 0].tolist() for x in frames] == [list(range(16))]
@@ -284,8 +287,8 @@ def test_which_frames_a_detector_sees():
 
 def test_a_toy_detector_end_to_end(packed, run_folder, detectors, tmp_path, capsys):
     """Every metric's value against one computed here from the clips; and all that the JSON file must say."""
-    metrics.run(run_folder, data=packed, detector=detectors / "video.pt", frame_detector=detectors / "frame.pt",
-                protocol=Protocol(clips=5, long_clips=0, batch=4), seed=2, runs=2)  # fmt: skip
+    program.run(run_folder, data=packed, detector=detectors / "video.pt", frame_detector=detectors / "frame.pt",
+                protocol=Protocol("ours", clips=5, long_clips=0, batch=4), seed=2, runs=2)  # fmt: skip
     (file,) = run_folder.glob("metrics-*.json")
     said = json.loads(file.read_text())
     file.unlink()
@@ -295,7 +298,7 @@ def test_a_toy_detector_end_to_end(packed, run_folder, detectors, tmp_path, caps
         made = [torch.cat(list(generator.render((seed << 32) + i, 0, 128, n)), dim=1) for i, n in ((0, 4), (4, 1))]
         made = torch.cat(made)
         for name, length, stride in (("fvd16", 16, 1), ("fvd128", 128, 1), ("fvd128_every8", 128, 8), ("fid", 16, 1)):
-            windows = ClipSet(clips, Protocol(clips=5), seed).windows(length)
+            windows = ClipSet(clips, Protocol(clips=5), seed).windows(Window(length))
             real = np.stack([clips.frames(clip, np.arange(first, first + length)) for clip, first in windows])
             pair = []
             for videos in (torch.from_numpy(real), made[:, :length]):
@@ -312,7 +315,7 @@ def test_a_toy_detector_end_to_end(packed, run_folder, detectors, tmp_path, caps
     protocol = said["protocol"]
     sha256 = hashlib.sha256((detectors / "video.pt").read_bytes()).hexdigest()
     assert protocol["video_detector"] == {"name": "video.pt", "sha256": sha256, "proxy": False}
-    assert protocol["real"]["checksum"] == clip_sets.data_checksum(clips) and protocol["real"]["total"] == 12
+    assert protocol["real"]["checksum"] == sets.data_checksum(clips) and protocol["real"]["total"] == 12
     assert (protocol["seed"], protocol["runs"], protocol["precision"]) == (2, 2, "float32")
     assert said["samples"]["fvd128"] == [3, 5] and said["samples"]["fid"] == [80, 80]
     assert not any("proxy" in key for key in said["results"])
@@ -325,7 +328,7 @@ def test_a_toy_detector_end_to_end(packed, run_folder, detectors, tmp_path, caps
 
 
 def test_without_a_detector_everything_says_proxy(packed, run_folder, tmp_path, capsys):
-    metrics.run(run_folder, data=packed, protocol=SMALL, out=tmp_path / "scores.json")
+    program.run(run_folder, data=packed, protocol=SMALL, out=tmp_path / "scores.json")
     said = json.loads((tmp_path / "scores.json").read_text())
     assert {"proxy_fvd16", "proxy_fid"} <= set(said["results"])
     assert not {"fvd16", "fid", "fvd128"} & (set(said["results"]) | set(said["not_measured"]))
@@ -348,16 +351,16 @@ def test_the_proxy_is_the_same_everywhere_and_sees_motion():
 def test_two_folders_of_clips(packed, tmp_path, capsys, monkeypatch):
     """Equal sets score 0 in everything; videos are packed at the packed side's resolution."""
     monkeypatch.chdir(tmp_path)
-    metrics.run(packed, packed, random_windows=True, protocol=Protocol(frames=16))
+    program.run(packed, packed, random_windows=True, protocol=Protocol(frames=16))
     results = json.loads(next(tmp_path.glob("metrics-sky-sky-*.json")).read_text())["results"]
     for name in ("proxy_fvd16", "proxy_fid", "spectrum_distance_db"):
         assert results[name]["mean"] < 1e-9
-    metrics.run(packed, packed, protocol=Protocol(frames=16), out=tmp_path / "starts.json")  # of the second
+    program.run(packed, packed, protocol=Protocol(frames=16), out=tmp_path / "starts.json")  # of the second
     assert json.loads((tmp_path / "starts.json").read_text())["results"]["proxy_fvd16"]["mean"] > 1e-3
     for i in range(3):
         with VideoWriter(tmp_path / "videos" / f"{i}.mp4", 30) as video:
             video.write(sky.make_clip(i, 48, 17))
-    metrics.run(packed, tmp_path / "videos", protocol=SMALL, out=tmp_path / "other.json")
+    program.run(packed, tmp_path / "videos", protocol=SMALL, out=tmp_path / "other.json")
     told = json.loads((tmp_path / "other.json").read_text())["protocol"]["generated"]
     assert (told["resolution"], told["total"], told["window"]) == (32, 3, "its first n frames")
     printed = capsys.readouterr().out
@@ -368,31 +371,31 @@ def test_two_folders_of_clips(packed, tmp_path, capsys, monkeypatch):
 def test_runs_of_which_some_lack_a_value():
     """A period is found only where a video repeats: the first run does not decide what is told."""
     skipped = {"fvd128": "too short", "fid": "why"}
-    first = metrics.Scores({"recurrence": 0.5}, skipped, ["a", "b"], {"fvd16": [3, 4]}, {})
-    second = metrics.Scores({"recurrence": 0.7, "period": 40.0}, {"fvd128": "other"}, ["b", "c"], {"fid": [5, 6]}, {})
-    third = metrics.Scores({"recurrence": 0.6, "period": 44.0, "fid": 2.0}, {}, ["a"], {}, {})
-    results = metrics.summarize([first, second, third])
+    first = program.Scores({"recurrence": 0.5}, skipped, ["a", "b"], {"fvd16": [3, 4]}, {})
+    second = program.Scores({"recurrence": 0.7, "period": 40.0}, {"fvd128": "other"}, ["b", "c"], {"fid": [5, 6]}, {})
+    third = program.Scores({"recurrence": 0.6, "period": 44.0, "fid": 2.0}, {}, ["a"], {}, {})
+    results = program.summarize([first, second, third])
     assert list(results) == ["recurrence", "period", "fid"]
     assert results["period"] == {"mean": 42.0, "std": pytest.approx(8**0.5), "runs": [40.0, 44.0]}
     assert results["fid"] == {"mean": 2.0, "std": None, "runs": [2.0]} and len(results["recurrence"]["runs"]) == 3
-    merged = metrics.merge([first, second, third], results)
+    merged = program.merge([first, second, third], results)
     assert merged.skipped == {"fvd128": "too short"} and merged.samples == {"fvd16": [3, 4], "fid": [5, 6]}
     assert merged.notes[:3] == ["a", "b", "c"] and len(merged.notes) == 5
-    told = metrics.table(results, merged)
+    told = program.table(results, merged)
     assert "note: median period (frames): of 2 of 3 runs" in told and "frames: of 1 of 3 runs" in told
 
 
 def test_a_missing_second_set_is_told_before_the_first_is_packed(tmp_path, monkeypatch):
     (tmp_path / "videos").mkdir()
-    monkeypatch.setattr(metrics, "open_data", lambda *a: pytest.fail("packed"))
+    monkeypatch.setattr(program, "open_data", lambda *a: pytest.fail("packed"))
     with pytest.raises(UserError, match="nowhere does not exist"):
-        metrics.run(tmp_path / "videos", tmp_path / "nowhere", protocol=SMALL)
+        program.run(tmp_path / "videos", tmp_path / "nowhere", protocol=SMALL)
 
 
 def test_evaluate_leaves_random_state_alone(packed):
     torch.manual_seed(5)
     generator, before = Generator(MODEL).eval().requires_grad_(False), torch.get_rng_state()
-    detectors = clip_sets.open_detectors(None, None, CPU)
+    detectors = sets.open_detectors(None, None, CPU)
     scores = [metrics.evaluate(generator, Clips(packed), detectors, most=4) for _ in range(2)]
     assert torch.equal(torch.get_rng_state(), before)
     assert scores[0] == scores[1] and all(isinstance(value, float) for value in scores[0].values())
@@ -405,7 +408,7 @@ def test_evaluate_leaves_random_state_alone(packed):
 
 def test_real_statistics_are_kept(packed, run_folder, tmp_path, cache, monkeypatch):
     def scores(**changes):
-        metrics.run(run_folder, data=packed, out=tmp_path / "s.json", **{"protocol": SMALL} | changes)
+        program.run(run_folder, data=packed, out=tmp_path / "s.json", **{"protocol": SMALL} | changes)
         return json.loads((tmp_path / "s.json").read_text())["results"]
 
     first, files = scores(), sorted(cache.rglob("*"))
@@ -423,12 +426,14 @@ def test_real_statistics_are_kept(packed, run_folder, tmp_path, cache, monkeypat
 
 
 def test_the_cache_tells_apart_what_changes_the_numbers(packed):
-    none = clip_sets.open_detectors(None, None, CPU)
+    none = sets.open_detectors(None, None, CPU)
 
     def file(n=16, **changes):
-        return clip_sets.cache_file(ClipSet(Clips(packed), dataclasses.replace(SMALL, **changes), 0), n, none)
+        window = n if n == "long" else Window(n)
+        return sets.cache_file(ClipSet(Clips(packed), dataclasses.replace(SMALL, **changes), 0), window, none)
 
-    assert len({file(), file(batch=3), file(clips=7), file(20)}) == 4  # another batch changes the last digits
+    # Another batch changes the last digits.
+    assert len({file(), file(batch=3), file(clips=7), file(20), file(protocol="release")}) == 5
     assert file(precision="bf16") == file(long_clips=3) == file()  # of generated clips; of long ones
     assert file("long", batch=3) == file("long") != file("long", long_clips=3)
 
@@ -448,7 +453,7 @@ def test_two_processes_give_the_numbers_of_one(packed, run_folder, detectors, tm
     torch.set_num_threads(1)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "another"))
     monkeypatch.setattr(sys, "argv", list(map(str, ["metrics", *arguments, "--out", tmp_path / "one.json"])))
-    metrics.main()
+    program.main()
     torch.set_num_threads(threads)
 
     one, two = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "two"))
@@ -483,7 +488,7 @@ def test_bad_input_gets_one_line(arguments, complaint, packed, run_folder, detec
         arguments = [a.replace(name, str(place)) for a in arguments]
     monkeypatch.setattr(sys, "argv", ["metrics", *arguments])
     with pytest.raises(SystemExit) as stopped:
-        metrics.main()
+        program.main()
     error = capsys.readouterr().err
     assert stopped.value.code == 2 and complaint in error and error.count("\n") == 1 and "Traceback" not in error
     assert not list(run_folder.glob("metrics-*"))
@@ -491,8 +496,8 @@ def test_bad_input_gets_one_line(arguments, complaint, packed, run_folder, detec
 
 def test_a_conditional_model_needs_labels(packed, tmp_path):
     save(tmp_path, dataclasses.replace(MODEL, num_labels=2))
-    with pytest.raises(UserError, match="has 2 classes"):
-        metrics.run(tmp_path, data=packed, protocol=SMALL)
+    with pytest.raises(UserError, match="takes 2 numbers as a condition, or as many classes, but .* has no labels"):
+        program.run(tmp_path, data=packed, protocol=SMALL)
 
 
 # ------------------------------------------------------------------------------------------------------------ training
@@ -539,3 +544,114 @@ def test_a_wrong_detector_stops_training_before_it_starts(packed, detectors, tmp
         with pytest.raises(UserError, match=complaint):
             training.train(training_config(packed, eval_detector=str(detectors / name)), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+# ------------------------------------------------------------------------------------ the release's protocol
+
+
+class Numbered:
+    """Clips whose frames all have their number as gray value, named so that their order by name is another."""
+
+    resolution, fps, builtin = 4, 25.0, False
+    path, labels, num_labels = Path("numbered"), None, 0
+
+    def __init__(self, lengths, names=None):
+        self.lengths = np.array(lengths)
+        self.names = names or [f"clip {i}" for i in range(len(lengths))]
+        self.info = {"clips": [dict(name=name, start=0, frames=int(n), label=None, crc32=0)
+                               for name, n in zip(self.names, lengths)]}  # fmt: skip
+
+    def __len__(self):
+        return len(self.lengths)
+
+    def frames(self, clip, indices):
+        assert max(indices) < self.lengths[clip]
+        gray = np.asarray(indices, np.uint8)[:, None, None, None]
+        return np.broadcast_to(gray, (len(indices), 3, 4, 4)).copy()
+
+
+def frames_seen(clips, protocol, seed):
+    """What the video detector is given of each window: window → frame numbers of each clip."""
+    seen = []
+
+    def remember(x):
+        seen.extend(x[:, 0, :, 0, 0].tolist())
+        return x[:, 0, :2, 0, 0].float()
+
+    one = frechet.Detector("one", "one", False, remember)
+    detectors, found = sets.Detectors(one, one._replace(features=lambda x: x[:, :, 0, 0].float()), CPU), {}
+    for window in protocol.video_metrics:
+        seen.clear()
+        sets.measure(ClipSet(clips, protocol, seed), [window], detectors, sets.progress("", 1, False))
+        found[window] = [list(map(int, numbers)) for numbers in seen]
+    return found
+
+
+def test_every_8th_frame_by_both_protocols():
+    """Of a clip of 130 frames the release's windows of 16 frames 8 apart begin at 0 … 130 − 1 − 8 · 15 = 9, and one of
+    121 frames has one; ours are every 8th frame of 128, which begin at 0 … 2, and a clip of 127 has none."""
+    clips = Numbered([130, 121, 127, 120])
+    firsts = {"ours": set(), "release": set()}
+    for seed in range(150):
+        ours = frames_seen(clips, Protocol("ours", long_clips=0), seed)
+        (whole, every8) = ours[Window(128)]
+        assert every8 == whole[::8] and len(every8) == 16
+        firsts["ours"].add(every8[0])
+        release = frames_seen(clips, Protocol("release", long_clips=0), seed)
+        assert len(release[Window(128)]) == 1  # FVD128 alone, of the one clip that has as many
+        of_130, of_121, of_127 = release[Window(16, 8)]
+        assert all(b - a == 8 for a, b in zip(of_130, of_130[1:])) and len(of_130) == 16
+        assert of_121 == list(range(0, 121, 8)) and 0 <= of_127[0] <= 6
+        firsts["release"].add(of_130[0])
+        assert release[Window(16)] == ours[Window(16)]
+    assert firsts == {"ours": {0, 1, 2}, "release": set(range(10))}
+
+
+def test_the_first_clips_by_name():
+    clips = Numbered([20] * 6, ["f", "b", "d", "a", "e", "c"])
+    few = Protocol("release", clips=3, frames=16)
+    for seed in range(5):
+        taken = [clip for clip, _ in ClipSet(clips, few, seed).windows(Window(16))]
+        assert [clips.names[clip] for clip in taken] == ["a", "b", "c"]
+    few = dataclasses.replace(few, protocol="ours")
+    drawn = [ClipSet(clips, few, seed).windows(Window(16)) for seed in range(20)]
+    assert len({tuple(clip for clip, _ in windows) for windows in drawn}) > 5
+
+
+def test_which_protocol_is_taken_and_recorded(packed, detectors, tmp_path):
+    """The release's for FVD with a detector, unless another is asked for; ours without one."""
+    for name, asked, detector, expected in (
+        ("a", [], [], "ours"),
+        ("b", [], ["--detector", detectors / "video.pt"], "release"),
+        ("c", ["--protocol", "ours"], ["--detector", detectors / "video.pt"], "ours"),
+        ("d", ["--protocol", "release"], [], "release"),
+    ):
+        out = tmp_path / f"{name}.json"
+        arguments = [packed, packed, "--random-windows", "--long-clips", 0, "--out", out, *asked, *detector]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", list(map(str, ["metrics", *arguments])))
+            program.main()
+        said = json.loads(out.read_text())
+        key = "fvd128_every8" if detector else "proxy_fvd128_every8"
+        assert said["protocol"]["protocol"] == expected and said["results"][key]["mean"] < 1e-6
+        window = said["protocol"]["windows"]["fvd128_every8"]
+        told = (16, 8, 1) if expected == "release" else (128, 1, 8)
+        assert (window["frames"], window["stride"], window["frame_stride"]) == told
+
+
+def test_conditions_are_classes_or_vectors():
+    """Classes as one-hot vectors, of which a model may know more; vectors as they are, all of them."""
+    clips = Numbered([20, 20, 20])
+    assert sets.conditions_of(clips, 0) is None
+    vectors = np.array([[0.5, -1], [0, 2], [1, 1]], np.float32)
+    for labels, size, expected in (
+        (np.array([1, 0, 1]), 2, [[0, 1], [1, 0], [0, 1]]),
+        (np.array([1, 0, 1]), 3, [[0, 1, 0], [1, 0, 0], [0, 1, 0]]),
+        (vectors, 2, vectors.tolist()),
+    ):
+        clips.labels, clips.num_labels = labels, 2
+        clips.condition = functools.partial(Clips.condition, clips)
+        assert sets.conditions_of(clips, size).tolist() == expected
+    for size in (1, 3):
+        with pytest.raises(UserError, match="has 2 numbers per clip"):
+            sets.conditions_of(clips, size)

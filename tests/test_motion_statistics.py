@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from mostgan.motion_statistics import (
+from mostgan.metrics.motion_statistics import (
     LAGS,
     add_long,
     add_motion,

@@ -12,10 +12,10 @@ import torch
 
 import mostgan
 import train as training
-from mostgan.prepare import pack_sky
 from mostgan.config import DATASETS, ModelConfig, TrainConfig, UserError, train_preset
 from mostgan.data import Clips, batches
 from mostgan.loss import generator_loss
+from mostgan.prepare import pack_sky
 from mostgan.run import Stats, read_config
 
 ROOT = Path(__file__).parent.parent

@@ -14,11 +14,47 @@ import av
 import numpy as np
 import pytest
 import torch
-from test_video import error_to, smooth, solid
+from av.video.reformatter import Interpolation
+from PIL import Image, ImageSequence
 
 from mostgan.config import UserError
-from mostgan.video import frame_rate, read_frames
 from mostgan.video_writer import BackgroundWriter, VideoWriter, grid, write_png
+
+COLORS = [(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255), (0, 0, 0), (128, 128, 128), (200, 30, 90)]
+
+
+def solid(height, width, frames_each=2):
+    return np.stack([np.full((height, width, 3), color, np.uint8) for color in COLORS for _ in range(frames_each)])
+
+
+def smooth(n=8, size=64, seed=0):
+    """Smooth moving frames [n,size,size,3]."""
+    phase = np.random.default_rng(seed).uniform(0, 6, (3, 2))
+    y, x = np.mgrid[:size, :size] / size
+    channels = [np.sin(5 * x + a + np.arange(n)[:, None, None] / 3) * np.cos(4 * y + b) for a, b in phase]
+    return (np.stack(channels, -1) * 120 + 128).astype(np.uint8)
+
+
+def error_to(frames, expected):
+    return np.abs(np.stack(frames).astype(int) - expected).max()
+
+
+def read_frames(file):
+    """Yields every frame of a file as uint8 [H,W,3]: an mp4's by FFmpeg, those of pictures by Pillow."""
+    if str(file).endswith(".mp4"):
+        exact = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
+        with av.open(str(file)) as video:
+            for frame in video.decode(video=0):
+                yield frame.reformat(format="rgb24", interpolation=exact).to_ndarray()
+    else:
+        with Image.open(file) as image:
+            for picture in ImageSequence.Iterator(image):
+                yield np.asarray(picture.convert("RGB"))
+
+
+def frame_rate(path):
+    with av.open(str(path)) as video:
+        return float(video.streams.video[0].average_rate)
 
 
 @pytest.mark.parametrize("size", [(64, 64), (47, 33), (2, 2)])

@@ -1,9 +1,8 @@
-"""Making clips: the file of one, and the jobs, stretches of a source, that worker processes make
-clips of.
+"""Making clips: the file of one, and the jobs, stretches of a source, that workers make clips of.
 
-Clip k of a source has the frames number k · length … (k + 1) · length − 1 of the source, counted by time from its start,
-so that it depends on no other clip: a damaged stretch costs the clips that it touches, and an
-interruption those in work.
+Clip k of a source has the frames number k · length … (k + 1) · length − 1 of the source, counted by
+time from its start, so that it depends on no other clip: a damaged stretch costs the clips that it
+touches, and an interruption those in work.
 """
 
 import contextlib

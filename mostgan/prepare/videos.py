@@ -17,7 +17,8 @@ av.logging.set_level(av.logging.PANIC)
 
 # Containers that are read. Playlists (hls, concat, dash, sdp, imf, …) are not among them: they name
 # other files and addresses, which FFmpeg would open. Nor are patterns of picture files.
-CONTAINERS = "mov,matroska,avi,mpegts,mpeg,mpegvideo,asf,flv,ogg,mxf,h264,hevc,m4v,yuv4mpegpipe,ivf,obu,dv,rm,nut,wtv,mjpeg,vc1"
+CONTAINERS = "mov matroska avi mpegts mpeg mpegvideo asf flv ogg mxf h264 hevc m4v yuv4mpegpipe"
+CONTAINERS = ",".join(f"{CONTAINERS} ivf obu dv rm nut wtv mjpeg vc1".split())
 UNSEEKABLE = set("avi mpeg mpegvideo h264 hevc m4v mjpeg yuv4mpegpipe dv vc1 obu ivf".split())
 MAX_PIXELS = (
     1 << 26

@@ -1,7 +1,7 @@
 """A generator as a program of plain PyTorch operations, by torch.export: runs where this package is not installed.
 
-    program = torch.export.load("sky.pt2").module()
-    frames = program(z, t, noise, first_anchor, psi)  # uint8 [B, T, 3, H, W]
+program = torch.export.load("sky.pt2").module()
+frames = program(z, t, noise, first_anchor, psi)  # uint8 [B, T, 3, H, W]
 """
 
 import dataclasses
@@ -54,17 +54,30 @@ def export_window(generator: Generator, clips=1) -> torch.export.ExportedProgram
     config = generator.config
     t = torch.arange(4, dtype=torch.float64).expand(clips, -1) * config.motion_distance
     noise, first_anchor = motion_noise(range(clips), t, config)
-    inputs = [torch.zeros(clips, config.z_dim), t.contiguous(), noise, first_anchor, torch.tensor(1.0)]
+    inputs = [
+        torch.zeros(clips, config.z_dim),
+        t.contiguous(),
+        noise,
+        first_anchor,
+        torch.tensor(1.0),
+    ]
     # The bounds are those of Generator.render: times up to 10⁸ frames; windows beyond 2¹⁶ fit in no memory.
-    frames, anchors = torch.export.Dim("frames", min=1, max=2**16), torch.export.Dim("anchors", min=FRAME_ANCHORS)
+    frames, anchors = (
+        torch.export.Dim("frames", min=1, max=2**16),
+        torch.export.Dim("anchors", min=FRAME_ANCHORS),
+    )
     open_shapes = [{}, {1: frames}, {1: anchors}, {}, {}]
     if config.num_labels:
         inputs.append(torch.eye(config.num_labels)[[0] * clips])
         open_shapes.append({})
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore", FutureWarning)  # of PyTorch, about its own insides
-        program = torch.export.export(WindowRenderer(generator), tuple(inputs), dynamic_shapes=tuple(open_shapes))
-        return program.run_decompositions({})  # nothing of autograd or autocast remains: only ATen's own operations
+        program = torch.export.export(
+            WindowRenderer(generator), tuple(inputs), dynamic_shapes=tuple(open_shapes)
+        )
+        return program.run_decompositions(
+            {}
+        )  # nothing of autograd or autocast remains: only ATen's own operations
 
 
 def export_file(generator, path, clips=1):
@@ -85,8 +98,11 @@ def export_file(generator, path, clips=1):
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
-            torch.export.save(program, temporary,
-                              extra_files={"config.json": json.dumps(values, indent=2), "usage.txt": usage})
+            torch.export.save(
+                program,
+                temporary,
+                extra_files={"config.json": json.dumps(values, indent=2), "usage.txt": usage},
+            )
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

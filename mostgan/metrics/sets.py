@@ -9,7 +9,7 @@ import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -20,21 +20,47 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 from tqdm import tqdm
 
-from mostgan import distributed, frechet, motion_statistics
+from mostgan import distributed
 from mostgan.config import UserError
 from mostgan.data import Clips
-from mostgan.frechet import Detector, Sums
+from mostgan.metrics import frechet, motion_statistics
+from mostgan.metrics.frechet import Detector, Sums
 from mostgan.model import Generator
 
-VIDEO_METRICS = {16: {"fvd16": 1}, 128: {"fvd128": 1, "fvd128_every8": 8}}  # frames of a clip → name → frame stride
-FRAME_METRIC = {16: "fid"}  # over all frames of FVD16's clips
-CACHE_VERSION = 2  # raise it when what is collected changes, or how frames are decoded
+CACHE_VERSION = 3  # raise it when what is collected changes, or how frames are decoded
+
+
+class Window(NamedTuple):
+    """So many frames of a clip, `stride` apart."""
+
+    frames: int
+    stride: int = 1
+
+    @property
+    def span(self):
+        """Frames from the first to the last, both counted: what a clip must have."""
+        return self.stride * (self.frames - 1) + 1
+
+    def __str__(self):
+        return f"{self.frames} frames" + (f", {self.stride} apart" if self.stride > 1 else "")
+
+
+FVD16, FVD128, EVERY8 = Window(16), Window(128), Window(16, 8)
+# What each window of a clip is measured for: name → stride of the frames that the detector sees.
+VIDEO_METRICS = {
+    "ours": {FVD16: {"fvd16": 1}, FVD128: {"fvd128": 1, "fvd128_every8": 8}},
+    "release": {FVD16: {"fvd16": 1}, FVD128: {"fvd128": 1}, EVERY8: {"fvd128_every8": 1}},
+}
+FRAME_METRIC = {FVD16: "fid"}  # over all frames of FVD16's clips
 
 
 @dataclass(frozen=True)
 class Protocol:
     """What besides the two sets, the detectors and the seed decides the numbers."""
 
+    protocol: Literal["ours", "release"] | None = None
+    """which clips and windows are compared (mostgan/metrics/README.md); default: release for FVD with a detector, else
+    ours"""
     clips: int = 2048
     """most clips of either set; of generated ones, exactly so many"""
     frames: int = 128
@@ -48,8 +74,19 @@ class Protocol:
 
     def __post_init__(self):
         if self.clips < 2 or self.frames < 2 or self.long_clips < 0 or self.batch < 1:
-            raise UserError(f"clips {self.clips}, frames {self.frames}, long clips {self.long_clips}, "
-                            f"batch {self.batch}: clips and frames must be at least 2, batch 1, long clips 0")
+            raise UserError(
+                f"clips {self.clips}, frames {self.frames}, long clips {self.long_clips}, "
+                f"batch {self.batch}: clips and frames must be at least 2, batch 1, long clips 0"
+            )
+
+    def chosen(self, detectors):
+        """The same, with the choice of protocol made."""
+        default = "ours" if detectors.video.proxy else "release"
+        return replace(self, protocol=self.protocol or default)
+
+    @property
+    def video_metrics(self):
+        return VIDEO_METRICS[self.protocol or "ours"]
 
 
 # --------------------------------------------------------------------------------------------------------- the two sets
@@ -67,34 +104,47 @@ class ClipSet:
     def lengths(self):
         return self.clips.lengths
 
-    def windows(self, frames):
-        """(clip, first frame) of one window of `frames` frames for each clip that has as many; for a random part of
-        them if that is more than the protocol's number of clips. Random numbers are keyed by (seed, frames, clip)."""
-        usable = np.flatnonzero(self.clips.lengths >= frames)
-        if len(usable) > self.protocol.clips:
-            usable = np.random.default_rng([self.seed, frames]).permutation(usable)[: self.protocol.clips]
-        starts = [0 if self.from_start else np.random.default_rng([self.seed, frames, clip]).integers(spare + 1)
-                  for clip, spare in zip(usable, self.clips.lengths[usable] - frames)]  # fmt: skip
+    def windows(self, window):
+        """(clip, first frame) of one such window for each clip that is long enough for it.
+
+        If those are more than the protocol's number of clips: a random part of them, or, by the release's protocol, the
+        first in the order of their names. Random numbers are keyed by (seed, frames, clip).
+        """
+        usable = np.flatnonzero(self.clips.lengths >= window.span)
+        key = [self.seed, window.frames if window.stride == 1 else window.span]
+        if len(usable) > self.protocol.clips and self.protocol.protocol == "release":
+            usable = np.array(sorted(usable, key=self.clips.names.__getitem__))[
+                : self.protocol.clips
+            ]
+        elif len(usable) > self.protocol.clips:
+            usable = np.random.default_rng(key).permutation(usable)[: self.protocol.clips]
+        starts = [0 if self.from_start else np.random.default_rng([*key, clip]).integers(spare + 1)
+                  for clip, spare in zip(usable, self.clips.lengths[usable] - window.span)]  # fmt: skip
         return list(zip(usable.tolist(), map(int, starts)))
 
-    def batches(self, frames, rank, world):
+    def batches(self, window, rank, world):
         """Yields uint8 [b, frames, 3, R, R]: every world-th batch of the windows."""
-        windows, size = self.windows(frames), self.protocol.batch
+        windows, size = self.windows(window), self.protocol.batch
 
-        def read(window):
-            return self.clips.frames(window[0], np.arange(window[1], window[1] + frames))
+        def read(place):
+            clip, first = place
+            return self.clips.frames(clip, np.arange(first, first + window.span, window.stride))
 
         with ThreadPoolExecutor(min(size, len(os.sched_getaffinity(0)))) as pool:
             for first in range(rank * size, len(windows), world * size):
-                yield torch.from_numpy(np.stack(list(pool.map(read, windows[first : first + size]))))
+                yield torch.from_numpy(
+                    np.stack(list(pool.map(read, windows[first : first + size])))
+                )
 
     def long_videos(self):
         """Yields, for each of the longest clips, a function that yields its frames uint8 [n, 3, R, R], up to 1,024."""
         order = np.argsort(-self.clips.lengths, kind="stable")[: self.protocol.long_clips]
         for clip in order[self.clips.lengths[order] >= motion_statistics.SHORTEST_LONG]:
             frames = np.arange(min(self.clips.lengths[clip], motion_statistics.LONG))
-            yield lambda clip=clip, frames=frames: (torch.from_numpy(self.clips.frames(clip, part))
-                                                    for part in np.array_split(frames, -(-len(frames) // 16)))
+            yield lambda clip=clip, frames=frames: (
+                torch.from_numpy(self.clips.frames(clip, part))
+                for part in np.array_split(frames, -(-len(frames) // 16))
+            )
 
     def describe(self):
         settings = self.clips.info.get("settings", {})
@@ -121,21 +171,31 @@ class GeneratedSet:
         label = None
         if self.generator.config.num_labels:
             rngs = [np.random.default_rng([self.seed, i]) for i in range(first, first + count)]
-            label = torch.from_numpy(np.stack([self.conditions[rng.choice(len(self.conditions))] for rng in rngs]))
-        window = min(frames, 16)  # a GPU renders whole windows, and most of the clips have 16 frames
-        return self.generator.render((self.seed << 32) + first, 0, frames, count, label=label, window=window)
+            label = torch.from_numpy(
+                np.stack([self.conditions[rng.choice(len(self.conditions))] for rng in rngs])
+            )
+        window = min(
+            frames, 16
+        )  # a GPU renders whole windows, and most of the clips have 16 frames
+        return self.generator.render(
+            (self.seed << 32) + first, 0, frames, count, label=label, window=window
+        )
 
     def _autocast(self):
         kind = self.generator.mapping.w_avg.device.type
         return torch.autocast(kind, torch.bfloat16, enabled=self.protocol.precision == "bf16")
 
-    def batches(self, frames, rank, world):
+    def batches(self, window, rank, world):
         """Yields uint8 [b, frames, 3, R, R]: every world-th batch."""
         size, count = self.protocol.batch, self.protocol.clips
         for first in range(rank * size, count, world * size):
-            with self._autocast():  # for the rendering alone, not for what is done with clips that were yielded
-                clips = torch.cat(list(self._render(first, min(size, count - first), frames)), dim=1)
-            yield clips
+            with (
+                self._autocast()
+            ):  # for the rendering alone, not for what is done with clips that were yielded
+                clips = torch.cat(
+                    list(self._render(first, min(size, count - first), window.span)), dim=1
+                )
+            yield clips[:, :: window.stride]
 
     def long_videos(self):
         """As ClipSet's: of the first clips, 1,024 frames."""
@@ -153,9 +213,15 @@ class GeneratedSet:
 
     def describe(self):
         config = self.generator.config
-        return {"total": self.protocol.clips, "resolution": config.resolution, "num_labels": config.num_labels,
-                "psi": 1.0, "times": "0 to n − 1", "seeds": "clip i of a run: (the run's seed) · 2³² + i",
-                "precision": f"{self.protocol.precision} (the release: half in its four highest resolutions)"}
+        return {
+            "total": self.protocol.clips,
+            "resolution": config.resolution,
+            "num_labels": config.num_labels,
+            "psi": 1.0,
+            "times": "0 to n − 1",
+            "seeds": "clip i of a run: (the run's seed) · 2³² + i",
+            "precision": f"{self.protocol.precision} (the release: half in its four highest resolutions)",
+        }
 
 
 def conditions_of(clips, num_labels):
@@ -167,9 +233,11 @@ def conditions_of(clips, num_labels):
         return None
     classes = clips.labels is not None and clips.labels.ndim == 1
     if clips.num_labels != num_labels and not (classes and clips.num_labels < num_labels):
-        have = "classes" if classes else "numbers per clip"
-        raise UserError(f"the model takes {num_labels} numbers as a condition (or as many classes), but {clips.path} "
-                        f"has {clips.num_labels} {have}: evaluate it on labelled clips of its training data")
+        have = f"{clips.num_labels} {'classes' if classes else 'numbers per clip'}"
+        raise UserError(
+            f"the model takes {num_labels} numbers as a condition, or as many classes, but {clips.path} has "
+            f"{have if clips.num_labels else 'no labels'}: evaluate it on labelled clips of its training data"
+        )
     conditions = np.zeros((len(clips), num_labels), np.float32)
     for clip in range(len(clips)):
         conditions[clip, : clips.num_labels] = clips.condition(clip)
@@ -193,29 +261,42 @@ class Detectors(NamedTuple):
 def open_detectors(video, frame, device):
     """The detectors in these files; the proxy for both where none is given. With one of them alone, the other's metrics
     are by the proxy, and say so."""
-    return Detectors(frechet.video_detector(video, device), frechet.frame_detector(frame, device), device)
+    return Detectors(
+        frechet.video_detector(video, device), frechet.frame_detector(frame, device), device
+    )
 
 
-def add_batch(sums: Sums, batch, detectors):
-    """Take in clips uint8 [B, n, 3, H, W]: motion always, features where a metric is defined for clips of n frames."""
-    motion_statistics.add_motion(sums, batch)
+def add_batch(sums: Sums, batch, window, video_metrics, detectors):
+    """Take in clips uint8 [B, n, 3, H, W], each such a window: motion if its frames follow one another, features where
+    a metric is defined for the window. video_metrics: of the protocol.
+    """
+    if window.stride == 1:
+        motion_statistics.add_motion(sums, batch)
     clips = batch.transpose(1, 2)
-    for name, stride in VIDEO_METRICS.get(batch.shape[1], {}).items():
-        frechet.add_features(sums, name, detectors.video.features(clips[:, :, ::stride].contiguous()))
-    if batch.shape[1] in FRAME_METRIC:
-        frechet.add_features(sums, FRAME_METRIC[batch.shape[1]], detectors.frame.features(batch.flatten(0, 1)))
+    for name, stride in video_metrics.get(window, {}).items():
+        frechet.add_features(
+            sums, name, detectors.video.features(clips[:, :, ::stride].contiguous())
+        )
+    if window in FRAME_METRIC:
+        frechet.add_features(
+            sums, FRAME_METRIC[window], detectors.frame.features(batch.flatten(0, 1))
+        )
 
 
-def measure(clip_set, lengths, detectors, bar):
-    """Sums over a set's clips of each of these lengths: {n: Sums}. A clip is rendered once, for all lengths."""
+def measure(clip_set, windows, detectors, bar):
+    """Sums over a set's clips for each of these windows: {window: Sums}. Several begin at one frame: a generated clip
+    is rendered once for all of them.
+    """
     rank, world = distributed.rank(), distributed.size()
-    sums = {n: {} for n in lengths}
-    for batch in clip_set.batches(max(lengths), rank, world):
+    sums = {window: {} for window in windows}
+    whole = windows[0] if len(windows) == 1 else Window(max(window.span for window in windows))
+    for batch in clip_set.batches(whole, rank, world):
         batch = batch.to(detectors.device)
-        for n in lengths:
-            add_batch(sums[n], batch[:, :n], detectors)
+        for window in windows:
+            part = batch if window == whole else batch[:, : window.span : window.stride]
+            add_batch(sums[window], part, window, clip_set.protocol.video_metrics, detectors)
         bar.update(len(batch) * world)
-    return {n: all_together(sums[n]) for n in lengths}
+    return {window: all_together(sums[window]) for window in windows}
 
 
 def measure_long(clip_set, detectors, bar):
@@ -224,24 +305,28 @@ def measure_long(clip_set, detectors, bar):
     sums, videos = {}, list(clip_set.long_videos())
     for index in range(rank, len(videos), world):
         with closing(videos[index]()) as windows:
-            rows = torch.cat([motion_statistics.thumbnails(window.to(detectors.device)) for window in windows])
+            rows = torch.cat(
+                [motion_statistics.thumbnails(window.to(detectors.device)) for window in windows]
+            )
         motion_statistics.add_long(sums, index, len(videos), rows)
         bar.update(world)
     return all_together(sums)
 
 
-def measure_once(clip_set: ClipSet, n, detectors, show):
-    """Sums over packed clips of n frames, or "long" ones: those in the cache, else measured now and put there."""
-    file = cache_file(clip_set, n, detectors)
+def measure_once(clip_set: ClipSet, window, detectors, show):
+    """Sums over such windows of packed clips, or over "long" ones: those in the cache, else measured and put there."""
+    file = cache_file(clip_set, window, detectors)
     sums = from_rank_0(lambda: read_sums(file))
     if sums is not None:
         return sums
-    if n == "long":
+    if window == "long":
         with progress("long videos", len(list(clip_set.long_videos())), show) as bar:
             sums = measure_long(clip_set, detectors, bar)
     else:
-        with progress(f"{clip_set.clips.path.name}, {n} frames", len(clip_set.windows(n)), show) as bar:
-            sums = measure(clip_set, [n], detectors, bar)[n]
+        with progress(
+            f"{clip_set.clips.path.name}, {window}", len(clip_set.windows(window)), show
+        ) as bar:
+            sums = measure(clip_set, [window], detectors, bar)[window]
     from_rank_0(lambda: write_sums(file, sums))
     return sums
 
@@ -270,15 +355,22 @@ def from_rank_0(function):
     return result[0]
 
 
-def cache_file(clip_set, n, detectors):
+def cache_file(clip_set, window, detectors):
     """Where the sums of packed clips are kept: ~/.cache/mostgan/metrics (or below $XDG_CACHE_HOME), under a name made
     of all that they depend on: the data's checksum, the protocol, the detectors."""
     protocol = clip_set.protocol
-    key = [CACHE_VERSION, data_checksum(clip_set.clips), clip_set.from_start, n, clip_set.seed, detectors.device.type]
-    key += [protocol.long_clips] if n == "long" else [protocol.clips, protocol.batch]
-    key += [detectors.video.sha256] * (n in VIDEO_METRICS) + [detectors.frame.sha256] * (n in FRAME_METRIC)
+    key = [CACHE_VERSION, data_checksum(clip_set.clips), clip_set.from_start, window, clip_set.seed]
+    key += [detectors.device.type, protocol.protocol or "ours"]
+    key += [protocol.long_clips] if window == "long" else [protocol.clips, protocol.batch]
+    key += [detectors.video.sha256] * (window in protocol.video_metrics)
+    key += [detectors.frame.sha256] * (window in FRAME_METRIC)
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(home, "mostgan", "metrics", hashlib.sha256(json.dumps(key).encode()).hexdigest()[:24] + ".safetensors")
+    return Path(
+        home,
+        "mostgan",
+        "metrics",
+        hashlib.sha256(json.dumps(key).encode()).hexdigest()[:24] + ".safetensors",
+    )
 
 
 def read_sums(file):
@@ -292,12 +384,19 @@ def write_sums(file, sums):
     temporary = file.with_name(f".{file.name}.partial-{os.getpid()}")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        safetensors.torch.save_file({name: value.contiguous() for name, value in sums.items()}, temporary)
+        safetensors.torch.save_file(
+            {name: value.contiguous() for name, value in sums.items()}, temporary
+        )
         temporary.replace(file)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        tqdm.write(f"warning: cannot keep the statistics in {file.parent}: {error.strerror}", file=sys.stderr)
+        tqdm.write(
+            f"warning: cannot keep the statistics in {file.parent}: {error.strerror}",
+            file=sys.stderr,
+        )
 
 
 def progress(text, total, show):
-    return tqdm(desc=text, total=total, unit="clip", disable=None if show and distributed.main() else True)
+    return tqdm(
+        desc=text, total=total, unit="clip", disable=None if show and distributed.main() else True
+    )

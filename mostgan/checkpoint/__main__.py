@@ -10,9 +10,17 @@ from typing import Literal
 
 import tyro
 
-from mostgan.checkpoint import find, fsync, load, load_discriminator, read_file, write_json, write_tensors
+from mostgan.checkpoint import (
+    find,
+    fsync,
+    load,
+    load_discriminator,
+    read_file,
+    write_json,
+    write_tensors,
+)
+from mostgan.checkpoint.released import read_released, sha256
 from mostgan.config import UserError
-from mostgan.released import read_released, sha256
 
 
 def import_released(
@@ -21,6 +29,7 @@ def import_released(
     /,
     network: Literal["G_ema", "G"] = "G_ema",
     discriminator: bool = False,
+    training: bool = False,
     half_precision: tuple[int, ...] | None = None,
     motion_distance: int | None = None,
 ):
@@ -31,20 +40,28 @@ def import_released(
         out: the checkpoint folder to make.
         network: the averaged generator or the last one.
         discriminator: write the discriminator too, beside the generator.
+        training: write all that train.py --start-from can go on from: the averaged generator, the last one and the
+            discriminator.
         half_precision: resolutions that the release runs in half precision. There its convolutions are pre-normalized
             and motion gives the demodulation factor only. Default: as the file stores, else the four highest.
         motion_distance: frames between two anchor codes; only for a file that does not tell.
     """
     if out.exists():
         raise UserError(f"{out} is there already: choose another name")
-    made = read_released(source, network, discriminator, half_precision, motion_distance)
+    if training and network != "G_ema":
+        raise UserError("--training brings both generators: leave out --network")
+    made = read_released(source, network, discriminator, training, half_precision, motion_distance)
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_name(f".importing-{uuid.uuid4().hex}")
     temporary.mkdir()
     try:
-        write_tensors(temporary / "model.safetensors", made.generator)
-        if made.discriminator is not None:
-            write_tensors(temporary / "discriminator.safetensors", made.discriminator)
+        write_tensors(temporary / "model.safetensors", made.networks[network])
+        if "D" in made.networks:
+            write_tensors(temporary / "discriminator.safetensors", made.networks["D"])
+        if training:
+            write_tensors(temporary / "last_generator.safetensors", made.networks["G"])
+        if made.class_means is not None:
+            write_tensors(temporary / "class_means.safetensors", {"w": made.class_means})
         write_json(temporary / "config.json", dataclasses.asdict(made.config))
         write_json(temporary / "provenance.json", made.provenance)
         for file in [*temporary.iterdir(), temporary]:
@@ -52,11 +69,13 @@ def import_released(
         temporary.rename(out)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    print(f"inferred: {made.inferred}")
+    print(f"configuration: {made.notes}")
     print(f"{out}: sample with `python sample.py --checkpoint {out}`")
 
 
-def export(checkpoint: tyro.conf.Positional[Path], out: tyro.conf.Positional[Path], /, clips: int = 1):
+def export(
+    checkpoint: tyro.conf.Positional[Path], out: tyro.conf.Positional[Path], /, clips: int = 1
+):
     """Writes the generator as a program that runs without this package: torch.export.load(OUT).module().
 
     Takes seconds for a small model, a minute or two for one of 256².
@@ -66,7 +85,7 @@ def export(checkpoint: tyro.conf.Positional[Path], out: tyro.conf.Positional[Pat
         out: the .pt2 file to write.
         clips: clips that the program renders at a time; the number of frames stays open.
     """
-    from mostgan.export import export_file  # here, for it takes seconds to import
+    from mostgan.checkpoint.export import export_file  # here, for it takes seconds to import
 
     print(export_file(load(checkpoint), out, clips).replace("FILE", repr(str(out)), 1), end="")
 
@@ -90,7 +109,9 @@ def show(path: tyro.conf.Positional[Path], /):
         scalars = read_file(path / "training.json", json.loads)
     print("config")
     for name, value in dataclasses.asdict(generator.config).items():
-        print(f"  {name:32}{', '.join(map(str, value)) or 'none' if isinstance(value, tuple) else value}")
+        print(
+            f"  {name:32}{', '.join(map(str, value)) or 'none' if isinstance(value, tuple) else value}"
+        )
     print("training")
     for name, value in (scalars or {"none": "a model without its training state"}).items():
         print(f"  {name:32}{value}")
@@ -110,14 +131,21 @@ def _provenance(path):
         return known | read_file(path / "provenance.json", json.loads)
     if (path.parent / "config.json").exists() and (path / "training.json").exists():
         run = read_file(path.parent / "config.json", json.loads)
-        return known | {key: run[key] for key in ("preset", "dataset", "data", "seed", "total_kframes") if key in run}
+        return known | {
+            key: run[key]
+            for key in ("preset", "dataset", "data", "seed", "total_kframes")
+            if key in run
+        }
     return known | {"unknown": "no provenance.json, and no run around it"}
 
 
 def main():
     try:
-        tyro.extras.subcommand_cli_from_dict({"import": import_released, "export": export, "show": show},
-                                             prog="python -m mostgan.checkpoint", description=__doc__)
+        tyro.extras.subcommand_cli_from_dict(
+            {"import": import_released, "export": export, "show": show},
+            prog="python -m mostgan.checkpoint",
+            description=__doc__,
+        )
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -125,3 +153,6 @@ def main():
         print("interrupted; nothing was written", file=sys.stderr)
         sys.exit(130)
 
+
+if __name__ == "__main__":
+    main()

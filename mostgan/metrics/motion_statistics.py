@@ -8,10 +8,12 @@ import math
 import torch
 import torch.nn.functional as F
 
-from mostgan.frechet import Sums, add
+from mostgan.metrics.frechet import Sums, add
 
 LAGS = 64  # the longest time lag of the spectrum, in frames
-ROUNDING_POWER = 1 / 6  # levels²: what rounding to whole levels alone puts into the difference of two frames
+ROUNDING_POWER = (
+    1 / 6
+)  # levels²: what rounding to whole levels alone puts into the difference of two frames
 STATIC_LEVELS = 1.0  # a clip whose pixels deviate less than this from their own means is static
 THUMBNAIL = 32  # pixels a side, for comparing the frames of long videos
 SHORTEST_LONG = 128  # frames that a video must have for its repetition to be measured: it tells periods up to half
@@ -64,7 +66,9 @@ def spectrum_distance(real: Sums, generated: Sums, lags) -> float:
     0 for sets that move alike; 6.02 where one's differences are twice the other's at every lag. ε, the power of
     rounding, keeps it finite for static clips. It is blind to what moves, and to where.
     """
-    decibels = [10 * torch.log10(spectrum(sums, lags) + ROUNDING_POWER) for sums in (real, generated)]
+    decibels = [
+        10 * torch.log10(spectrum(sums, lags) + ROUNDING_POWER) for sums in (real, generated)
+    ]
     return math.sqrt(float((decibels[0] - decibels[1]).square().mean()))
 
 
@@ -102,8 +106,14 @@ def periodicity(rows):
         energy = (until[-1 - lag] + until[-1] - until[lag - 1]) / 2
         r[lag] = products.diagonal(lag).sum() / energy.clamp(min=1e-9)
     least = r.cummin(0).values[:-1]
-    recurrence = torch.cat([torch.zeros(1), ((r[1:] - least) / (1 - least).clamp(min=1e-9)).clamp(0, 1)])
-    peak = (recurrence[1:-1] >= recurrence[:-2]) & (recurrence[1:-1] >= recurrence[2:]) & (recurrence[1:-1] > 0)
+    recurrence = torch.cat(
+        [torch.zeros(1), ((r[1:] - least) / (1 - least).clamp(min=1e-9)).clamp(0, 1)]
+    )
+    peak = (
+        (recurrence[1:-1] >= recurrence[:-2])
+        & (recurrence[1:-1] >= recurrence[2:])
+        & (recurrence[1:-1] > 0)
+    )
     peaks = torch.where(peak, recurrence[1:-1], 0)
     best = float(peaks.max()) if len(peaks) else 0.0
     if best == 0:

@@ -16,163 +16,33 @@ import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
 import tyro
 
-from mostgan import checkpoint, distributed, frechet, motion_statistics
-from mostgan.clip_sets import (
-    FRAME_METRIC,
-    VIDEO_METRICS,
+from mostgan import checkpoint, distributed
+from mostgan.config import UserError
+from mostgan.data import Clips
+from mostgan.device import pick_device
+from mostgan.files import sha256_of
+from mostgan.metrics import Scores, label, score
+from mostgan.metrics.sets import (
     ClipSet,
     Detectors,
     GeneratedSet,
     Protocol,
     conditions_of,
     from_rank_0,
-    measure,
-    measure_long,
-    measure_once,
     open_detectors,
-    progress,
 )
-from mostgan.config import UserError
-from mostgan.data import Clips
-from mostgan.device import pick_device
-from mostgan.files import sha256_of
 from mostgan.prepare import open_data
 from mostgan.run import read_config, write_text
 
-LABELS = {
-    "fvd16": "FVD16", "fvd128": "FVD128", "fvd128_every8": "FVD128, every 8th frame", "fid": "FID of FVD16's frames",
-    "spectrum_distance_db": "temporal spectrum distance (dB)", "static_rate": "static clips",
-    "real_static_rate": "  of the real", "repeating_rate": "long videos that repeat", "recurrence": "mean recurrence",
-    "period": "  median period (frames)", "real_repeating_rate": "real long videos that repeat",
-    "real_recurrence": "  mean recurrence", "real_period": "  median period (frames)",
-}  # fmt: skip
-
-
-class Scores(NamedTuple):
-    values: dict  # name → float
-    skipped: dict  # name → why it is not among the values
-    notes: list  # what to know before comparing the values
-    samples: dict  # name → [real, generated]: how many samples
-    spectra: dict  # real, generated: power of pixel differences in levels², lags 1, 2, …
-
-
-def score(real: ClipSet, generated: ClipSet | GeneratedSet, protocol, detectors, show=True) -> Scores:
-    """All that can be measured between two sets, of which each clip is long enough or left out. Raises UserError."""
-    # Motion is measured in clips as long as at least half of those of each set are.
-    motion_frames = min(protocol.frames, *(int(np.median(s.lengths())) for s in (real, generated)))
-    enough = [n for n in VIDEO_METRICS if n <= protocol.frames
-              and all((s.lengths() >= n).sum() >= 2 for s in (real, generated))]  # fmt: skip
-    lengths = sorted({*enough, motion_frames})
-    kinds = [*lengths, "long"] if protocol.long_clips else lengths
-    real_sums = {n: measure_once(real, n, detectors, show) for n in kinds}
-    if isinstance(generated, ClipSet):
-        made_sums = {n: measure_once(generated, n, detectors, show) for n in kinds}
-    else:
-        with progress("generated clips", protocol.clips, show) as bar:
-            made_sums = measure(generated, lengths, detectors, bar)
-        with progress("generated long videos", protocol.long_clips, show) as bar:
-            made_sums["long"] = measure_long(generated, detectors, bar)
-
-    scores = Scores({}, {}, [], {}, {})
-    for n, names in VIDEO_METRICS.items():
-        for name in [*names, *([FRAME_METRIC[n]] if n in FRAME_METRIC else [])]:
-            detector = detectors.video if name in names else detectors.frame
-            key = "proxy_" + name if detector.proxy else name
-            if n in enough:
-                add_distance(scores, key, name, real_sums[n], made_sums[n])
-            elif n > protocol.frames:
-                scores.skipped[key] = f"only clips of up to {protocol.frames} frames were asked for"
-            else:
-                scores.skipped[key] = f"fewer than 2 clips of a set have {n} frames"
-    add_differences(scores, enough, protocol, real, generated)
-    add_spectrum(scores, motion_frames, real_sums[motion_frames], made_sums[motion_frames])
-    if protocol.long_clips:
-        add_repetition(scores, "", made_sums["long"])
-        add_repetition(scores, "real_", real_sums["long"])
-    return scores
-
-
-def add_distance(scores, key, name, real, made):
-    """The Fréchet distance, the numbers of samples, and a note where they are too few for their features."""
-    scores.values[key] = frechet.distance(real, made, name)
-    counts, features = [int(sums[f"{name}.count"]) for sums in (real, made)], len(real[f"{name}.mean"])
-    scores.samples[key] = counts
-    few = [f"{count:,} {which}" for which, count in zip(("real", "generated"), counts) if count <= features]
-    if few:
-        scores.notes.append(f"{label(key)}: {' and '.join(few)} samples for {features} features: a covariance of less "
-                            "than full rank, so the value is biased; compare it only at the same numbers of samples")
-
-
-def add_differences(scores, enough, protocol, real, generated):
-    """Notes where a set of clips has fewer than were asked for, and where frame rates differ."""
-    for which, s in (("real", real), ("generated", generated)):
-        for n in enough:
-            count = int((s.lengths() >= n).sum())
-            if count < protocol.clips:
-                scores.notes.append(f"{count:,} {which} clips of {n} frames, not {protocol.clips:,}: there are no more")
-    if isinstance(generated, ClipSet) and abs(real.clips.fps - generated.clips.fps) > 0.01:
-        scores.notes.append(f"the real clips have {real.clips.fps:g} frames/s, the others {generated.clips.fps:g}: "
-                            "a frame apart is not as long in both, so no value but the FID compares like with like")
-
-
-def add_spectrum(scores, frames, real, made):
-    """Spectrum distance and static clips, by clips of so many frames."""
-    lags = min(motion_statistics.LAGS, frames - 1)
-    scores.values["spectrum_distance_db"] = motion_statistics.spectrum_distance(real, made, lags)
-    scores.values["static_rate"] = motion_statistics.static_rate(made)
-    scores.values["real_static_rate"] = motion_statistics.static_rate(real)
-    for name in ("spectrum_distance_db", "static_rate"):
-        scores.samples[name] = [int(real["clips"]), int(made["clips"])]
-    for which, sums in (("real", real), ("generated", made)):
-        scores.spectra[which] = motion_statistics.spectrum(sums, lags).tolist()
-    if lags < motion_statistics.LAGS:
-        scores.notes.append(f"motion is measured in clips of {frames} frames, as half of a set's clips have no more or "
-                            f"no more were asked for: lags 1 to {lags}, not {motion_statistics.LAGS}")
-
-
-def add_repetition(scores, prefix, sums):
-    """How far long videos repeat themselves; prefix: "real_" for the real set's."""
-    if not sums:
-        scores.skipped[f"{prefix}repeating_rate"] = f"no videos of {motion_statistics.SHORTEST_LONG} frames or more"
-        return
-    rate, recurrence, period = motion_statistics.repetition(sums)
-    scores.values.update({f"{prefix}repeating_rate": rate, f"{prefix}recurrence": recurrence})
-    scores.samples[f"{prefix}repeating_rate"] = [len(sums["periodicity"])]
-    if period is not None:
-        scores.values[f"{prefix}period"] = period
-
-
-@torch.no_grad()
-def evaluate(generator, clips, detectors: Detectors, most=256, frames=16, long_clips=0, seed=0) -> dict[str, float]:
-    """Scores of a generator against packed clips, as training logs them: name → value, FVD16 first.
-
-    most: clips of each set; frames: 16, or 128 for FVD128 too; long_clips: videos searched for repetition. No random
-    state is touched. With torch.distributed running, every process must call it, and all get the same. May raise
-    UserError.
-    """
-    protocol = Protocol(most, frames, long_clips)
-    conditions = conditions_of(clips, generator.config.num_labels)
-    sets = ClipSet(clips, protocol, seed), GeneratedSet(generator, protocol, seed, conditions)
-    return score(*sets, protocol, detectors, show=False).values
-
-
-# ------------------------------------------------------------------------------------------------------------ telling
-
-
-def in_a_line(values):
-    return ", ".join(f"{label(key)} {value:.4g}" for key, value in values.items() if not key.startswith("real_"))
-
-
-def label(key):
-    """A value's name in the table."""
-    bare = key.removeprefix("proxy_")
-    return ("proxy " if bare != key else "") + LABELS[bare]
+PROTOCOLS = {
+    "ours": "more clips than asked for are drawn from at random; every 8th frame of 128",
+    "release": "more clips than asked for: the first by name; 16 frames 8 apart, from any frame on",
+}
 
 
 def summarize(runs: list[Scores]):
@@ -190,13 +60,19 @@ def merge(runs: list[Scores], results) -> Scores:
     """What the runs say besides their values, each thing once; and a note where not all runs have a value."""
     whole = Scores({}, {}, [], {}, {})
     for run in runs:
-        whole.skipped.update({key: why for key, why in run.skipped.items() if key not in whole.skipped | results})
+        whole.skipped.update(
+            {key: why for key, why in run.skipped.items() if key not in whole.skipped | results}
+        )
         whole.notes.extend(note for note in run.notes if note not in whole.notes)
-        whole.samples.update({key: counts for key, counts in run.samples.items() if key not in whole.samples})
+        whole.samples.update(
+            {key: counts for key, counts in run.samples.items() if key not in whole.samples}
+        )
     for key, result in results.items():
         count = len(result["runs"])
         if count < len(runs):
-            whole.notes.append(f"{label(key).strip()}: of {count} of {len(runs)} runs; the others have none")
+            whole.notes.append(
+                f"{label(key).strip()}: of {count} of {len(runs)} runs; the others have none"
+            )
     return whole
 
 
@@ -207,11 +83,15 @@ def table(results, merged: Scores):
         std = "" if result["std"] is None else f"{result['std']:.3g}"
         samples = ", ".join(f"{count:,}" for count in merged.samples.get(key, []))
         lines.append(f"{label(key):32}{result['mean']:>12.5g}{std:>10}   {samples}".rstrip())
-    lines += [f"{label(key):32}{'—':>12}{'':10}   {reason}" for key, reason in merged.skipped.items()]
+    lines += [
+        f"{label(key):32}{'—':>12}{'':10}   {reason}" for key, reason in merged.skipped.items()
+    ]
     lines += [f"note: {note}" for note in merged.notes]
     if any(key.startswith("proxy_") for key in results):
-        lines.append("note: proxy: features of a random network, as no detector was given (--detector, "
-                     "--frame-detector); good only for comparing runs with one another")
+        lines.append(
+            "note: proxy: features of a random network, as no detector was given (--detector, "
+            "--frame-detector); good only for comparing runs with one another"
+        )
     return "\n".join(lines)
 
 
@@ -232,6 +112,7 @@ def protocol_lines(protocol):
     for which in ("video", "frame"):
         lines.append(f"{which:10}{protocol[which + '_detector']['name']}, sha256 "
                      f"{protocol[which + '_detector']['sha256'][:12]}")  # fmt: skip
+    lines.append(f"protocol  {protocol['protocol']}: {PROTOCOLS[protocol['protocol']]}")
     lines.append(f"seeds     {protocol['seed']} to {protocol['seed'] + protocol['runs'] - 1}")
     return "\n".join(lines)
 
@@ -250,7 +131,8 @@ def report(runs, results, merged: Scores, sets, protocol, detectors: Detectors, 
         "protocol": asdict(protocol) | {
             "real": sets[0].describe(), "generated": sets[1].describe(), "runs": len(runs), "seed": seed,
             "seeds": "run r draws windows, latents and labels anew, keyed by seed + r",
-            "frame_strides": {name: stride for names in VIDEO_METRICS.values() for name, stride in names.items()},
+            "windows": {name: {"frames": window.frames, "stride": window.stride, "frame_stride": stride}
+                        for window, names in protocol.video_metrics.items() for name, stride in names.items()},
             "video_detector": describe_detector(detectors.video), "frame_detector": describe_detector(detectors.frame),
             "detector_precision": "float32", "statistics_precision": "float64", "covariance": "population",
             "tf32_convolutions": cuda and torch.backends.cudnn.allow_tf32,
@@ -273,7 +155,9 @@ def open_checkpoint(path, data, device):
         try:
             data = read_config(path.parent).data
         except UserError:
-            raise UserError(f"{path} does not lie in a run: say which real clips with --data") from None
+            raise UserError(
+                f"{path} does not lie in a run: say which real clips with --data"
+            ) from None
     clips = from_rank_0(lambda: open_data(data, "sky", generator.config.resolution))
     return generator, path, clips
 
@@ -285,7 +169,9 @@ def open_two(first, second, resolution):
             raise UserError(f"{path} does not exist")
     packed = [Clips(path) for path in (first, second) if (path / "index.json").exists()]
     resolution = resolution or (packed[0].resolution if packed else 256)
-    return [from_rank_0(lambda path=path: open_data(path, "", resolution)) for path in (first, second)]
+    return [
+        from_rank_0(lambda path=path: open_data(path, "", resolution)) for path in (first, second)
+    ]
 
 
 def run(
@@ -321,14 +207,19 @@ def run(
         out: the JSON file. Default: metrics-….json beside the checkpoint; of two folders, in the current folder.
     """
     if runs < 1 or not 0 <= seed < 2**30:
-        raise UserError(f"runs {runs}, seed {seed}: runs must be at least 1, the seed from 0 to 2³⁰")
+        raise UserError(
+            f"runs {runs}, seed {seed}: runs must be at least 1, the seed from 0 to 2³⁰"
+        )
     if second is not None and data is not None:
         raise UserError("give a CHECKPOINT and --data, or two folders of clips, not all of them")
     if second is None and (random_windows or resolution):
-        raise UserError("--random-windows and --resolution are for two folders of clips; a checkpoint has its own")
+        raise UserError(
+            "--random-windows and --resolution are for two folders of clips; a checkpoint has its own"
+        )
     distributed.start()
     device = pick_device()
     detectors = open_detectors(detector, frame_detector, device)
+    protocol = protocol.chosen(detectors)
     if second is None:
         generator, path, clips = open_checkpoint(first, data, device)
         folder, name = path.parent, path.name
@@ -348,7 +239,10 @@ def run(
     merged = merge(scores, results)
     told = report(scores, results, merged, sets, protocol, detectors, seed)
     if second is None:
-        told["protocol"]["generated"] |= {"checkpoint": str(path), "sha256": sha256_of(path / "model.safetensors")}
+        told["protocol"]["generated"] |= {
+            "checkpoint": str(path),
+            "sha256": sha256_of(path / "model.safetensors"),
+        }
     if out is None:
         key = hashlib.sha256(json.dumps(told["protocol"]).encode()).hexdigest()[:8]
         out = folder / f"metrics-{name}-{key}.json"
@@ -357,7 +251,9 @@ def run(
     try:
         write_text(out, json.dumps(told, indent=1) + "\n")
     except OSError as error:
-        raise UserError(f"cannot write {out}: {error.strerror}; choose another place with --out") from None
+        raise UserError(
+            f"cannot write {out}: {error.strerror}; choose another place with --out"
+        ) from None
     print(f"the whole protocol is in {out}")
 
 

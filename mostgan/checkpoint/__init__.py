@@ -3,6 +3,8 @@
 A checkpoint is a folder: model.safetensors (the averaged generator) and config.json (its ModelConfig) are all that
 sampling needs; training.safetensors and training.json hold the rest of the training state, checksums.json the size and
 SHA-256 of each of them. best.json beside the checkpoints of a run names the best by a metric, if one was computed.
+An imported checkpoint (released.py) has model.safetensors and config.json, too, and beside them, as far as they were
+asked for, discriminator.safetensors, last_generator.safetensors (not averaged) and class_means.safetensors.
 """
 
 import dataclasses
@@ -18,10 +20,10 @@ from pathlib import Path
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from mostgan.checkpoint.released import from_released_names
 from mostgan.config import ModelConfig, UserError
 from mostgan.discriminator import Discriminator
 from mostgan.model import Generator
-from mostgan.released import from_released_names
 
 __all__ = ["find", "from_released_names", "load", "load_discriminator", "load_state", "read_tensors", "read_training",
            "save"]  # fmt: skip
@@ -46,8 +48,13 @@ def save(folder, step, config, model, tensors, scalars, keep=2, metric=None):
             write_tensors(temporary / f"{name}.safetensors", state)
         for name, values in (("config", dataclasses.asdict(config)), ("training", scalars)):
             write_json(temporary / f"{name}.json", values)
-        write_json(temporary / "checksums.json", {name: _checksum(temporary / name) for name in FILES})
-        for file in [*temporary.iterdir(), temporary]:  # on the disk before it gets its name, or a power cut could …
+        write_json(
+            temporary / "checksums.json", {name: _checksum(temporary / name) for name in FILES}
+        )
+        for file in [
+            *temporary.iterdir(),
+            temporary,
+        ]:  # on the disk before it gets its name, or a power cut could …
             fsync(file)
         if path.exists():
             _remove(path)
@@ -71,7 +78,11 @@ def mark_best(path, metric):
     """
     path = Path(path)
     note = path.parent / "best.json"
-    if not math.isfinite(metric) or best_checkpoint(path.parent) and read_file(note, json.loads)["metric"] <= metric:
+    if (
+        not math.isfinite(metric)
+        or best_checkpoint(path.parent)
+        and read_file(note, json.loads)["metric"] <= metric
+    ):
         return False
     temporary = note.with_name(".best.json.partial")
     write_json(temporary, {"checkpoint": path.name, "metric": float(metric)})
@@ -94,7 +105,9 @@ def write_tensors(path, tensors):
     try:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
         path.chmod(0o644)  # safetensors makes files that only their owner reads
-    except SafetensorError as error:  # a full disk, most likely: what it says is all there is to know
+    except (
+        SafetensorError
+    ) as error:  # a full disk, most likely: what it says is all there is to know
         raise OSError(str(error).removeprefix("Error while serializing: ")) from None
 
 
@@ -197,11 +210,19 @@ def find(path=None, runs="runs"):
     Raises UserError if there is none.
     """
     if path is None:
-        newest = sorted((c for run in Path(runs).glob("*") for c in _checkpoints(run, "model.safetensors")[-1:]),
-                        key=lambda checkpoint: checkpoint.stat().st_mtime)
+        newest = sorted(
+            (
+                c
+                for run in Path(runs).glob("*")
+                for c in _checkpoints(run, "model.safetensors")[-1:]
+            ),
+            key=lambda checkpoint: checkpoint.stat().st_mtime,
+        )
         if not newest:
-            raise UserError(f"no checkpoint in {runs}/: make one with `python train.py --dataset sky`, "
-                            "or name one with --checkpoint")
+            raise UserError(
+                f"no checkpoint in {runs}/: make one with `python train.py --dataset sky`, "
+                "or name one with --checkpoint"
+            )
         return newest[-1]
     path = Path(path)
     if path.is_file():
@@ -209,7 +230,9 @@ def find(path=None, runs="runs"):
     if (path / "model.safetensors").exists():
         return path
     if not path.is_dir() or not _checkpoints(path, "model.safetensors"):
-        raise UserError(f"{path} is neither a checkpoint (a folder with model.safetensors) nor a run that has one")
+        raise UserError(
+            f"{path} is neither a checkpoint (a folder with model.safetensors) nor a run that has one"
+        )
     return _checkpoints(path, "model.safetensors")[-1]
 
 
@@ -221,8 +244,10 @@ def load(path=None, device="cpu"):
     path = find(path)
     if (path / "checksums.json").exists() and (wrong := damage(path, MODEL_FILES)):
         raise UserError(f"{path} is damaged: {wrong}")
-    generator = Generator(read_file(path / "config.json", lambda text: ModelConfig(**json.loads(text))))
+    generator = Generator(read_config(path))
     load_state(generator, read_tensors(path / "model.safetensors"), path)
+    if (path / "class_means.safetensors").exists():
+        generator.mapping.class_means = read_tensors(path / "class_means.safetensors")["w"]
     return generator.to(device).eval().requires_grad_(False)
 
 
@@ -247,8 +272,12 @@ def read_training(path):
     """(tensors, scalars) of a checkpoint's training state; UserError if it has none."""
     path = find(path)
     if not (path / "training.json").exists():
-        raise UserError(f"{path} holds a model but no training state: it can be sampled from, not resumed")
-    return read_tensors(path / "training.safetensors"), read_file(path / "training.json", json.loads)
+        raise UserError(
+            f"{path} holds a model but no training state: it can be sampled from, not resumed"
+        )
+    return read_tensors(path / "training.safetensors"), read_file(
+        path / "training.json", json.loads
+    )
 
 
 def read_file(path, parse):
@@ -261,17 +290,34 @@ def read_file(path, parse):
 def load_discriminator(path, device="cpu"):
     """The discriminator beside an imported generator, or of a training checkpoint. UserError if there is none."""
     path = find(path)
-    discriminator = Discriminator(load(path).config)
-    if (path / "discriminator.safetensors").exists():
-        state = read_tensors(path / "discriminator.safetensors")
-    else:
-        tensors, _ = read_training(path)
-        state = {name.removeprefix("D."): value for name, value in tensors.items() if name.startswith("D.")}
+    discriminator = Discriminator(read_config(path))
+    state = read_networks(path).get("D")
+    if state is None:
+        raise UserError(
+            f"{path} has no discriminator: import the released file with --discriminator or --training"
+        )
     load_state(discriminator, state, path)
     return discriminator.to(device)
 
 
-if __name__ == "__main__":  # python -m mostgan.checkpoint import | export | show
-    from mostgan.commands import main
+def read_config(path):
+    """The ModelConfig of the checkpoint at path; UserError if it is missing or damaged."""
+    return read_file(path / "config.json", lambda text: ModelConfig(**json.loads(text)))
 
-    main()
+
+def read_networks(path):
+    """The states that a checkpoint has, of "ema" (the averaged generator), "G" and "D". path: as `find` takes it."""
+    path = find(path)
+    if (path / "checksums.json").exists() and (wrong := damage(path)):
+        raise UserError(f"{path} is damaged: {wrong}")
+    states = {"ema": read_tensors(path / "model.safetensors")}
+    for name, file in (("G", "last_generator"), ("D", "discriminator")):
+        if (path / f"{file}.safetensors").exists():
+            states[name] = read_tensors(path / f"{file}.safetensors")
+    if (path / "training.safetensors").exists():
+        tensors = read_tensors(path / "training.safetensors")
+        for name in ("G", "D"):
+            states[name] = {
+                key[2:]: value for key, value in tensors.items() if key.startswith(f"{name}.")
+            }
+    return states

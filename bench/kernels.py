@@ -1,7 +1,7 @@
 """Each kernel at the paper's 256² shapes: Triton, compiled and eager reference, and how far from the device's limits.
 
     python bench/kernels.py [--frames 1 16 64 192] [--dtype bfloat16] [--compile-at 64] [--only mostatt] [--out FILE]
-    python bench/kernels.py --aot [--out FILE]
+    python bench/kernels.py --aot [--quick] [--out FILE] [--readme kernels/README.md]
 
 A row is an op of one layer on the frames of one clip. Floor: the larger of its bytes (each tensor once) at the rate of
 a large copy and its arithmetic (twice the multiply-adds) at that of a large matrix product, both measured in the same
@@ -10,7 +10,7 @@ is the same by batched matrix products. Times are medians with the second-level 
 shape, so the compiled one is timed at --compile-at frames only.
 
 On a CPU there is no Triton: the reference alone runs, at two small shapes. --aot needs no GPU: it compiles what every
-launcher launches for A100 and H100 (sm_80, sm_90) and prints registers, shared memory and spills.
+launcher launches for A100, H100 and B200 (sm_80, sm_90, sm_100) and prints registers, shared memory and spills.
 """
 
 import argparse
@@ -22,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from datetime import date
 from pathlib import Path
 
 import torch
@@ -290,9 +291,8 @@ class CompileOnly:
         self.patched, self.run, recorder = JITFunction, JITFunction.run, self
 
         def compile_only(kernel, *args, grid, warmup, **kwargs):
-            recorder.record(
-                kernel, recorder.run(kernel, *args, grid=grid, warmup=True, **kwargs), kwargs
-            )
+            compiled = recorder.run(kernel, *args, grid=grid, warmup=True, **kwargs)
+            recorder.record(kernel, compiled, args, kwargs)
 
         JITFunction.run = compile_only
         return self.rows
@@ -300,7 +300,7 @@ class CompileOnly:
     def __exit__(self, *_):
         self.patched.run = self.run
 
-    def record(self, kernel, compiled, kwargs):
+    def record(self, kernel, compiled, args, kwargs):
         if compiled.hash in self.seen:
             return
         self.seen.add(compiled.hash)
@@ -308,10 +308,11 @@ class CompileOnly:
         row = {"kernel": name, "arch": self.arch, "dtype": "bf16" if "bf16" in text else "fp32"}
         row["backward"] = "grad_" in name or "backward" in name or "find" in name
         row["tensor_cores"] = "tt.dot" in text
+        settings = kwargs | (args[-1]._asdict() if hasattr(args[-1], "_asdict") else {})
         row["tile"] = {
-            k: v
-            for k, v in kwargs.items()
-            if k.startswith("BLOCK") or k in ("MODE", "UP", "COLUMNS")
+            name: getattr(value, "value", value)
+            for name, value in settings.items()
+            if name.startswith("BLOCK") or name in ("MODE", "COLUMNS")
         }
         row |= {key: kwargs[key] for key in ("num_warps", "num_stages") if key in kwargs}
         self.rows.append(row | resources(compiled))
@@ -396,6 +397,42 @@ def launch_all(module, dtype, r, rank, K, N=64, orders=3):
         fir.fir_launch(x, *setting)
 
 
+MARK = "<!-- made by bench/kernels.py --aot; what follows is overwritten -->\n"
+
+
+def write_report(path, rows):
+    """Puts the table of resources behind the mark in a README: of each kernel, the hungriest program."""
+    import triton
+
+    most = {}
+    for row in rows:
+        key = row["kernel"], row["dtype"], row["arch"]
+        most[key] = max(row, most.get(key, row), key=lambda row: row["registers"])
+    spilled = sum(row["spilled"] > 0 for row in rows)
+    lines = [
+        f"{len(rows)} programs, Triton {triton.__version__}, {date.today()}; {spilled} of them spill.",
+        "A cell is shared memory of a program and registers of a thread, of the program of a kernel that",
+        "needs most registers.",
+        "",
+        "| kernel | dtype | tile | warps, stages | "
+        + " | ".join(f"sm_{a}" for a in ARCHITECTURES)
+        + " |",
+        "|---|---|---|---|" + "---|" * len(ARCHITECTURES),
+    ]
+    for name, dtype in sorted({(name, dtype) for name, dtype, _ in most}):
+        of_archs = [most.get((name, dtype, arch)) for arch in ARCHITECTURES]
+        row = next(row for row in reversed(of_archs) if row)
+        edges = [
+            (k.removeprefix("BLOCK_"), v) for k, v in row["tile"].items() if k != "MODE" and v != 1
+        ]
+        tile = " × ".join(f"{value} {edge}" for edge, value in edges)
+        cells = [f"{r['shared'] / 1024:.0f} KiB, {r['registers']}" if r else "–" for r in of_archs]
+        launch = f"{row.get('num_warps', 4)}, {row.get('num_stages', 3)}"
+        lines.append(f"| `{name}` | {dtype} | {tile} | {launch} | {' | '.join(cells)} |")
+    above = path.read_text().split(MARK)[0]
+    path.write_text(above + MARK + "\n".join(lines) + "\n")
+
+
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -406,6 +443,7 @@ def main():
     parser.add_argument("--only", help="only ops whose name holds this")
     parser.add_argument("--aot", action="store_true")
     parser.add_argument("--quick", action="store_true", help="with --aot: one shape of each kernel")
+    parser.add_argument("--readme", type=Path, help="with --aot: puts the table into this file")
     parser.add_argument(
         "--dry-run", action="store_true", help="tiny shapes, only to try the program"
     )
@@ -413,7 +451,10 @@ def main():
     args = parser.parse_args()
     result = dict(torch=torch.__version__)
     if args.aot:
-        write(args.out, result | dict(aot=compile_all(args.quick)))
+        rows = compile_all(args.quick)
+        write(args.out, result | dict(aot=rows))
+        if args.readme is not None:
+            write_report(args.readme, rows)
     else:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         args.frames = (

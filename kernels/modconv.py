@@ -16,6 +16,8 @@ The gradient to the input is such a convolution again, O and I swapped: that of 
 tap. Sums are float32 and have one order: runs repeat exactly. Differentiable once.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -24,7 +26,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels import reference
 from kernels.choose import Op, Unsuitable
-from kernels.fir import EPILOGUE, activated, epilogue_backward_op, float32_twin
+from kernels.fir import EPILOGUE, activated, epilogue_backward_op, float32_twin, of_channels
 
 # Tile of (pixels, output channels, inner dimension), warps, stages, by dtype: convolution, and gradient to the kernels
 # (there output channels, input channels, pixels). Chosen from the report of `bench/kernels.py --aot`; not yet timed.
@@ -33,209 +35,175 @@ CONFIGS = {
     torch.bfloat16: {"conv": (128, 128, 64, 8, 3), "weight": (128, 128, 64, 8, 3)},
     torch.float16: {"conv": (128, 128, 64, 8, 3), "weight": (128, 128, 64, 8, 3)},
 }
-# With TMA: rows × columns of a tile of pixels, output channels, input channels, warps, stages.
-TMA_CONFIGS = {
-    torch.float32: (4, 8, 32, 32, 4, 2),
-    torch.bfloat16: (8, 16, 128, 64, 8, 3),
-    torch.float16: (8, 16, 128, 64, 8, 3),
-}
+# With TMA: rows × columns of a tile of pixels.
+TMA_TILES = {torch.float32: (4, 8), torch.bfloat16: (8, 16), torch.float16: (8, 16)}
 tma_anywhere = False  # for Triton's interpreter, which has no compute capability
 
 
+class Convolution(NamedTuple):
+    """What the kernels know of a call. MODE: same, flipped (its transpose), up, down (its transpose)."""
+
+    H: int
+    W: int
+    H_OUT: int
+    W_OUT: int
+    I: int
+    O: int
+    SIDE: tl.constexpr
+    MODE: tl.constexpr
+    PRECISION: tl.constexpr
+    ACTIVATE: tl.constexpr  # the epilogue too
+    CLAMPS: tl.constexpr
+    CLAMP: tl.constexpr
+    BLOCK_P: (
+        tl.constexpr
+    )  # the tile: pixels, as BLOCK_Y rows and BLOCK_X columns with TMA; channels
+    BLOCK_O: tl.constexpr
+    BLOCK_I: tl.constexpr
+    BLOCK_Y: tl.constexpr = tl.constexpr(1)
+    BLOCK_X: tl.constexpr = tl.constexpr(1)
+
+
 @triton.jit
-def _conv_kernel(
-    x_ptr,
-    weight_ptr,
-    demod_ptr,
-    bias_ptr,
-    y_ptr,
-    H,
-    W,
-    H_OUT,
-    W_OUT,
-    I,
-    O,
-    MODE: tl.constexpr,
-    SIDE: tl.constexpr,
-    ACTIVATE: tl.constexpr,
-    CLAMP: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_O: tl.constexpr,
-    BLOCK_I: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+def _conv_kernel(x_ptr, weight_ptr, demod_ptr, bias_ptr, y_ptr, S):
     """x [N, H, W, I] → y [N, H_OUT, W_OUT, O]; weight [N, O, k·k, I], or [N, I, k·k, O] in the transposed modes.
 
-    MODE: same, flipped (its transpose), up, down (its transpose). ACTIVATE: the epilogue too. Grid: blocks of pixels
-    (with up, of each parity), blocks of o, frames.
+    Grid: blocks of pixels (with up, of each parity), blocks of o, frames.
     """
     n = tl.program_id(2).to(tl.int64)
-    o = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
-    x_ptr += n * H * W * I
-    weight_ptr += n * O * I * SIDE * SIDE
-    if (
-        MODE == "up"
-    ):  # pixel q of parity (py, px) is pixel 2q + (py, px) of y, its taps are (py, px) + 2a: p = q − a
+    o = tl.program_id(1) * S.BLOCK_O + tl.arange(0, S.BLOCK_O)
+    x_ptr += n * S.H * S.W * S.I
+    weight_ptr += n * S.O * S.I * S.SIDE * S.SIDE
+    if S.MODE == "up":
+        # Pixel q of parity (py, px) is pixel 2q + (py, px) of y, its taps are (py, px) + 2a: p = q − a.
         block, py, px = tl.program_id(0) // 4, tl.program_id(0) // 2 % 2, tl.program_id(0) % 2
-        across, rows, columns = (W_OUT + 1 - px) // 2, (SIDE + 1 - py) // 2, (SIDE + 1 - px) // 2
+        across = (S.W_OUT + 1 - px) // 2
+        rows, columns = (S.SIDE + 1 - py) // 2, (S.SIDE + 1 - px) // 2
     else:
-        block, across, rows, columns = tl.program_id(0), W_OUT, SIDE, SIDE
-    pixel = block * BLOCK_P + tl.arange(0, BLOCK_P)
+        block, across, rows, columns = tl.program_id(0), S.W_OUT, S.SIDE, S.SIDE
+    pixel = block * S.BLOCK_P + tl.arange(0, S.BLOCK_P)
     qy, qx = pixel // across, pixel % across
-    total = tl.zeros([BLOCK_P, BLOCK_O], tl.float32)
-    blocks = tl.cdiv(I, BLOCK_I)
-    for step in range(rows * columns * blocks):
+    total = tl.zeros([S.BLOCK_P, S.BLOCK_O], tl.float32)
+    blocks = tl.cdiv(S.I, S.BLOCK_I)
+    for step in range(blocks * rows * columns):
         ay, ax = step // blocks // columns, step // blocks % columns
-        i = step % blocks * BLOCK_I + tl.arange(0, BLOCK_I)
-        if MODE == "up":
-            row, column, tap = qy - ay, qx - ax, (py + 2 * ay) * SIDE + px + 2 * ax
-        elif MODE == "down":
-            row, column, tap = 2 * qy + ay, 2 * qx + ax, ay * SIDE + ax
-        elif MODE == "same":
-            row, column, tap = qy + ay - SIDE // 2, qx + ax - SIDE // 2, ay * SIDE + ax
+        i = step % blocks * S.BLOCK_I + tl.arange(0, S.BLOCK_I)
+        if S.MODE == "up":
+            row, column, tap = qy - ay, qx - ax, (py + 2 * ay) * S.SIDE + px + 2 * ax
+        elif S.MODE == "down":
+            row, column, tap = 2 * qy + ay, 2 * qx + ax, ay * S.SIDE + ax
+        elif S.MODE == "same":
+            row, column, tap = qy + ay - S.SIDE // 2, qx + ax - S.SIDE // 2, ay * S.SIDE + ax
         else:
-            row, column, tap = qy - ay + SIDE // 2, qx - ax + SIDE // 2, ay * SIDE + ax
-        inside = ((row >= 0) & (row < H) & (column >= 0) & (column < W))[:, None] & (i < I)[None, :]
-        x = tl.load(x_ptr + (row * W + column)[:, None] * I + i[None, :], mask=inside, other=0.0)
-        if MODE == "same" or MODE == "up":
-            address = (o[None, :] * SIDE * SIDE + tap) * I + i[:, None]
+            row, column, tap = qy - ay + S.SIDE // 2, qx - ax + S.SIDE // 2, ay * S.SIDE + ax
+        inside = (row >= 0) & (row < S.H) & (column >= 0) & (column < S.W)
+        address = (row * S.W + column)[:, None] * S.I + i[None, :]
+        x = tl.load(x_ptr + address, mask=inside[:, None] & (i < S.I)[None, :], other=0.0)
+        if S.MODE == "same" or S.MODE == "up":
+            address = (o[None, :] * S.SIDE * S.SIDE + tap) * S.I + i[:, None]
         else:
-            address = (i[:, None] * SIDE * SIDE + tap) * O + o[None, :]
-        w = tl.load(weight_ptr + address, mask=(i < I)[:, None] & (o < O)[None, :], other=0.0)
-        total = tl.dot(x, w, total, input_precision=PRECISION)
-    if ACTIVATE:
-        total = activated(total, demod_ptr, bias_ptr, n, o, O, CLAMP)
-    if MODE == "up":
+            address = (i[:, None] * S.SIDE * S.SIDE + tap) * S.O + o[None, :]
+        w = tl.load(weight_ptr + address, mask=(i < S.I)[:, None] & (o < S.O)[None, :], other=0.0)
+        total = tl.dot(x, w, total, input_precision=S.PRECISION)
+    if S.ACTIVATE:
+        demod, bias = of_channels(demod_ptr, bias_ptr, n, o, S.O)
+        total = activated(total, demod, bias, S)
+    if S.MODE == "up":
         qy, qx = 2 * qy + py, 2 * qx + px
-    address = n * H_OUT * W_OUT * O + (qy * W_OUT + qx)[:, None] * O + o[None, :]
-    tl.store(
-        y_ptr + address,
-        total.to(y_ptr.dtype.element_ty),
-        mask=(qy < H_OUT)[:, None] & (o < O)[None, :],
-    )
+    address = n * S.H_OUT * S.W_OUT * S.O + (qy * S.W_OUT + qx)[:, None] * S.O + o[None, :]
+    inside = (qy < S.H_OUT)[:, None] & (o < S.O)[None, :]
+    tl.store(y_ptr + address, total.to(y_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def _conv_tma_kernel(
-    x_desc,
-    weight_desc,
-    demod_ptr,
-    bias_ptr,
-    y_ptr,
-    H_OUT,
-    W_OUT,
-    I,
-    O,
-    UP: tl.constexpr,
-    SIDE: tl.constexpr,
-    ACTIVATE: tl.constexpr,
-    CLAMP: tl.constexpr,
-    BLOCK_Y: tl.constexpr,
-    BLOCK_X: tl.constexpr,
-    BLOCK_O: tl.constexpr,
-    BLOCK_I: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+def _conv_tma_kernel(x_desc, weight_desc, demod_ptr, bias_ptr, y_ptr, S):
     """`_conv_kernel` in the modes same and up by tensor descriptors: x [N, H, W, I], weight [N · O, k·k, I].
 
     What lies outside of x is read as 0; outputs beyond O are of the next frame's kernels, and are not stored.
     Grid: blocks of pixels (with up, of each parity), blocks of o, frames.
     """
     n = tl.program_id(2)
-    first_o = tl.program_id(1) * BLOCK_O
-    if UP:
+    first_o = tl.program_id(1) * S.BLOCK_O
+    if S.MODE == "up":
         block, py, px = tl.program_id(0) // 4, tl.program_id(0) // 2 % 2, tl.program_id(0) % 2
-        across, rows, columns = (W_OUT + 1) // 2, (SIDE + 1 - py) // 2, (SIDE + 1 - px) // 2
+        across, rows, columns = (S.W_OUT + 1) // 2, (S.SIDE + 1 - py) // 2, (S.SIDE + 1 - px) // 2
     else:
-        block, across, rows, columns = tl.program_id(0), W_OUT, SIDE, SIDE
-    across = tl.cdiv(across, BLOCK_X)
-    top, left = block // across * BLOCK_Y, block % across * BLOCK_X
+        block, across, rows, columns = tl.program_id(0), S.W_OUT, S.SIDE, S.SIDE
+    across = tl.cdiv(across, S.BLOCK_X)
+    top, left = block // across * S.BLOCK_Y, block % across * S.BLOCK_X
     taps = rows * columns
-    total = tl.zeros([BLOCK_Y * BLOCK_X, BLOCK_O], tl.float32)
-    for step in range(taps * tl.cdiv(I, BLOCK_I)):
+    total = tl.zeros([S.BLOCK_Y * S.BLOCK_X, S.BLOCK_O], tl.float32)
+    for step in range(tl.cdiv(S.I, S.BLOCK_I) * taps):
         ay, ax = step % taps // columns, step % taps % columns
-        i = step // taps * BLOCK_I
-        if UP:
-            row, column, tap = top - ay, left - ax, (py + 2 * ay) * SIDE + px + 2 * ax
+        i = step // taps * S.BLOCK_I
+        if S.MODE == "up":
+            row, column, tap = top - ay, left - ax, (py + 2 * ay) * S.SIDE + px + 2 * ax
         else:
-            row, column, tap = top + ay - SIDE // 2, left + ax - SIDE // 2, ay * SIDE + ax
-        x = x_desc.load([n, row, column, i]).reshape([BLOCK_Y * BLOCK_X, BLOCK_I])
-        w = weight_desc.load([n * O + first_o, tap, i]).reshape([BLOCK_O, BLOCK_I])
-        total = tl.dot(x, w.T, total, input_precision=PRECISION)
+            row, column, tap = top + ay - S.SIDE // 2, left + ax - S.SIDE // 2, ay * S.SIDE + ax
+        x = x_desc.load([n, row, column, i]).reshape([S.BLOCK_Y * S.BLOCK_X, S.BLOCK_I])
+        w = weight_desc.load([n * S.O + first_o, tap, i]).reshape([S.BLOCK_O, S.BLOCK_I])
+        total = tl.dot(x, w.T, total, input_precision=S.PRECISION)
     n = n.to(tl.int64)
-    o = first_o + tl.arange(0, BLOCK_O)
-    if ACTIVATE:
-        total = activated(total, demod_ptr, bias_ptr, n, o, O, CLAMP)
-    pixel = tl.arange(0, BLOCK_Y * BLOCK_X)
-    qy, qx = top + pixel // BLOCK_X, left + pixel % BLOCK_X
-    if UP:
+    o = first_o + tl.arange(0, S.BLOCK_O)
+    if S.ACTIVATE:
+        demod, bias = of_channels(demod_ptr, bias_ptr, n, o, S.O)
+        total = activated(total, demod, bias, S)
+    pixel = tl.arange(0, S.BLOCK_Y * S.BLOCK_X)
+    qy, qx = top + pixel // S.BLOCK_X, left + pixel % S.BLOCK_X
+    if S.MODE == "up":
         qy, qx = 2 * qy + py, 2 * qx + px
-    address = n * H_OUT * W_OUT * O + (qy * W_OUT + qx)[:, None] * O + o[None, :]
-    inside = ((qy < H_OUT) & (qx < W_OUT))[:, None] & (o < O)[None, :]
+    address = n * S.H_OUT * S.W_OUT * S.O + (qy * S.W_OUT + qx)[:, None] * S.O + o[None, :]
+    inside = ((qy < S.H_OUT) & (qx < S.W_OUT))[:, None] & (o < S.O)[None, :]
     tl.store(y_ptr + address, total.to(y_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def _grad_weight_kernel(
-    grad_ptr,
-    x_ptr,
-    grad_weight_ptr,
-    H,
-    W,
-    H_OUT,
-    W_OUT,
-    I,
-    O,
-    UP: tl.constexpr,
-    SIDE: tl.constexpr,
-    BLOCK_O: tl.constexpr,
-    BLOCK_I: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+def _grad_weight_kernel(grad_ptr, x_ptr, grad_weight_ptr, S):
     """∂y [N, H_OUT, W_OUT, O], x [N, H, W, I] → ∂W [N, O, k·k, I]. Grid: blocks of o × of i, taps, frames."""
     n = tl.program_id(2).to(tl.int64)
-    blocks = tl.cdiv(I, BLOCK_I)
-    o = tl.program_id(0) // blocks * BLOCK_O + tl.arange(0, BLOCK_O)
-    i = tl.program_id(0) % blocks * BLOCK_I + tl.arange(0, BLOCK_I)
+    blocks = tl.cdiv(S.I, S.BLOCK_I)
+    o = tl.program_id(0) // blocks * S.BLOCK_O + tl.arange(0, S.BLOCK_O)
+    i = tl.program_id(0) % blocks * S.BLOCK_I + tl.arange(0, S.BLOCK_I)
     tap = tl.program_id(1)
-    ay, ax = tap // SIDE, tap % SIDE
-    grad_ptr += n * H_OUT * W_OUT * O
-    x_ptr += n * H * W * I
-    total = tl.zeros([BLOCK_O, BLOCK_I], tl.float32)
+    ay, ax = tap // S.SIDE, tap % S.SIDE
+    grad_ptr += n * S.H_OUT * S.W_OUT * S.O
+    x_ptr += n * S.H * S.W * S.I
+    total = tl.zeros([S.BLOCK_O, S.BLOCK_I], tl.float32)
     for step in range(
-        tl.cdiv(H * W, BLOCK_P)
+        tl.cdiv(S.H * S.W, S.BLOCK_P)
     ):  # over the pixels of x; with same padding y has as many
-        pixel = step * BLOCK_P + tl.arange(0, BLOCK_P)
-        row, column = pixel // W, pixel % W
-        if UP:
+        pixel = step * S.BLOCK_P + tl.arange(0, S.BLOCK_P)
+        row, column = pixel // S.W, pixel % S.W
+        if S.MODE == "up":
             qy, qx = 2 * row + ay, 2 * column + ax
         else:
-            qy, qx = row - ay + SIDE // 2, column - ax + SIDE // 2
-        inside = (row < H) & (qy >= 0) & (qy < H_OUT) & (qx >= 0) & (qx < W_OUT)
-        address = (qy * W_OUT + qx)[:, None] * O + o[None, :]
-        grad = tl.load(grad_ptr + address, mask=inside[:, None] & (o < O)[None, :], other=0.0)
-        x = tl.load(
-            x_ptr + pixel[:, None] * I + i[None, :],
-            mask=(row < H)[:, None] & (i < I)[None, :],
-            other=0.0,
-        )
-        total = tl.dot(tl.trans(grad), x, total, input_precision=PRECISION)
-    address = ((n * O + o)[:, None] * SIDE * SIDE + tap) * I + i[None, :]
-    inside = (o < O)[:, None] & (i < I)[None, :]
+            qy, qx = row - ay + S.SIDE // 2, column - ax + S.SIDE // 2
+        inside = (row < S.H) & (qy >= 0) & (qy < S.H_OUT) & (qx >= 0) & (qx < S.W_OUT)
+        address = (qy * S.W_OUT + qx)[:, None] * S.O + o[None, :]
+        grad = tl.load(grad_ptr + address, mask=inside[:, None] & (o < S.O)[None, :], other=0.0)
+        inside = (row < S.H)[:, None] & (i < S.I)[None, :]
+        x = tl.load(x_ptr + pixel[:, None] * S.I + i[None, :], mask=inside, other=0.0)
+        total = tl.dot(tl.trans(grad), x, total, input_precision=S.PRECISION)
+    address = ((n * S.O + o)[:, None] * S.SIDE * S.SIDE + tap) * S.I + i[None, :]
+    inside = (o < S.O)[:, None] & (i < S.I)[None, :]
     tl.store(grad_weight_ptr + address, total.to(grad_weight_ptr.dtype.element_ty), mask=inside)
 
 
 # --------------------------------------------------------------------------------------------- launchers, registration
 
 
-def _launch(name, dtype, *sizes):
-    """A configuration's tile cut to the sizes, and precision, warps and stages, as launch arguments."""
-    *tile, warps, stages = CONFIGS[dtype][name]
-    tile = [max(16, min(most, triton.next_power_of_2(size))) for most, size in zip(tile, sizes)]
-    return tile, dict(
-        PRECISION="ieee" if dtype == torch.float32 else "tf32", num_warps=warps, num_stages=stages
-    )
+def _launch(name, x, sizes, side, mode, *tile_of, clamp=None, activate=False):
+    """The kernels' description of a call, and its warps and stages. sizes: H, W, H_OUT, W_OUT, I, O; tile_of: what the
+    configuration's tile is cut to.
+    """
+    *tile, warps, stages = CONFIGS[x.dtype][name]
+    edges = [max(16, min(most, triton.next_power_of_2(n))) for most, n in zip(tile, tile_of)]
+    if name == "weight":  # its pixels are the inner dimension
+        edges = [edges[2], *edges[:2]]
+    precision = "ieee" if x.dtype == torch.float32 else "tf32"
+    flags = activate, clamp is not None, float(clamp or 0)
+    S = Convolution(*sizes, *map(tl.constexpr, (side, mode, precision, *flags, *edges)))
+    return S, {"num_warps": warps, "num_stages": stages}
 
 
 def _check(x, weight):
@@ -258,6 +226,10 @@ def _up_size(size, side, up):
     return 2 * (size - 1) + side if up == 2 else size
 
 
+def _or(tensor, other):
+    return other if tensor is None else tensor.contiguous()
+
+
 def conv_launch(x, weight, mode, demod=None, bias=None, clamp=None):
     """x [N, C, H, W] through weight [N, O, I, k, k] in a mode of `_conv_kernel`, in channels-last memory.
 
@@ -273,29 +245,12 @@ def conv_launch(x, weight, mode, demod=None, bias=None, clamp=None):
     pixels = H_out * W_out
     if mode == "up":
         pixels = (H_out + 1) // 2 * ((W_out + 1) // 2)  # of the largest parity
-    (block_p, block_o, block_i), launch = _launch("conv", x.dtype, pixels, O, I)
+    sizes, epilogue = (H, W, H_out, W_out, I, O), {"clamp": clamp, "activate": demod is not None}
+    S, launch = _launch("conv", x, sizes, side, mode, pixels, O, I, **epilogue)
     y = torch.empty([N, H_out, W_out, O], device=x.device, dtype=x.dtype)
-    blocks = triton.cdiv(pixels, block_p) * (4 if mode == "up" else 1)
-    _conv_kernel[blocks, triton.cdiv(O, block_o), N](
-        _channels_last(x),
-        _channels_last(weight),
-        y if demod is None else demod.contiguous(),
-        y if bias is None else bias.contiguous(),
-        y,
-        H,
-        W,
-        H_out,
-        W_out,
-        I,
-        O,
-        MODE=mode,
-        SIDE=side,
-        ACTIVATE=demod is not None,
-        CLAMP=clamp,
-        BLOCK_P=block_p,
-        BLOCK_O=block_o,
-        BLOCK_I=block_i,
-        **launch,
+    blocks = triton.cdiv(pixels, S.BLOCK_P.value) * (4 if mode == "up" else 1)
+    _conv_kernel[blocks, triton.cdiv(O, S.BLOCK_O.value), N](
+        _channels_last(x), _channels_last(weight), _or(demod, y), _or(bias, y), y, S, **launch
     )
     return y.permute(0, 3, 1, 2)
 
@@ -309,37 +264,26 @@ def conv_tma_launch(x, weight, up, demod=None, bias=None, clamp=None):
     (N, I, H, W), (_, O, _, side, _) = x.shape, weight.shape
     if I * x.element_size() % 16:
         raise Unsuitable(f"TMA wants rows of a multiple of 16 bytes, not {I} channels")
-    block_y, block_x, block_o, block_i, warps, stages = TMA_CONFIGS[x.dtype]
-    block_o, block_i = (
-        max(16, min(most, triton.next_power_of_2(size)))
-        for most, size in ((block_o, O), (block_i, I))
-    )
-    x, weight = _channels_last(x), _channels_last(weight).flatten(2, 3).flatten(0, 1)
     H_out, W_out = (_up_size(size, side, up) for size in (H, W))
+    mode, rows, columns, parities = "same", H_out, W_out, 1
+    if up == 2:
+        mode, rows, columns, parities = "up", (H_out + 1) // 2, (W_out + 1) // 2, 4
+    height, width = TMA_TILES[x.dtype]
+    sizes, epilogue = (H, W, H_out, W_out, I, O), {"clamp": clamp, "activate": demod is not None}
+    S, launch = _launch("conv", x, sizes, side, mode, height * width, O, I, **epilogue)
+    S = S._replace(BLOCK_Y=tl.constexpr(height), BLOCK_X=tl.constexpr(width))
+    block_o, block_i = S.BLOCK_O.value, S.BLOCK_I.value
     y = torch.empty([N, H_out, W_out, O], device=x.device, dtype=x.dtype)
-    rows, columns = ((size + 1) // 2 for size in (H_out, W_out)) if up == 2 else (H_out, W_out)
-    blocks = triton.cdiv(rows, block_y) * triton.cdiv(columns, block_x) * (4 if up == 2 else 1)
+    x, weight = _channels_last(x), _channels_last(weight).flatten(2, 3).flatten(0, 1)
+    blocks = triton.cdiv(rows, height) * triton.cdiv(columns, width) * parities
     _conv_tma_kernel[blocks, triton.cdiv(O, block_o), N](
-        TensorDescriptor.from_tensor(x, [1, block_y, block_x, block_i]),
+        TensorDescriptor.from_tensor(x, [1, height, width, block_i]),
         TensorDescriptor.from_tensor(weight, [block_o, 1, block_i]),
-        y if demod is None else demod.contiguous(),
-        y if bias is None else bias.contiguous(),
+        _or(demod, y),
+        _or(bias, y),
         y,
-        H_out,
-        W_out,
-        I,
-        O,
-        UP=up == 2,
-        SIDE=side,
-        ACTIVATE=demod is not None,
-        CLAMP=clamp,
-        BLOCK_Y=block_y,
-        BLOCK_X=block_x,
-        BLOCK_O=block_o,
-        BLOCK_I=block_i,
-        PRECISION="ieee" if x.dtype == torch.float32 else "tf32",
-        num_warps=warps,
-        num_stages=stages,
+        S,
+        **launch,
     )
     return y.permute(0, 3, 1, 2)
 
@@ -347,25 +291,12 @@ def conv_tma_launch(x, weight, up, demod=None, bias=None, clamp=None):
 def grad_weight_launch(grad, x, side, up):
     """Gradient of the kernels [N, O, I, k, k], in channels-last memory."""
     (N, O, H_out, W_out), (_, I, H, W) = grad.shape, x.shape
-    (block_o, block_i, block_p), launch = _launch("weight", x.dtype, O, I, H * W)
+    sizes, mode = (H, W, H_out, W_out, I, O), "up" if up == 2 else "same"
+    S, launch = _launch("weight", x, sizes, side, mode, O, I, H * W)
     grad_weight = torch.empty([N, O, side, side, I], device=x.device, dtype=x.dtype)
-    grid = triton.cdiv(O, block_o) * triton.cdiv(I, block_i), side * side, N
-    _grad_weight_kernel[grid](
-        _channels_last(grad),
-        _channels_last(x),
-        grad_weight,
-        H,
-        W,
-        H_out,
-        W_out,
-        I,
-        O,
-        UP=up == 2,
-        SIDE=side,
-        BLOCK_O=block_o,
-        BLOCK_I=block_i,
-        BLOCK_P=block_p,
-        **launch,
+    blocks = triton.cdiv(O, S.BLOCK_O.value) * triton.cdiv(I, S.BLOCK_I.value)
+    _grad_weight_kernel[blocks, side * side, N](
+        _channels_last(grad), _channels_last(x), grad_weight, S, **launch
     )
     return grad_weight.movedim(-1, 2)
 

@@ -28,7 +28,7 @@ from tqdm import tqdm
 import kernels
 from mostgan import checkpoint
 from mostgan.config import DATASETS, UserError
-from mostgan.device import choose_kernels, peak_memory_mb, pick_device
+from mostgan.device import choose_kernels, peak_memory_mb, pick_device, to_host
 from mostgan.render import exact, loop_step
 from mostgan.run import read_config
 from mostgan.video_writer import BackgroundWriter, VideoWriter, grid
@@ -82,8 +82,8 @@ class Options:
     """of the convolutions"""
     compile: bool = torch.cuda.is_available()
     """torch.compile the synthesis network: a minute or so before the first frame, and faster from there on"""
-    kernels: Literal["triton", "reference"] = "reference"
-    """what the ops of kernels/ run as on a GPU"""
+    kernels: Literal["auto", "triton", "reference"] = "auto"
+    """what the ops of kernels/ run as on a GPU: auto is the fastest that agrees with plain PyTorch, measured once"""
 
 
 def sample(options: Options):
@@ -114,7 +114,8 @@ def sample(options: Options):
     if options.loop is not None:
         print_loop(generator.config, fps, exact(rate), **way)
 
-    done, rendering, transfer, started = 0, 0.0, 0.0, time.perf_counter()
+    windows = to_host(windows, device)
+    done, rendering, started = 0, 0.0, time.perf_counter()
     bar = tqdm(total=frames, unit="frame", disable=None, delay=0.3)
     half = torch.autocast(device.type, torch.bfloat16, enabled=options.precision == "bf16")
     with BackgroundWriter(video) as writer, half:
@@ -123,12 +124,11 @@ def sample(options: Options):
             window = next(windows, None)
             if window is None:
                 break
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            between = time.perf_counter()
-            picture = grid(window.cpu(), rows, columns)
-            rendering, transfer = rendering + between - before, transfer + time.perf_counter() - between
+            rendering += time.perf_counter() - before
+            picture = grid(window, rows, columns)
             writer.write(picture)
+            if not done and device.type == "cuda":
+                bar.write(f"kernels: {kernels.summary(device)}")
             done += len(picture)
             bar.update(len(picture))
         if not done:
@@ -137,10 +137,10 @@ def sample(options: Options):
     seconds = time.perf_counter() - started
     per_frame = 1000 / (done * rows * columns)
     print(f"{out}: {done} frame{'s' * (done > 1)} of {rows * columns} clip{'s' * (rows * columns > 1)} from {path}")
-    print(f"{seconds * per_frame:.2f} ms/frame: rendering {rendering * per_frame:.2f}, transfer "
-          f"{transfer * per_frame:.2f}, and beside them encoding {writer.seconds * per_frame:.2f}; "
+    print(f"{seconds * per_frame:.2f} ms/frame: rendering and transfer {rendering * per_frame:.2f}, and beside them "
+          f"encoding {writer.seconds * per_frame:.2f}; "
           f"peak memory {peak_memory_mb(device):.0f} MB, on {device}, {options.precision}, "
-          f"{'compiled' if options.compile else 'not compiled'}, kernels: {kernels.chosen(device)}")
+          f"{'compiled' if options.compile else 'not compiled'}, kernels: {kernels.summary(device)}")
     return done == frames
 
 

@@ -78,7 +78,7 @@ def train(config: TrainConfig, out: Path | None = None, resume: Resume | None = 
     world, rank = distributed.size(), distributed.rank()
     data = batches(clips, config.batch_clips // world, config.model.frames_per_clip, config.seed, state.step,
                    config.mirror, config.workers, config.model.max_num_frames, device, config.sampling, rank, world)
-    total, logged = round(config.total_kframes * 1000), state.frames
+    total, logged, first = round(config.total_kframes * 1000), state.frames, state.frames
     bar = tqdm(total=total, initial=state.frames, unit="frame", unit_scale=True, smoothing=0.02,
                disable=None if main else True)
     stats, stop, objective = Stats(run, device, bar.write), StopSignal(run), objectives(config)
@@ -104,6 +104,8 @@ def train(config: TrainConfig, out: Path | None = None, resume: Resume | None = 
         adjust_ada(state, config)
 
         bar.update(config.frames_per_step)
+        if main and device.type == "cuda" and state.frames - first == config.frames_per_step:
+            bar.write(f"kernels: {kernels.summary(device)}")
         state.seconds = time.perf_counter() - started
         # Read once, and the same in every process: a signal after this line waits for the next step to be saved.
         stopping, overdue = distributed.any_of(stop.requested, saver.due())

@@ -1,7 +1,7 @@
 """Each kernel at the paper's 256² shapes: Triton, compiled and eager reference, and how far from the device's limits.
 
     python bench/kernels.py [--frames 1 16 64 192] [--dtype bfloat16] [--compile-at 64] [--only mostatt] [--out FILE]
-    python bench/kernels.py --aot [--out FILE]
+    python bench/kernels.py --aot [--quick] [--out FILE] [--readme kernels/README.md]
 
 A row is an op of one layer on the frames of one clip. Floor: the larger of its bytes (each tensor once) at the rate of
 a large copy and its arithmetic (twice the multiply-adds) at that of a large matrix product, both measured in the same
@@ -10,7 +10,7 @@ is the same by batched matrix products. Times are medians with the second-level 
 shape, so the compiled one is timed at --compile-at frames only.
 
 On a CPU there is no Triton: the reference alone runs, at two small shapes. --aot needs no GPU: it compiles what every
-launcher launches for A100 and H100 (sm_80, sm_90) and prints registers, shared memory and spills.
+launcher launches for A100, H100 and B200 (sm_80, sm_90, sm_100) and prints registers, shared memory and spills.
 """
 
 import argparse
@@ -22,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from datetime import date
 from pathlib import Path
 
 import torch
@@ -29,10 +30,15 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # else `kernels` is this file
 import kernels
 from bench.timing import write
-from kernels import reference
+from kernels import modconv, reference
 
-AOT_LAYERS = [(torch.bfloat16, 16, 1, 8), (torch.bfloat16, 128, 1, 8), (torch.bfloat16, 16, 10, 10),
-              (torch.float32, 16, 1, 8)]  # fmt: skip  dtype, resolution, rank, K
+ARCHITECTURES = (80, 90, 100)  # A100, H100, B200
+AOT_LAYERS = [
+    (torch.bfloat16, 16, 1, 8),
+    (torch.bfloat16, 128, 1, 8),
+    (torch.bfloat16, 16, 10, 10),
+    (torch.float32, 16, 1, 8),
+]  # fmt: skip  dtype, resolution, rank, K
 
 
 def channels(resolution):
@@ -63,31 +69,64 @@ def cases(frames, resolutions, dtype, device):
             demod, bias = t(N, O, dtype=torch.float32).abs() + 0.5, t(O, dtype=torch.float32)
             flop = 2 * N * O * I * 9 * low * low
             if 16 <= r <= 128:
-                content, style = t(1, O, I, 3, 3), t(N, 8, 1, I + 6, last=False)
-                yield ("mostatt", shape, (content, style), kernels.mostatt_demod, reference.mostatt_demod,
-                       [content, style, weight], 32 * weight.numel())  # scores and P: 2 · 8 each  # fmt: skip
+                # As sampling has them: the content in float32, styles and W' in dtype.
+                content = t(1, O, I, 3, 3, dtype=torch.float32)
+                style = t(N, 8, 1, I + 6, last=False)
+                run, plain = (mostatt_in(dtype, of) for of in (kernels, reference))
+                tensors = [content, style, weight]
+                of_scores_and_p = 32 * weight.numel()  # 2 · 8 each
+                yield "mostatt", shape, (content, style), run, plain, tensors, of_scores_and_p
                 inputs, tensors = (x, weight, up), [x, weight, conv]
-                yield "conv", shape, inputs, kernels.conv2d_per_frame, reference.conv2d_per_frame, tensors, flop
-                yield "conv", shape, inputs, None, unfolded, tensors, flop
+                yield (
+                    "conv",
+                    shape,
+                    inputs,
+                    kernels.conv2d_per_frame,
+                    reference.conv2d_per_frame,
+                    tensors,
+                    flop,
+                )
+                for name, run in modconv.PLAIN_CONVOLUTIONS.items():
+                    yield f"conv {name}", shape, inputs, None, run, tensors, flop
+                if up == 1:
+                    fused = (x, weight, demod, bias)
+                    run, plain = kernels.conv2d_epilogue, reference.conv2d_epilogue
+                    yield "conv + epilogue", shape, fused, run, plain, tensors, flop
             y = t(N, O, r, r)
             yield ("epilogue", shape, (conv, demod, bias, up), kernels.epilogue, reference.epilogue, [conv, y],
                    0)  # fmt: skip
             if up == 1:
                 half = t(N, O, r // 2, r // 2)
-                yield "downsample2d", shape, (y,), kernels.downsample2d, reference.downsample2d, [y, half], 0
-                yield "upsample2d", shape, (half,), kernels.upsample2d, reference.upsample2d, [y, half], 0
+                yield (
+                    "downsample2d",
+                    shape,
+                    (y,),
+                    kernels.downsample2d,
+                    reference.downsample2d,
+                    [y, half],
+                    0,
+                )
+                yield (
+                    "upsample2d",
+                    shape,
+                    (half,),
+                    kernels.upsample2d,
+                    reference.upsample2d,
+                    [y, half],
+                    0,
+                )
                 yield "fir pad 2", shape, (y, 2), kernels.fir, reference.fir, [y, y], 0
 
 
-def unfolded(x, weight, up):
-    """The same as batched matrix products over the unfolded input (up: of the input, then folded)."""
-    N, O, I, k, _ = weight.shape
-    H, W = x.shape[2:]
-    if up == 2:
-        columns = weight.flatten(3).permute(0, 1, 3, 2).reshape(N, O * k * k, I) @ x.flatten(2)
-        return torch.nn.functional.fold(columns, (2 * H + k - 2, 2 * W + k - 2), k, stride=2)
-    columns = torch.nn.functional.unfold(x, k, padding=k // 2)
-    return (weight.flatten(2) @ columns).view(N, O, H, W)
+def mostatt_in(dtype, module):
+    """mostatt_demod of a module of ops with W' in dtype, as autocast would have it."""
+
+    def run(content, style):
+        if module is reference:  # plain PyTorch wants one dtype
+            content = content.to(style.dtype)
+        return module.mostatt_demod(content, style, None, dtype)
+
+    return run
 
 
 def backward(op):
@@ -99,7 +138,9 @@ def backward(op):
             args = [a.detach().requires_grad_() if torch.is_tensor(a) else a for a in args]
             out = op(*args)
             out = [out] if torch.is_tensor(out) else list(out)
-            kept.append((out, [a for a in args if torch.is_tensor(a)], [torch.randn_like(o) for o in out]))
+            kept.append(
+                (out, [a for a in args if torch.is_tensor(a)], [torch.randn_like(o) for o in out])
+            )
         out, inputs, cotangents = kept[0]
         return torch.autograd.grad(out, inputs, cotangents, retain_graph=True)
 
@@ -135,36 +176,72 @@ def ceilings(dtype, device):
     return 2 * size / copy * 1e3, 2 * edge**3 / milliseconds(lambda: a @ a, device) * 1e3
 
 
+def choose_mode(device):
+    """The Triton kernels on a GPU, whatever else would be faster: they are what the table is about."""
+    kernels.use("triton" if device == "cuda" else "reference")
+
+
 def measure(args, dtype, device, result):
     """Rows of the table, printed and written as they come."""
-    kernels.use("triton")
+    choose_mode(device)
     copy, matmul = ceilings(dtype, device)
     result["ceilings"] = dict(copy_bytes_per_s=copy, matmul_flop_per_s=matmul)
-    print(f"copy {copy / 1e9:.0f} GB/s, matrix product {matmul / 1e12:.2f} TFLOP/s in {args.dtype}\n")
-    print(f"{'op':22}{'layer':>20}{'frames':>7}{'Triton':>10}{'compiled':>10}{'eager':>10}"
-          f"{'GB/s':>8}{'TFLOP/s':>9}{'floor':>7}   times in ms")
+    print(
+        f"copy {copy / 1e9:.0f} GB/s, matrix product {matmul / 1e12:.2f} TFLOP/s in {args.dtype}\n"
+    )
+    print(
+        f"{'op':22}{'layer':>20}{'frames':>7}{'Triton':>10}{'compiled':>10}{'eager':>10}"
+        f"{'GB/s':>8}{'TFLOP/s':>9}{'floor':>7}   times in ms"
+    )
     rows = []
     resolutions = (16, 32, 64, 128, 256) if device == "cuda" else (16, 32)
+    resolutions = (16,) if args.dry_run else resolutions
     for frames in args.frames:
-        for name, shape, inputs, fast, plain, tensors, flop in cases(frames, resolutions, dtype, device):
-            for direction, wrap, share, traffic in (("", lambda op: op, 1, 1),
-                                                    (" backward", backward, 2, BACKWARD_BYTES.get(name, 1))):
-                op = name + direction + (" unfolded" if plain is unfolded else "")
+        for name, shape, inputs, fast, plain, tensors, flop in cases(
+            frames, resolutions, dtype, device
+        ):
+            for direction, wrap, share, traffic in (
+                ("", lambda op: op, 1, 1),
+                (" backward", backward, 2, BACKWARD_BYTES.get(name, 1)),
+            ):
+                op = name + direction
                 if args.only and args.only not in op:
                     continue
                 nbytes = traffic * sum(x.nbytes for x in tensors)
                 floor = 1e3 * max(nbytes / copy, share * flop / matmul)
-                row = dict(op=op, layer=shape, frames=frames, bytes=nbytes, flop=share * flop, floor_ms=floor)
-                runs = {"triton_ms": fast if device == "cuda" else None, "compiled_ms": None, "eager_ms": plain}
-                if device == "cuda" and frames == args.compile_at and not direction and plain is not unfolded:
+                row = dict(
+                    op=op,
+                    layer=shape,
+                    frames=frames,
+                    bytes=nbytes,
+                    flop=share * flop,
+                    floor_ms=floor,
+                )
+                runs = {
+                    "triton_ms": fast if device == "cuda" else None,
+                    "compiled_ms": None,
+                    "eager_ms": plain,
+                }
+                if (
+                    device == "cuda"
+                    and frames == args.compile_at
+                    and not direction
+                    and fast is not None
+                ):
                     torch.compiler.reset()  # or the ninth shape of a function would run eagerly
                     runs["compiled_ms"] = torch.compile(plain, dynamic=False, fullgraph=True)
                 for key, run in runs.items():
                     run = run and wrap(run)
-                    row[key] = None if run is None else milliseconds(functools.partial(run, *inputs), device)
+                    row[key] = (
+                        None
+                        if run is None
+                        else milliseconds(functools.partial(run, *inputs), device)
+                    )
                 rows.append(row)
                 show(row)
-                write(args.out, result | dict(rows=rows))  # row by row: a run that is cut off has its figures
+                write(
+                    args.out, result | dict(rows=rows)
+                )  # row by row: a run that is cut off has its figures
 
 
 def show(row):
@@ -172,59 +249,73 @@ def show(row):
     times = (row["triton_ms"], row["compiled_ms"], row["eager_ms"])
     cells = "".join(f"{'–':>10}" if ms is None else f"{ms:10.4f}" for ms in times)
     ms = row["triton_ms"] or row["eager_ms"]
-    rates = f"{row['bytes'] / ms / 1e6:8.0f}{row['flop'] / ms / 1e9:9.2f}{row['floor_ms'] / ms:7.0%}" if ms else ""
+    rates = (
+        f"{row['bytes'] / ms / 1e6:8.0f}{row['flop'] / ms / 1e9:9.2f}{row['floor_ms'] / ms:7.0%}"
+        if ms
+        else ""
+    )
     print(f"{row['op']:22}{row['layer']:>20}{row['frames']:>7}{cells}{rates}", flush=True)
 
 
 # ------------------------------------------------------------------------------------------- ahead-of-time compilation
 
 
-class Recorder:
-    """Compiles what launchers launch for another device, and launches nothing: give them tensors on `meta`."""
+class CompileOnly:
+    """Stands in for Triton's driver: launches compile for another architecture, and nothing runs.
+
+    Inside `with CompileOnly(90) as rows`, launchers are given tensors on `meta`; rows has a line per program.
+    """
 
     def __init__(self, arch):
-        self.arch, self.rows, self.seen = arch, [], set()
+        from triton.backends.compiler import GPUTarget
+
+        self.arch, self.target, self.rows, self.seen = arch, GPUTarget("cuda", arch, 32), [], set()
+
+    def get_current_target(self):
+        return self.target
+
+    def get_current_device(self):
+        return self.arch  # Triton keeps what it has compiled by device
+
+    def get_current_stream(self, device=None):
+        return 0
+
+    def get_active_torch_device(self):
+        return torch.device("cpu")
 
     def __enter__(self):
+        import triton
         from triton.runtime.jit import JITFunction
 
+        triton.runtime.driver.set_active(self)
         self.patched, self.run, recorder = JITFunction, JITFunction.run, self
-        JITFunction.run = lambda kernel, *args, grid, warmup, **kwargs: recorder.record(kernel, args, kwargs)
-        return self
+
+        def compile_only(kernel, *args, grid, warmup, **kwargs):
+            compiled = recorder.run(kernel, *args, grid=grid, warmup=True, **kwargs)
+            recorder.record(kernel, compiled, args, kwargs)
+
+        JITFunction.run = compile_only
+        return self.rows
 
     def __exit__(self, *_):
         self.patched.run = self.run
 
-    def record(self, kernel, args, kwargs):
-        """Compile with the types and hints (divisible by 16, equal to 1) that a launch would have."""
-        from triton.backends.compiler import GPUTarget
-        from triton.compiler import ASTSource
-        from triton.compiler import compile as triton_compile
-
-        pointers = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.int32: "*i32"}
-        values = dict(zip(kernel.arg_names, args)) | kwargs
-        signature, constants, hints = {}, {}, {}
-        for index, param in enumerate(kernel.params):
-            value = values[param.name]
-            if param.is_constexpr or (not torch.is_tensor(value) and value == 1):
-                signature[param.name], constants[param.name] = "constexpr", value
-                continue
-            signature[param.name] = pointers[value.dtype] if torch.is_tensor(value) else "i32"
-            if torch.is_tensor(value) or value % 16 == 0:
-                hints[(index,)] = [["tt.divisibility", 16]]
-        options = {key: kwargs[key] for key in ("num_warps", "num_stages") if key in kwargs}
-        key = kernel.__name__ + str((signature, constants, hints, options))
-        if key in self.seen:
+    def record(self, kernel, compiled, args, kwargs):
+        if compiled.hash in self.seen:
             return
-        self.seen.add(key)
-        source = ASTSource(kernel, signature, constants, hints)
-        compiled = triton_compile(source, target=GPUTarget("cuda", self.arch, 32), options=options)
-        name = kernel.__name__.strip("_")
-        kind = next(p for p in ("content_ptr", "style_ptr", "weight_ptr", "x_ptr", "grad_ptr") if p in signature)
-        row = dict(kernel=name, arch=self.arch, dtype=signature[kind])
+        self.seen.add(compiled.hash)
+        name, text = kernel.__name__.strip("_"), compiled.asm["ttir"]
+        row = {"kernel": name, "arch": self.arch, "dtype": "bf16" if "bf16" in text else "fp32"}
         row["backward"] = "grad_" in name or "backward" in name or "find" in name
-        row["tile"] = {k: v for k, v in constants.items() if k.startswith("BLOCK") or k in ("R", "MODE", "COLUMNS")}
-        self.rows.append(row | options | resources(compiled))
+        row["tensor_cores"] = "tt.dot" in text
+        settings = kwargs | (args[-1]._asdict() if hasattr(args[-1], "_asdict") else {})
+        row["tile"] = {
+            name: getattr(value, "value", value)
+            for name, value in settings.items()
+            if name.startswith("BLOCK") or name in ("MODE", "COLUMNS")
+        }
+        row |= {key: kwargs[key] for key in ("num_warps", "num_stages") if key in kwargs}
+        self.rows.append(row | resources(compiled))
         show_resources(self.rows[-1])
 
 
@@ -236,73 +327,147 @@ def resources(compiled):
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "kernel.cubin")
         Path(path).write_bytes(compiled.asm["cubin"])
-        text = subprocess.run([cuobjdump, "-res-usage", path], capture_output=True, text=True, check=True).stdout
+        command = [cuobjdump, "-res-usage", path]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     usage = {name: int(value) for name, value in re.findall(r"(\w+):(\d+)", text)}
-    return dict(shared=compiled.metadata.shared, registers=usage["REG"], spilled=usage["STACK"] + usage["LOCAL"])
+    spilled = usage["STACK"] + usage["LOCAL"]
+    return dict(shared=compiled.metadata.shared, registers=usage["REG"], spilled=spilled)
 
 
 def show_resources(row):
     tile = " ".join(f"{k.removeprefix('BLOCK_')}={v}" for k, v in row["tile"].items())
-    print(f"{row['kernel']:26} sm_{row['arch']} {row.get('num_warps', 4)} warps {row.get('num_stages', 3)} stages"
-          f"{row['shared']:8} B{row['registers']:5} regs{row['spilled']:5} B spilled   {tile}", flush=True)  # fmt: skip
+    print(
+        f"{row['kernel']:26} sm_{row['arch']:<4}{row['dtype']} {row.get('num_warps', 4)} warps "
+        f"{row.get('num_stages', 3)} stages{row['shared']:8} B{row['registers']:5} regs"
+        f"{row['spilled']:5} B spilled   {tile}",
+        flush=True,
+    )
 
 
-def compile_all():
-    """Every launcher on meta tensors at the paper's shapes, for both architectures."""
+def compile_all(quick=False):
+    """Every launcher on meta tensors at the paper's shapes, for all architectures; quick: at one shape."""
     from kernels import fir, modconv, mostatt, mostatt_backward  # noqa: F401  functions, where an op has the name
-    module = {name: sys.modules[f"kernels.{name}"] for name in ("fir", "modconv", "mostatt", "mostatt_backward")}
+
+    names = ("fir", "modconv", "mostatt", "mostatt_backward")
+    module = {name: sys.modules[f"kernels.{name}"] for name in names}
     rows = []
-    for arch in (80, 90):
-        with Recorder(arch) as recorder:
-            for dtype, r, rank, K in AOT_LAYERS:
-                launch_all(module, dtype, r, rank, K)
-        rows += recorder.rows
+    for arch in ARCHITECTURES:
+        module["modconv"].tma_anywhere = arch >= 90
+        with CompileOnly(arch) as of_arch:
+            for layer in AOT_LAYERS[:1] if quick else AOT_LAYERS:
+                launch_all(module, *layer, orders=1 if quick else 3)
+        rows += of_arch
     return rows
 
 
-def launch_all(module, dtype, r, rank, K, N=64):
-    """Launch every kernel for conv0 of the block at resolution r, forward and backward."""
+def launch_all(module, dtype, r, rank, K, N=64, orders=3):
+    """Launch every kernel for conv0 of the block at resolution r, forward and backward.
+
+    As training has them: weights, content styles, scores and demodulation in float32, the rest in dtype.
+    """
 
     def t(*shape, dtype=dtype):
         x = torch.empty(shape, device="meta", dtype=dtype)
         return x.movedim(-3, -1).contiguous().movedim(-1, -3) if len(shape) > 3 else x
 
+    mostatt, conv, fir = module["mostatt"], module["modconv"], module["fir"]
     I, O = channels(r // 2), channels(r)
-    content, style = t(1, O, I, 3, 3), t(N, K, rank, I + 6).contiguous()
-    weight, score, demod, peak = module["mostatt"].forward(content, style, None, dtype, True)
-    module["mostatt_backward"].backward(weight, score, demod, content, style, None, score, demod, peak, dtype)
+    content, s = t(1, O, I, 3, 3, dtype=torch.float32), t(16, I, dtype=torch.float32)
+    style = t(N, K, rank, I + 6).contiguous()
+    for clips, first in ((s, True), (s, False), (None, False))[:orders]:
+        weight, score, demod, peak = mostatt.forward(content, style, clips, dtype, True, first)
+        saved = (content, style, clips, score, demod, peak, dtype, first)
+        module["mostatt_backward"].backward(weight, score, demod, *saved)
     if rank > 1:
         return
     x, y, bias = t(N, I, r // 2, r // 2), t(N, O, r + 1, r + 1), t(O, dtype=torch.float32)
-    for mode, tensor in (("up", x), ("down", y), ("same", x), ("flipped", t(N, O, r // 2, r // 2))):
-        module["modconv"].conv_launch(tensor, weight, mode)
-    module["modconv"].grad_weight_launch(y, x, 3, 2)
-    module["modconv"].grad_weight_launch(t(N, O, r // 2, r // 2), x, 3, 1)
+    same = t(N, O, r // 2, r // 2)
+    for mode, tensor in (("up", x), ("down", y), ("same", x), ("flipped", same)):
+        conv.conv_launch(tensor, weight, mode)
+    conv.conv_launch(x, weight, "same", demod, bias, None)
+    if conv.tma_anywhere:
+        conv.conv_tma_launch(x, weight, 2)
+        conv.conv_tma_launch(x, weight, 1, demod, bias, None)
+    conv.grad_weight_launch(y, x, 3, 2)
+    conv.grad_weight_launch(same, x, 3, 1)
     for up, tensor in ((2, y), (1, t(N, O, r, r))):
-        out = module["fir"].epilogue_launch(tensor, demod, bias, up, None)
-        module["fir"].epilogue_backward_launch(out, out, demod, bias, up, None)
+        out = fir.epilogue_launch(tensor, demod, bias, up, None)
+        fir.epilogue_backward_launch(out, out, demod, bias, up, None)
     for setting in ((1.0, 1, 2, False), (1.0, 2, 1, False), (4.0, 2, 1, True)):
-        module["fir"].fir_launch(x, *setting)
+        fir.fir_launch(x, *setting)
+
+
+MARK = "<!-- made by bench/kernels.py --aot; what follows is overwritten -->\n"
+
+
+def write_report(path, rows):
+    """Puts the table of resources behind the mark in a README: of each kernel, the hungriest program."""
+    import triton
+
+    most = {}
+    for row in rows:
+        key = row["kernel"], row["dtype"], row["arch"]
+        most[key] = max(row, most.get(key, row), key=lambda row: row["registers"])
+    spilled = sum(row["spilled"] > 0 for row in rows)
+    lines = [
+        f"{len(rows)} programs, Triton {triton.__version__}, {date.today()}; {spilled} of them spill.",
+        "A cell is shared memory of a program and registers of a thread, of the program of a kernel that",
+        "needs most registers.",
+        "",
+        "| kernel | dtype | tile | warps, stages | "
+        + " | ".join(f"sm_{a}" for a in ARCHITECTURES)
+        + " |",
+        "|---|---|---|---|" + "---|" * len(ARCHITECTURES),
+    ]
+    for name, dtype in sorted({(name, dtype) for name, dtype, _ in most}):
+        of_archs = [most.get((name, dtype, arch)) for arch in ARCHITECTURES]
+        row = next(row for row in reversed(of_archs) if row)
+        edges = [
+            (k.removeprefix("BLOCK_"), v) for k, v in row["tile"].items() if k != "MODE" and v != 1
+        ]
+        tile = " × ".join(f"{value} {edge}" for edge, value in edges)
+        cells = [f"{r['shared'] / 1024:.0f} KiB, {r['registers']}" if r else "–" for r in of_archs]
+        launch = f"{row.get('num_warps', 4)}, {row.get('num_stages', 3)}"
+        lines.append(f"| `{name}` | {dtype} | {tile} | {launch} | {' | '.join(cells)} |")
+    above = path.read_text().split(MARK)[0]
+    path.write_text(above + MARK + "\n".join(lines) + "\n")
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--frames", type=int, nargs="+")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"))
     parser.add_argument("--compile-at", type=int, default=64)
     parser.add_argument("--only", help="only ops whose name holds this")
     parser.add_argument("--aot", action="store_true")
+    parser.add_argument("--quick", action="store_true", help="with --aot: one shape of each kernel")
+    parser.add_argument("--readme", type=Path, help="with --aot: puts the table into this file")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="tiny shapes, only to try the program"
+    )
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     result = dict(torch=torch.__version__)
     if args.aot:
-        write(args.out, result | dict(aot=compile_all()))
+        rows = compile_all(args.quick)
+        write(args.out, result | dict(aot=rows))
+        if args.readme is not None:
+            write_report(args.readme, rows)
     else:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        args.frames = args.frames or ([1, 16, 64, 192] if device == "cuda" else [1, 2])
+        args.frames = (
+            [1]
+            if args.dry_run
+            else args.frames or ([1, 16, 64, 192] if device == "cuda" else [1, 2])
+        )
         args.dtype = args.dtype or ("bfloat16" if device == "cuda" else "float32")
         result["device"] = torch.cuda.get_device_name() if device == "cuda" else "CPU"
-        print(result["device"] + ("" if device == "cuda" else ": no Triton here, the reference alone at small shapes"))
+        print(
+            result["device"]
+            + ("" if device == "cuda" else ": no Triton here, the reference alone at small shapes")
+        )
         measure(args, getattr(torch, args.dtype), device, result)
 
 

@@ -4,6 +4,7 @@ import importlib.abc
 import importlib.machinery
 import importlib.util
 import json
+import os
 import shutil
 import statistics
 import subprocess
@@ -18,7 +19,11 @@ import torch
 
 def describe(device):
     """What figures depend on, for the JSON of a result."""
-    name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    name = (
+        torch.cuda.get_device_name()
+        if device.type == "cuda"
+        else f"CPU, {torch.get_num_threads()} threads"
+    )
     commit = ""
     if shutil.which("git"):
         command = ["git", "describe", "--always", "--dirty"]
@@ -59,7 +64,9 @@ def matmul_rate(device, dtype, repeats=5):
 
 def copy_rate(device, repeats=5):
     """Memory ceiling, bytes/s read and written: of a copy too large for the caches."""
-    source = torch.empty(2**30 if device.type == "cuda" else 2**27, dtype=torch.uint8, device=device)
+    source = torch.empty(
+        2**30 if device.type == "cuda" else 2**27, dtype=torch.uint8, device=device
+    )
     target = torch.empty_like(source)
     return 2 * source.numel() / seconds(lambda: target.copy_(source), device, repeats)
 
@@ -87,5 +94,6 @@ class _Absent(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 def do_without(*names):
     """Let `import` succeed for packages that are not installed and that a benchmark imports but does not use: a machine
     lent for an hour may have PyTorch and little else."""
-    missing = [name for name in names if importlib.util.find_spec(name) is None]
-    sys.meta_path.append(_Absent(missing))
+    bare = "MOSTGAN_BENCH_BARE" in os.environ  # to try how it is without them
+    missing = [name for name in names if bare or importlib.util.find_spec(name) is None]
+    sys.meta_path.insert(0, _Absent(missing))

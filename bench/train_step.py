@@ -2,17 +2,17 @@
 
     python bench/train_step.py [--preset paper256] [--kernels triton] [--no-compile] [--batch-split 4] [--out FILE]
 
-"frames/s" is of whole steps one after another, R1 in its turn, nothing waiting in between; the phases are timed one by
-one, each waited for, so they add up to a little more. Model-FLOP utilization counts 618 GFLOP per trained frame at
-paper256 (spec §11: convolutions and matrix products, gradients included) against a large matrix product in the same run
-and dtype. Data are random bytes, copied from pinned memory: decoding is bench/loader.py's question.
+The phases are timed one by one, each waited for, R1 last, for it takes longest to compile.
+"frames/s" is of steps one after another, nothing waiting in between, with R1's share added.
+Model-FLOP utilization counts 618 GFLOP per trained frame at paper256 (spec §11: convolutions and
+matrix products, gradients included) against a large matrix product in the same run and dtype. Data
+are random bytes, copied from pinned memory: decoding is bench/loader.py's question.
 
 On a GPU: paper256, compiled, for each choice of kernels. On a CPU: tiny, eager.
 """
 
 import argparse
 import dataclasses
-import statistics
 import sys
 import time
 from pathlib import Path
@@ -21,15 +21,17 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # else `kernels` is bench/kernels.py
+sys.path.insert(
+    0, str(Path(__file__).resolve().parent.parent)
+)  # else `kernels` is bench/kernels.py
 from bench.timing import describe, do_without, matmul_rate, synchronize, write
 
-do_without("av", "tqdm", "tyro")
+do_without("av", "PIL", "tqdm", "tyro")
 import kernels
 import train as training
 from mostgan.config import train_preset
 from mostgan.data import Batch
-from mostgan.device import peak_memory_mb, pick_device
+from mostgan.device import choose_kernels, peak_memory_mb, pick_device
 from mostgan.run import Stats
 
 GFLOP_PER_FRAME = {"paper256": 618}
@@ -37,33 +39,43 @@ CLIPS = SimpleNamespace(lengths=np.full(100, 200), labels=None)
 
 
 class Step:
-    """A training run without a folder: `phases` lists a step's parts, in order."""
+    """A training run without a folder, by its phases."""
 
-    def __init__(self, config, device):
+    def __init__(self, config, device, backend="inductor"):
         self.config, self.device = config, device
-        kernels.use(config.kernels)
+        choose_kernels(config.kernels, False, device)
         torch.compiler.reset()
         self.state, self.stats = training.new_state(config, device), Stats(Path("."), device)
         self.state.ada_p = 0.2  # what ADA may come to
-        self.objective = training.objectives(config)
+        self.objective = training.objectives(config, backend)
         B, T, R = config.batch_clips, config.model.frames_per_clip, config.model.resolution
         t = torch.arange(T, dtype=torch.float64).expand(B, T) * 3
-        batch = Batch(torch.randint(256, (B, T, 3, R, R), dtype=torch.uint8), t, torch.zeros(B, dtype=torch.long))
+        batch = Batch(
+            torch.randint(256, (B, T, 3, R, R), dtype=torch.uint8),
+            t,
+            torch.zeros(B, dtype=torch.long),
+        )
         self.batch = Batch(*(x.pin_memory() for x in batch)) if device.type == "cuda" else batch
 
     def data(self):
         self.draw = training.Draws(self.config, CLIPS, self.device, self.state)
-        self.real = self.draw.pieces(Batch(*(x.to(self.device, non_blocking=True) for x in self.batch)))
+        self.real = self.draw.pieces(
+            Batch(*(x.to(self.device, non_blocking=True) for x in self.batch))
+        )
 
     def generator(self):
-        self.fakes = training.generator_step(self.state, self.draw, self.objective.generator, self.config, self.stats)
+        self.fakes = training.generator_step(
+            self.state, self.draw, self.objective.generator, self.config, self.stats
+        )
 
     def discriminator(self):
         training.discriminator_step(self.state, self.real, self.fakes, self.draw, self.objective.discriminator,
                                     self.config, self.stats)  # fmt: skip
 
     def r1(self):
-        training.r1_step(self.state, self.real, self.draw, self.objective.r1, self.config, self.stats)
+        training.r1_step(
+            self.state, self.real, self.draw, self.objective.r1, self.config, self.stats
+        )
 
     def ema(self):
         training.update_ema(self.state, self.config)
@@ -73,78 +85,138 @@ class Step:
         training.adjust_ada(self.state, self.config)
         self.state.ada_p = 0.2
 
-    def __call__(self, timed=None):
-        """One step; timed: a dict of lists of milliseconds by phase to add to, each phase waited for."""
-        for phase in (self.data, self.generator, self.discriminator, self.r1, self.ema, self.ada):
-            if phase == self.r1 and self.state.step % self.config.r1_interval:
-                continue
-            started = time.perf_counter()
-            phase()
-            if timed is not None:
-                synchronize(self.device)
-                timed.setdefault(phase.__name__, []).append(1e3 * (time.perf_counter() - started))
+    PHASES = ("data", "generator", "discriminator", "ema", "ada")  # of every step; R1 is of some
+
+    def __call__(self):
+        """One step without R1, nothing waiting in between."""
+        for phase in self.PHASES:
+            getattr(self, phase)()
 
 
-def measure(config, device, steps):
-    """A row of the table."""
-    step = Step(config, device)
-    for _ in range(3):  # compiles everything, R1 too: it comes with step 0
-        step()
-    step.state.step = 0
-    synchronize(device)
+def measure(config, device, steps, result, backend):
+    """A row of the table, entered into `result` phase by phase, so that being cut off leaves what was measured."""
+    started = time.perf_counter()
+    step = Step(config, device, backend)
+    row = {
+        "kernels": config.kernels,
+        "compiled": config.compile,
+        "batch_split": config.batch_split,
+        "phases_ms": {},
+    }
+    result["rows"].append(row)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    started = time.perf_counter()
-    for _ in range(steps):
-        step()
-    synchronize(device)
-    seconds = (time.perf_counter() - started) / steps
-    timed, step.state.step = {}, 0
+
+    def timed(run, times):
+        synchronize(device)
+        begun = time.perf_counter()
+        for _ in range(times):
+            run()
+        synchronize(device)
+        return 1e3 * (time.perf_counter() - begun) / times
+
+    for name in (
+        Step.PHASES
+    ):  # the first time compiles, and chooses kernels; the second lets CUDA graphs settle
+        getattr(step, name)()
+    row["first_step_seconds"] = time.perf_counter() - started
+    step()
+    row["kernels_chosen"] = kernels.summary(device)
+    for name in Step.PHASES:
+        row["phases_ms"][name] = 0.0
     for _ in range(3):
-        step(timed)
-    phases = {name: statistics.median(times) for name, times in timed.items()}
-    phases["r1"] = phases.pop("r1") / config.r1_interval  # its share of a step
-    frames = config.frames_per_step / seconds
-    return dict(kernels=kernels.chosen(device), compiled=config.compile, batch_split=config.batch_split,
-                frames_per_second=frames, ms_per_step=1e3 * seconds, peak_memory_mb=peak_memory_mb(device),
-                phases_ms=phases)  # fmt: skip
+        for name in Step.PHASES:
+            row["phases_ms"][name] += timed(getattr(step, name), 1) / 3
+    row["ms_per_step_without_r1"] = timed(step, steps)
+    row["peak_memory_mb"] = peak_memory_mb(device)
+    yield row
+    step.data()
+    step.r1()
+    row["phases_ms"]["r1"] = timed(step.r1, 3) / config.r1_interval  # its share of a step
+    row["ms_per_step"] = row["ms_per_step_without_r1"] + row["phases_ms"]["r1"]
+    row["frames_per_second"] = 1e3 * config.frames_per_step / row["ms_per_step"]
+    row["peak_memory_mb"] = peak_memory_mb(device)
+    yield row
+
+
+def show(row):
+    """One line: of whole steps once R1 has been measured, before that of the other phases."""
+    figures = [
+        f"{row[key]:{width}}" if key in row else f"{'–':>{width.split('.')[0]}}"
+        for key, width in (
+            ("frames_per_second", "10.1f"),
+            ("ms_per_step", "9.1f"),
+            ("model_flop_utilization", "6.0%"),
+            ("peak_memory_mb", "9.0f"),
+        )
+    ]
+    phases = "  ".join(f"{name} {ms:.1f}" for name, ms in row["phases_ms"].items())
+    print(f"{row['kernels']:12}{row['compiled']!s:>9}{''.join(figures)}   {phases}", flush=True)
 
 
 def main():
     device = pick_device()
     on_gpu = device.type == "cuda"
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", choices=("paper256", "tiny"), default="paper256" if on_gpu else "tiny")
-    parser.add_argument("--kernels", nargs="+", choices=("triton", "reference"),
-                        default=["triton", "reference"] if on_gpu else ["reference"])  # fmt: skip
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--preset", choices=("paper256", "tiny"), default="paper256" if on_gpu else "tiny"
+    )
+    parser.add_argument("--kernels", nargs="+", choices=("auto", "triton", "reference"),
+                        default=["auto", "reference"] if on_gpu else ["reference"])  # fmt: skip
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=on_gpu)
     parser.add_argument("--batch-split", type=int, help="pieces of a batch (default: the preset's)")
-    parser.add_argument("--steps", type=int, default=16, help="timed steps (default 16, an interval of R1)")
+    parser.add_argument(
+        "--steps", type=int, default=16, help="timed steps (default 16, an interval of R1)"
+    )
     parser.add_argument("--out", type=Path, help="also write the figures to this JSON file")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="a tiny model and aot_eager, only to try the program"
+    )
     args = parser.parse_args()
     config = train_preset(args.preset, "sky")
-    config = dataclasses.replace(config, compile=args.compile, batch_split=args.batch_split or config.batch_split)
+    config = dataclasses.replace(
+        config, compile=args.compile, batch_split=args.batch_split or config.batch_split
+    )
+    if args.dry_run:
+        model = dataclasses.replace(config.model, resolution=32, channel_base=256, channel_max=8)
+        config = dataclasses.replace(
+            config, model=model, batch_clips=2, augment="bgc", compile=True
+        )
+        args.kernels, args.steps = ["auto"], 1
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
-    result = describe(device) | dict(preset=args.preset, dtype=config.precision, rows=[])
-    print(f"{args.preset}, steps of {config.frames_per_step} frames, {config.precision}, {result['device']}, "
-          f"torch {result['torch']}")
-    print(f"{'kernels':12}{'compiled':>9}{'frames/s':>10}{'ms/step':>9}{'MFU':>6}{'peak MB':>9}   phases, ms a step")
+    rate = matmul_rate(device, dtype)
+    result = describe(device) | dict(
+        preset=args.preset, dtype=config.precision, matmul_flop_per_s=rate, rows=[]
+    )
+    print(
+        f"{args.preset}, steps of {config.frames_per_step} frames, {config.precision}, {result['device']}, "
+        f"torch {result['torch']}"
+    )
+    print(
+        f"{'kernels':12}{'compiled':>9}{'frames/s':>10}{'ms/step':>9}{'MFU':>6}{'peak MB':>9}   phases, ms a step"
+    )
     for choice in args.kernels:
+        rows = measure(
+            dataclasses.replace(config, kernels=choice),
+            device,
+            args.steps,
+            result,
+            "aot_eager" if args.dry_run else "inductor",
+        )
         try:
-            row = measure(dataclasses.replace(config, kernels=choice), device, args.steps)
+            for row in rows:
+                if args.preset in GFLOP_PER_FRAME and "frames_per_second" in row:
+                    row["ceiling_frames_per_second"] = rate / (GFLOP_PER_FRAME[args.preset] * 1e9)
+                    share = row["frames_per_second"] / row["ceiling_frames_per_second"]
+                    row["model_flop_utilization"] = share
+                show(row)
+                write(args.out, result)
         except Exception as error:  # the other row is still worth its time
             result["rows"].append(dict(kernels=choice, error=f"{type(error).__name__}: {error}"))
-            print(f"{choice:12} failed: {str(error).splitlines()[0][:90]}")
-            continue
-        if args.preset in GFLOP_PER_FRAME:
-            flop = GFLOP_PER_FRAME[args.preset] * 1e9
-            row["model_flop_utilization"] = row["frames_per_second"] * flop / matmul_rate(device, dtype)
-        result["rows"].append(row)
-        mfu = f"{row['model_flop_utilization']:6.0%}" if "model_flop_utilization" in row else f"{'–':>6}"
-        phases = "  ".join(f"{name} {ms:.1f}" for name, ms in row["phases_ms"].items())
-        print(f"{row['kernels']:12}{str(row['compiled']):>9}{row['frames_per_second']:10.1f}{row['ms_per_step']:9.1f}"
-              f"{mfu}{row['peak_memory_mb']:9.0f}   {phases}", flush=True)
-        write(args.out, result)
+            print(f"{choice:12} failed: {(str(error).splitlines() or [''])[0][:90]}")
+            write(args.out, result)
     failed = sum("error" in row for row in result["rows"])
     if failed:
         sys.exit(f"train_step.py: {failed} of {len(result['rows'])} rows failed")

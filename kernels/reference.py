@@ -35,22 +35,30 @@ def demod_bias_lrelu(x, demod, bias):
     return lrelu(torch.addcmul(bias[:, None, None], x, demod[:, :, None, None]))
 
 
+def fir_filter(x, gain, stride, padding, transposed):
+    """Filters every channel and keeps every stride-th pixel; or, transposed, the transpose of that linear map.
+
+    x: [N, C, H, W]; padding: zeros on every side. In channels-last memory, the fastest plain form on a CPU.
+    """
+    taps = torch.tensor(FIR_TAPS, device=x.device, dtype=x.dtype)
+    f = (torch.outer(taps, taps) * (gain / 64)).expand(x.shape[1], 1, 4, 4)  # symmetric: no flip
+    if transposed and stride == 2:
+        return F.conv_transpose2d(x, f, stride=2, padding=padding, groups=x.shape[1])
+    if transposed:
+        padding = 3 - padding
+    return F.conv2d(x, f, stride=stride, padding=padding, groups=x.shape[1])
+
+
 class _Fir(torch.autograd.Function):
-    """Depthwise low-pass filter, or its transpose. Each is the other's gradient, to any order.
+    """`fir_filter` with its derivatives: it is linear, and its transpose is another of its kind, to any order.
 
     Autograd's own double backward of a convolution also convolves for the filter's gradient, which nobody wants: for
-    R1 that costs more than the filter itself. In channels-last memory, the fastest plain form on a CPU.
+    R1 that costs more than the filter itself.
     """
 
     @staticmethod
     def forward(x, gain, stride, padding, transposed):
-        taps = torch.tensor(FIR_TAPS, device=x.device, dtype=x.dtype)
-        f = (torch.outer(taps, taps) * (gain / 64)).expand(x.shape[1], 1, 4, 4)  # symmetric: no flip to think of
-        if transposed and stride == 2:
-            return F.conv_transpose2d(x, f, stride=2, padding=padding, groups=x.shape[1])
-        if transposed:
-            padding = 3 - padding
-        return F.conv2d(x, f, stride=stride, padding=padding, groups=x.shape[1])
+        return fir_filter(x, gain, stride, padding, transposed)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -60,6 +68,10 @@ class _Fir(torch.autograd.Function):
     def backward(ctx, grad):
         gain, stride, padding, transposed = ctx.settings
         return _Fir.apply(grad, gain, stride, padding, not transposed), None, None, None, None
+
+    @staticmethod
+    def jvp(ctx, tangent, *_):
+        return _Fir.apply(tangent, *ctx.settings)
 
 
 def _taps_of(x, axis, stride):
@@ -125,6 +137,18 @@ def motion_modulation(motion_style, in_channels, kernel_size):
     return (a.transpose(2, 3) @ bc).flatten(2) / math.sqrt(rank)
 
 
+def motion_modulation_backward(grad, motion_style, in_channels, kernel_size):
+    """The gradient of `motion_modulation`'s factors from that of M, [N, K, I·k·k] → [N, K, R, I + k + k]."""
+    rank, side = motion_style.shape[2], kernel_size
+    a, b, c = motion_style.split([in_channels, side, side], dim=3)
+    bc = (b.unsqueeze(-1) * c.unsqueeze(-2)).flatten(3)  # [N, K, R, k·k]
+    grad = grad.unflatten(2, (in_channels, -1)) / math.sqrt(rank)  # [N, K, I, k·k]
+    grad_bc = (a @ grad).unflatten(3, (side, side))
+    grad_b = (grad_bc * c.unsqueeze(-2)).sum(dim=4)
+    grad_c = (grad_bc * b.unsqueeze(-1)).sum(dim=3)
+    return torch.cat([bc @ grad.transpose(2, 3), grad_b, grad_c], dim=3)
+
+
 def mostatt(content_weight, motion_style, style_gain=None):
     """Motion style attention (MoStAtt, spec §5, Eq. 2): one modulated weight per frame.
 
@@ -136,7 +160,9 @@ def mostatt(content_weight, motion_style, style_gain=None):
     clips, _, in_channels, kernel_size, _ = content_weight.shape
     W = content_weight.flatten(2)  # [B, O, I·k·k]
     M = motion_modulation(motion_style, in_channels, kernel_size)  # [N, K, I·k·k]
-    of_clip = M.reshape(clips, -1, M.shape[2])  # the styles of all frames of a clip meet its weight in one product
+    of_clip = M.reshape(
+        clips, -1, M.shape[2]
+    )  # the styles of all frames of a clip meet its weight in one product
     score = W @ of_clip.transpose(1, 2) / math.sqrt(M.shape[2])  # [B, O, T·K]
     score = score.unflatten(2, (-1, M.shape[1])).transpose(1, 2).flatten(0, 1)  # [N, O, K]
     A = score.softmax(dim=2)
@@ -174,42 +200,116 @@ def conv2d_per_frame(x, weight, up=1):
     On a CPU one call per frame is two to four times faster than one grouped convolution. But PyTorch gives a single
     small frame (up to 20,480 numbers) to a slower library than oneDNN: those go in groups of a few.
     """
-    if not x.is_cpu or torch.compiler.is_exporting():  # a loop would fix an exported program's number of frames
-        return _conv2d_grouped(x, weight, up).contiguous(memory_format=torch.channels_last)
+    if (
+        not x.is_cpu or torch.compiler.is_exporting()
+    ):  # a loop would fix an exported program's number of frames
+        return conv2d_grouped(x, weight, up).contiguous(memory_format=torch.channels_last)
     group = 1 if x[0].numel() > 20480 else 8
     if group == 1:
         convolved = [conv2d_shared(frame, w, up) for frame, w in zip(x.split(1), weight.unbind(0))]
     else:
-        convolved = [_conv2d_grouped(frames, w, up) for frames, w in zip(x.split(group), weight.split(group))]
+        convolved = [
+            conv2d_grouped(frames, w, up) for frames, w in zip(x.split(group), weight.split(group))
+        ]
     y = convolved[0] if len(convolved) == 1 else torch.cat(convolved)
     return y.contiguous(memory_format=torch.channels_last)
 
 
-def _conv2d_grouped(x, weight, up):
+def conv2d_grouped(x, weight, up):
     """conv2d_per_frame as one call, frames side by side on channels."""
     frames, out_channels = weight.shape[:2]
     side_by_side = x.reshape(1, -1, *x.shape[2:])
     if up == 2:
-        y = F.conv_transpose2d(side_by_side, weight.transpose(1, 2).flatten(0, 1), stride=2, groups=frames)
+        y = F.conv_transpose2d(
+            side_by_side, weight.transpose(1, 2).flatten(0, 1), stride=2, groups=frames
+        )
     else:
-        y = F.conv2d(side_by_side, weight.flatten(0, 1), padding=weight.shape[-1] // 2, groups=frames)
+        y = F.conv2d(
+            side_by_side, weight.flatten(0, 1), padding=weight.shape[-1] // 2, groups=frames
+        )
     return y.view(frames, out_channels, *y.shape[2:])
 
 
+def mostatt_demod(
+    weight,
+    motion_style,
+    content_style=None,
+    dtype=None,
+    want_weight=True,
+    style_gain=None,
+    content_first=False,
+):
+    """MoStAtt with all that its kernel gives in one go: the clip's content style, `mostatt`, then `demodulation`.
 
-def mostatt_demod(content_weight, motion_style, clip_style=None, dtype=None, want_weight=True, style_gain=None):
-    """MoStAtt with all that its kernel gives in one go: `mostatt`, then the clip's style, then `demodulation`.
-
-    clip_style: [B', I] multiplies the modulated weight of frame n by row n // (N / B') (strategy ii of paper 4.3).
+    weight: [B', O, I, k, k], frame n uses row n // (N / B'). content_style: [B, I], frame n uses row n // (N / B); it
+    multiplies the weight before the score (content_first: strategy i of paper 4.3), or the result (strategy ii).
     style_gain: as `mostatt` takes it.
     Returns weight W' [N, O, I, k, k] in dtype (empty if not want_weight), score [N, O, K], demod [N, O].
     """
-    weight, score = mostatt(content_weight, motion_style, style_gain)
-    if clip_style is not None:
-        clip_style = clip_style.repeat_interleave(weight.shape[0] // len(clip_style), dim=0)
-        weight = weight * clip_style[:, None, :, None, None]
+    if content_style is not None and content_first:
+        weight = _of_rows(weight, len(content_style)) * content_style[:, None, :, None, None]
+        content_style = None
+    weight, score = mostatt(weight, motion_style, style_gain)
+    if content_style is not None:
+        weight = weight * _of_rows(content_style, len(weight))[:, None, :, None, None]
     demod = demodulation(weight)
     return weight.to(dtype or weight.dtype) if want_weight else weight.new_empty(0), score, demod
+
+
+def _of_rows(x, count):
+    """Every row of x as often as makes `count` rows; one row is left to broadcast."""
+    return x if len(x) == 1 else x.repeat_interleave(count // len(x), dim=0)
+
+
+def mostatt_backward(
+    grad_weight,
+    grad_score,
+    grad_demod,
+    weight,
+    motion_style,
+    content_style,
+    score,
+    demod,
+    content_first,
+):
+    """The gradient of `mostatt_demod`, written out (mostatt_backward.py has the formulas and the letters).
+
+    grad_weight may be empty; score and demod are the forward results. Returns the gradients of weight, motion_style and
+    content_style (None without one).
+    """
+    rows, _, I, side, _ = weight.shape
+    frames = len(motion_style)
+    w = _of_rows(weight.flatten(2), frames)  # [N, O, J]
+    s = torch.ones_like(w[:1, :1])
+    if content_style is not None:
+        s = _of_rows(content_style, frames).repeat_interleave(side * side, dim=1).unsqueeze(1)
+    first = s if content_first else torch.ones_like(s)
+    root = math.sqrt(w.shape[2])
+    M = motion_modulation(motion_style, I, side)
+    A = score.softmax(dim=2)
+    P = A @ M
+    size, at = P.abs().flatten(1).max(dim=1)
+    scale = torch.where(size > 0, 1 / size, 0)[:, None, None]
+    F_ = 1 + F.leaky_relu(P * scale, LEAKY_SLOPE)
+    U = -(grad_demod * demod**3).unsqueeze(2) * (w * s * F_)
+    if grad_weight.numel():
+        U = U + grad_weight.flatten(2)
+    grad_P = U * w * s * torch.where(P > 0, 1.0, LEAKY_SLOPE) * scale
+    grad_peak = -(grad_P * P).sum(dim=(1, 2), keepdim=True) * scale  # goes to where |P| is largest
+    sign = P.flatten(1).gather(1, at[:, None]).sign()
+    grad_P = grad_P.flatten(1).scatter_add(1, at[:, None], grad_peak[:, :, 0] * sign).view_as(P)
+    grad_A = grad_P @ M.transpose(1, 2)
+    grad_score = grad_score + A * (grad_A - (A * grad_A).sum(dim=2, keepdim=True))
+    grad_M = A.transpose(1, 2) @ grad_P + grad_score.transpose(1, 2) @ (w * first) / root
+    by_score = grad_score @ M / root
+    grad_w = (U * F_ * s + by_score * first).unflatten(0, (rows, -1)).sum(dim=1).view_as(weight)
+    grad_s = None
+    if content_style is not None:
+        grad_s = w * (U * F_ + by_score if content_first else U * F_)
+        grad_s = (
+            grad_s.unflatten(0, (len(content_style), -1)).unflatten(3, (I, -1)).sum(dim=(1, 2, 4))
+        )
+    return grad_w, motion_modulation_backward(grad_M, motion_style, I, side), grad_s
 
 
 def epilogue(x, demod, bias, up=1, clamp=None):
@@ -219,3 +319,44 @@ def epilogue(x, demod, bias, up=1, clamp=None):
     """
     x = demod_bias_lrelu(fir(x, 1, gain=4.0) if up == 2 else x, demod, bias)
     return x if clamp is None else x.clamp(-clamp, clamp)
+
+
+def epilogue_backward(grad, y, demod, bias, up=1, clamp=None):
+    """The gradient of `epilogue` to x, demod and bias from that of its result y and from y itself (fir.py)."""
+    if clamp is not None:
+        grad = torch.where(y.abs() < clamp, grad, 0)
+    grad_z = grad * torch.where(y > 0, LRELU_GAIN, LRELU_GAIN * LEAKY_SLOPE)
+    total, total_z = grad_z.sum(dim=(2, 3)), (grad * y).sum(dim=(2, 3))  # grad · y = grad_z · z
+    grad_x = grad_z * demod[:, :, None, None]
+    if up == 2:
+        grad_x = fir_filter(grad_x, 4.0, 1, 1, True)
+    return grad_x, (total_z - bias * total) / demod, total.sum(dim=0)
+
+
+def conv2d_per_frame_grad_x(grad, weight, up=1):
+    """The gradient of `conv2d_per_frame` to x: with up=2 a convolution of stride 2, else a transposed one."""
+    frames, out_channels, channels, side, _ = weight.shape
+    grad = grad.reshape(1, -1, *grad.shape[2:])
+    if up == 2:
+        y = F.conv2d(grad, weight.transpose(1, 2).flatten(0, 1), stride=2, groups=frames)
+    else:
+        y = F.conv_transpose2d(grad, weight.flatten(0, 1), padding=side // 2, groups=frames)
+    return y.view(frames, channels, *y.shape[2:])
+
+
+def conv2d_per_frame_grad_weight(grad, x, side, up=1):
+    """The gradient of `conv2d_per_frame` to its kernels [N, O, I, side, side]."""
+    (frames, out_channels), channels = grad.shape[:2], x.shape[1]
+    grad, x = (v.reshape(1, -1, *v.shape[2:]) for v in (grad, x))
+    if up == 2:  # the transposed convolution of x is the gradient of a convolution of y
+        shape = [frames * channels, out_channels, side, side]
+        of_frames = torch.nn.grad.conv2d_weight(grad, shape, x, stride=2, groups=frames)
+        return of_frames.unflatten(0, (frames, channels)).transpose(1, 2)
+    shape = [frames * out_channels, channels, side, side]
+    of_frames = torch.nn.grad.conv2d_weight(x, shape, grad, padding=side // 2, groups=frames)
+    return of_frames.unflatten(0, (frames, out_channels))
+
+
+def conv2d_epilogue(x, weight, demod, bias, up=1, clamp=None):
+    """A synthesis layer: `conv2d_per_frame`, then `epilogue`. Arguments as they take them."""
+    return epilogue(conv2d_per_frame(x, weight, up), demod, bias, up, clamp)

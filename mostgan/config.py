@@ -213,8 +213,9 @@ class TrainConfig:
     """bf16 (autocast with float32 master weights; needs a GPU) or float32 (a GPU's convolutions in tf32)"""
     compile: bool = True
     """torch.compile the G step, the D step and R1, each as one graph; the first step then takes a minute or more"""
-    kernels: str = "reference"
-    """what the ops of kernels/ run as on a GPU: triton, or reference, which is plain PyTorch"""
+    kernels: str = "auto"
+    """what the ops of kernels/ run as on a GPU: auto (the fastest that agrees with plain PyTorch there, measured once),
+    triton, or reference, which is plain PyTorch"""
     workers: int = 4
     """processes that decode clips; 0 decodes in a thread"""
 
@@ -244,8 +245,8 @@ class TrainConfig:
             raise UserError(f"precision is {self.precision!r}: bf16 or float32")
         if self.sampling not in ("spans", "uniform"):
             raise UserError(f"sampling is {self.sampling!r}: spans or uniform")
-        if self.kernels not in ("triton", "reference"):
-            raise UserError(f"kernels is {self.kernels!r}: triton or reference")
+        if self.kernels not in ("auto", "triton", "reference"):
+            raise UserError(f"kernels is {self.kernels!r}: auto, triton or reference")
 
     @property
     def frames_per_step(self) -> int:

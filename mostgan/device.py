@@ -28,7 +28,11 @@ def pick_device():
 
 
 def choose_kernels(choice, compiles, device):
-    """kernels.use(choice), and is there what torch.compile needs? Raises UserError where something is not installed."""
+    """kernels.use(choice), and is there what torch.compile needs? Raises UserError where something is not installed.
+
+    The shapes of a run hardly change, so cuDNN may look for its fastest algorithm for each.
+    """
+    torch.backends.cudnn.benchmark = not torch.are_deterministic_algorithms_enabled()
     try:
         kernels.use(choice)
     except ImportError:
@@ -59,3 +63,34 @@ def memory_bytes(device):
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def to_host(windows, device):
+    """Yields windows of frames, as `render` makes them, in host memory.
+
+    On a GPU two pinned buffers and a stream of copies: while the caller works on one window, the next is rendered and
+    copied, and the device waits for neither.
+    """
+    if device.type != "cuda":
+        yield from windows
+        return
+    copies, buffers, pending = torch.cuda.Stream(device), [None, None], None
+    for number, window in enumerate(windows):
+        host = buffers[number % 2]
+        if host is None or host.shape != window.shape:
+            host = buffers[number % 2] = torch.empty(window.shape, dtype=window.dtype, pin_memory=True)
+        copies.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(copies):
+            host.copy_(window, non_blocking=True)
+        copied = copies.record_event()
+        if pending is not None:
+            yield _copied(*pending)
+        pending = window, host, copied  # the window is kept, for its memory must not be used again before
+    if pending is not None:
+        yield _copied(*pending)
+
+
+def _copied(window, host, copied):
+    """A window in memory of its own: its buffer is used again."""
+    copied.synchronize()
+    return host.clone()

@@ -23,28 +23,41 @@ def discriminator_loss(real_logits, fake_logits):
     return F.softplus(-real_logits).mean() + F.softplus(fake_logits).mean()
 
 
-def input_gradient(logits_of, frames):
-    """∂ Σ logits / ∂ frames, itself differentiable; logits_of: function of frames [N, 3, H, W] → logits [B].
-
-    In a compiled function by torch.func.grad, whose result AOTAutograd can differentiate again; autograd.grad with
-    create_graph it cannot. Eager kernels registered as ops have it the other way round.
-    """
-    if torch.compiler.is_compiling():
-        return torch.func.grad(lambda x: logits_of(x).sum())(frames)
-    if not frames.requires_grad:
-        frames = frames.detach().requires_grad_()
-    (gradient,) = torch.autograd.grad(logits_of(frames).sum(), frames, create_graph=True)
-    return gradient
-
-
 def squared_norm(gradient):
     """Σ (∂logit/∂frame)² per frame, averaged over the frames of a clip and over clips: times γ/2 it is R1 (spec §8)."""
     return gradient.square().sum(dim=(1, 2, 3)).mean()
 
 
-def r1_penalty(logits_of, frames):
-    """R1 without its γ/2. logits_of, frames: as for `input_gradient`."""
-    return squared_norm(input_gradient(logits_of, frames))
+def r1_penalty(logits_of, frames, transform=None):
+    """R1 without its γ/2, differentiable in D's parameters.
+
+    logits_of: function of frames [N, 3, H, W] → logits [B]. transform(x, transposed): a linear map A on frames, applied
+    before, or its transpose; then R1 is that of D ∘ A, frames are A's result, and ∇ₓ D(A x) = Aᵀ ∇ D at A x.
+
+    With g = ∇ Σ D, and g fixed, R1's gradient is that of 2 ⟨∇ Σ D, A Aᵀ g⟩: a Jacobian-vector product. To differentiate
+    ∇ D itself, as the eager form on a CPU does, needs convolutions whose kernels are as large as images. A CPU is quick
+    at them (the product takes 1.3 times as long there), cuDNN takes seconds, and AOTAutograd cannot do it at all where
+    autograd.grad is called in a compiled function.
+    """
+    transform = transform or (lambda x, transposed: x)
+    if frames.is_cpu and not torch.compiler.is_compiling():
+        x = frames.detach().requires_grad_()
+        (gradient,) = torch.autograd.grad(logits_of(x).sum(), x, create_graph=True)
+        return squared_norm(transform(gradient, True))
+    gradient = torch.func.grad(lambda x: logits_of(x).sum())(frames).detach()
+    of_unmoved = transform(gradient, True)
+    return squared_norm(of_unmoved) + _zero_with_gradient(logits_of, frames, transform(of_unmoved, False))
+
+
+def _zero_with_gradient(logits_of, frames, direction):
+    """0, with the gradient to D's parameters of 2/N · ⟨∂ Σ logits / ∂ frames, direction⟩.
+
+    The logits, times 0, are in it for the parameters that the product does not depend on: their gradient is then 0 and
+    not None, so that Adam takes the same step for them.
+    """
+    logits, derivative = torch.func.jvp(logits_of, (frames,), (direction,))
+    surrogate = 2 / len(frames) * derivative.sum() + 0 * logits.sum()
+    return surrogate - surrogate.detach()
 
 
 def diversity(scores, num_ws):
@@ -121,16 +134,18 @@ def discriminator_objective(G, D, real, real_params, fake, fake_params):
 
 
 def r1_objective(D, real, params):
-    """R1 of the augmented discriminator, without its γ/2. ADA's geometry is linear: ∇ₓ D(A x) = Aᵀ ∇ D at A x, so the
-    transpose can stay outside of the function that is differentiated twice.
+    """R1 of the augmented discriminator, without its γ/2. ADA's geometry is linear, and stays outside of what is
+    differentiated twice.
     """
     frames, t, label = real
     if params is None:
         return r1_penalty(lambda x: D(x, t, label), frames)
-    clips, geometry = len(t), params.geometry
+    clips = len(t)
 
     def logits_of(moved):
-        return D(augment.recolor(moved, params).view(frames.shape), t, label)
+        return D(augment.recolor(stacked(moved, clips), params).view(frames.shape), t, label)
 
-    gradient = input_gradient(logits_of, augment.resample(stacked(frames, clips), geometry))
-    return squared_norm(augment.resample(gradient, geometry, transposed=True).view(frames.shape))
+    def geometry(x, transposed):
+        return augment.resample(stacked(x, clips), params.geometry, transposed).view(x.shape)
+
+    return r1_penalty(logits_of, geometry(frames, False), geometry)

@@ -44,7 +44,7 @@ class LayerContent(NamedTuple):
 
     raw_weight: torch.Tensor  # [O, I, 3, 3]
     style: torch.Tensor  # content style s, [B, I]
-    weight: torch.Tensor | None  # raw_weight · s, [B, O, I, 3, 3], where it is used
+    weight: torch.Tensor | None  # raw_weight · s, [B, O, I, 3, 3], where it serves more than one window
     demod: torch.Tensor | None  # [B, O], in layers without motion styles
     style_gain: torch.Tensor | None = None  # [K], where motion styles are scaled by hand (paper B.1)
 
@@ -76,7 +76,8 @@ class SynthesisLayer(nn.Module):
             weight = weight / (weight.abs().amax(dim=(1, 2, 3), keepdim=True) * math.sqrt(weight[0].numel()))
             style = style / style.abs().amax(dim=1, keepdim=True)
         content_weight = demod = None
-        if len(w) == 1 or (self.hypernetwork is not None and self.content_first):
+        # In training, many clips share a weight once: MoStAtt then takes weight and s as they are.
+        if len(w) == 1 or (self.hypernetwork is not None and self.content_first and not self.training):
             content_weight = weight * style[:, None, :, None, None]
         if self.hypernetwork is None:  # Σ (weight · s)² over inputs and taps is a matrix product
             demod = (style.square() @ weight.square().sum(dim=(2, 3)).t() + 1e-8).rsqrt()
@@ -93,24 +94,25 @@ class SynthesisLayer(nn.Module):
             demod = content.demod.repeat_interleave(frames_per_clip, dim=0)
         else:
             frame_weight, score, demod = self.motion_modulate(content, motion_vectors)
+        epilogue = demod, self.bias, self.up, self.clamp
         if frame_weight is not None and not self.demod_only:
-            x = kernels.conv2d_per_frame(x, frame_weight, self.up)
-        elif len(content.style) == 1:  # one clip: s goes into the weight, and no pass over the features is needed
+            return kernels.conv2d_epilogue(x, frame_weight, *epilogue), score
+        if len(content.style) == 1:  # one clip: s goes into the weight, and no pass over the features is needed
             x = kernels.conv2d_shared(x, content.weight[0], self.up)
         else:
             style = content.style.repeat_interleave(frames_per_clip, dim=0)[:, :, None, None]
             x = kernels.conv2d_shared(x * style.to(x.dtype), content.raw_weight, self.up)
-        return kernels.epilogue(x, demod, self.bias, self.up, self.clamp), score
+        return kernels.epilogue(x, *epilogue), score
 
     def motion_modulate(self, content, motion_vectors):
         """MoStAtt in the order of paper 4.3 → weight [N, O, I, 3, 3], score [N, O, K] and demodulation [N, O]."""
         motion_style = self.hypernetwork(motion_vectors.flatten(0, 1))
         motion_style = motion_style.view(*motion_vectors.shape[:2], self.rank, -1)
-        weight, style = content.weight, None  # strategy i
-        if not self.content_first:  # strategy ii
+        weight, style = content.weight, None
+        if weight is None or not self.content_first:
             weight, style = content.raw_weight.unsqueeze(0), content.style
         return kernels.mostatt_demod(weight, motion_style, style, want_weight=not self.demod_only,
-                                     style_gain=content.style_gain)
+                                     style_gain=content.style_gain, content_first=self.content_first)
 
 
 class ToRGB(nn.Module):

@@ -1,0 +1,373 @@
+"""Which implementation of an op runs: each is compared with the op's plain PyTorch twin, timed, and remembered.
+
+At the first call of an op with new shapes, its candidates are run on the call's own tensors. A candidate that raises,
+runs out of memory, gives another shape, dtype or memory layout than the twin, or differs from the twin by more than
+`TOLERANCE` is dropped and named in the log. The fastest of the rest serves this call and all later ones. Where PyTorch
+is told to be deterministic, the first correct candidate serves, so that no clock decides about bits.
+
+The table of choices lies in the user's cache folder, in one file for each device and set of versions. A candidate is
+noted there before its first launch, because one that reads outside its memory takes the process down: the next start
+then drops it. Of several processes (torchrun's RANK) only the first writes.
+"""
+
+import contextlib
+import functools
+import hashlib
+import json
+import logging
+import os
+import statistics
+import time
+import uuid
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+TOLERANCE = {
+    torch.float32: 2e-3,
+    torch.bfloat16: 2e-2,
+    torch.float16: 2e-2,
+}  # ‖difference‖ / ‖twin's result‖
+PLAIN = "plain PyTorch"  # the name of the twin among the candidates
+log = logging.getLogger("kernels")
+
+mode = "auto"  # what kernels.use was told: auto, triton or reference
+devices = {"cuda"}  # where candidates run at all; on other devices the twin does. Tests add "cpu"
+
+
+class Unsuitable(Exception):
+    """Raised by a candidate that is not made for these shapes or this device. It is dropped without a warning."""
+
+
+class Op(NamedTuple):
+    """An op: `twin` and every candidate are functions of the same arguments, with the same results."""
+
+    name: str
+    twin: object
+    candidates: dict  # name → function; names begin with their kind: Triton, cuDNN, matrix products
+
+    def __call__(self, *args):
+        """Runs the implementation that the mode, the device and the table of choices say."""
+        device = next(a for a in args if torch.is_tensor(a)).device.type
+        with torch.autocast(
+            device, enabled=False
+        ):  # the op's arguments have the dtypes that it works in
+            if device not in devices or mode == "reference":
+                return self.twin(*args)
+            if mode == "triton":
+                return self._first_triton(args)
+            name = choices().of(self, args)
+            return self.function(name)(*args)
+
+    def function(self, name):
+        return self.twin if name == PLAIN else self.candidates[name]
+
+    def _first_triton(self, args):
+        """The first of the Triton candidates that is suitable; no error of a kernel is hidden."""
+        for name, candidate in self.candidates.items():
+            if name.startswith("Triton"):
+                try:
+                    return candidate(*args)
+                except Unsuitable:
+                    pass
+        return self.twin(*args)
+
+
+def describe(op, args):
+    """What a choice depends on: the op, shapes, dtypes, memory order, and other arguments."""
+    return " ".join([op.name, *(_describe(a) for a in args)])
+
+
+def _describe(a):
+    if not torch.is_tensor(a):
+        return str(a).removeprefix("torch.")
+    sizes = "×".join(map(str, a.shape)) or "scalar"
+    channels_last = a.ndim > 3 and not a.is_contiguous() and a.movedim(-3, -1).is_contiguous()
+    return (
+        f"{sizes}:{str(a.dtype).removeprefix('torch.')}{':channels-last' if channels_last else ''}"
+    )
+
+
+def results(out):
+    return [out] if torch.is_tensor(out) else list(out)
+
+
+class Choices:
+    """The table of choices: `rows` maps an op with its shapes to what was measured.
+
+    A row is {"chosen": name, "ms": {name: …}, "error": {name: …}, "dropped": {name: why}}; while it is measured it
+    has no "chosen", and "trying" is the candidate at work and the process that runs it.
+    """
+
+    def __init__(self, folder=None, key=None):
+        self.key = device_key() if key is None else key
+        digest = hashlib.sha256(json.dumps(self.key, sort_keys=True).encode()).hexdigest()[:16]
+        self.path = (cache_folder() if folder is None else Path(folder)) / f"{digest}.json"
+        self.rows, self.used, self.measured = {}, {}, set()
+        self.writes = os.environ.get("RANK", "0") == "0"
+        self._read()
+
+    def of(self, op, args):
+        """The name of the implementation for these arguments; measures it if it is not known yet."""
+        text = describe(op, args)
+        if text not in self.used:
+            row = self.rows.get(text, {})
+            if "chosen" not in row and _capturing(args):
+                return PLAIN  # nothing can be compared while a CUDA graph is recorded
+            if row.get("chosen") not in (PLAIN, *op.candidates):
+                row = self.race(op, args, row.get("dropped", {}))
+                self.measured.add(text)
+            self.used[text] = row["chosen"]
+        return self.used[text]
+
+    def race(self, op, args, dropped):
+        """Compares and times all candidates on these arguments. Returns the row, which is also kept and saved.
+
+        dropped: candidates that an earlier process has dropped. Nothing that is allocated here stays.
+        """
+        text = describe(op, args)
+        row = {"ms": {}, "error": {}, "dropped": dict(dropped)}
+        try:
+            wanted = results(op.twin(*args))
+        except torch.OutOfMemoryError:
+            log.warning(
+                "kernels: %s: no memory to compare candidates, so plain PyTorch is used this time",
+                text,
+            )
+            release_memory()
+            return row | {"chosen": PLAIN}  # not kept: there may be more memory another time
+        self.rows[text] = row
+        for name in (*op.candidates, PLAIN):
+            if name not in row["dropped"]:
+                self._try(op.function(name), name, args, wanted, text, row)
+        del wanted
+        release_memory()
+        if not row["ms"]:
+            row["ms"][PLAIN] = None
+        if torch.are_deterministic_algorithms_enabled():
+            row["chosen"] = next(iter(row["ms"]))
+        else:
+            row["chosen"] = min(row["ms"], key=row["ms"].get)
+        row.pop("trying", None)
+        self._write()
+        return row
+
+    def _try(self, function, name, args, wanted, text, row):
+        """Runs a candidate; enters its time and error, or why it is dropped, into the row."""
+        row["trying"] = {"name": name, "process": process()}
+        self._write()
+        try:
+            out = results(function(*args))
+            synchronize()
+            error, problem = compare(out, wanted)
+            del out
+            if problem is None:
+                row["error"][name] = error
+                row["ms"][name] = milliseconds(functools.partial(function, *args), args)
+        except Unsuitable as reason:
+            row["dropped"][name] = f"not suitable: {reason}"
+            return
+        except torch.OutOfMemoryError:
+            problem = "out of memory"
+            release_memory()
+        except Exception as reason:  # whatever a compiler or a driver may raise
+            problem = f"{type(reason).__name__}: {(str(reason).splitlines() or [''])[0][:200]}"
+            self._require_device(name, text)
+        except BaseException:  # Ctrl-C says nothing about the candidate
+            del row["trying"]
+            self._write()
+            raise
+        if problem is not None:
+            row["dropped"][name] = problem
+            log.warning("kernels: %s is not used for %s: %s", name, text, problem)
+
+    def _require_device(self, name, text):
+        """An illegal address leaves a device on which nothing runs any more; the table still says what was tried."""
+        try:
+            synchronize()
+        except Exception as reason:
+            raise RuntimeError(
+                f"kernels: {name} broke the device at {text}; start the program again: it leaves this one out"
+            ) from reason
+
+    def summary(self):
+        """Such as '11 of 13 Triton, 2 cuDNN (measured now)': the ops that this process has run, by kind."""
+        if not self.used:
+            return "plain PyTorch"
+        kinds = [next(k for k in KINDS if name.startswith(k)) for name in self.used.values()]
+        parts = [f"{kinds.count(k)} {k}" for k in KINDS if k in kinds]
+        parts[0] = parts[0].replace(" ", f" of {len(kinds)} ", 1)
+        new, all_of_them = len(self.measured), len(self.used)
+        when = (
+            "measured now"
+            if new == all_of_them
+            else f"{new} measured now"
+            if new
+            else "measured before"
+        )
+        return f"{', '.join(parts)} ({when})"
+
+    def _read(self):
+        try:
+            saved = json.loads(self.path.read_text())
+            if saved["key"] != self.key:
+                raise ValueError("it is of another device or version")
+            rows = {text: _row_as_read(text, row) for text, row in saved["rows"].items()}
+        except FileNotFoundError:
+            return
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as reason:
+            log.warning(
+                "kernels: the table %s cannot be read (%s), so it is measured anew",
+                self.path,
+                reason,
+            )
+            return
+        self.rows = rows
+
+    def _write(self):
+        """Writes the table whole or not at all. A folder that cannot be written is named once."""
+        if not self.writes:
+            return
+        temporary = self.path.with_name(f".{uuid.uuid4().hex}.partial")
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with open(temporary, "w") as file:
+                json.dump({"key": self.key, "rows": self.rows}, file, indent=1)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(self.path)
+        except OSError as reason:
+            self.writes = False
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+            log.warning(
+                "kernels: %s cannot be written (%s): it is measured anew each time",
+                self.path,
+                reason,
+            )
+
+
+KINDS = ("Triton", "cuDNN", "matrix products", PLAIN)
+
+
+@functools.cache
+def choices():
+    """The table of this process, read at the first call."""
+    return Choices()
+
+
+def _row_as_read(text, row):
+    """A row as another process left it: what was being tried when that process ended is dropped."""
+    row = {"ms": dict(row["ms"]), "error": dict(row["error"]), "dropped": dict(row["dropped"])} | {
+        key: row[key] for key in ("chosen", "trying") if key in row
+    }
+    trying = row.pop("trying", None)
+    if trying is not None and not _runs(trying["process"]):
+        row["dropped"][trying["name"]] = "the process that tried it ended there"
+        log.warning("kernels: %s is not used for %s: a process ended there", trying["name"], text)
+    return row
+
+
+def process():
+    return f"{os.uname().nodename} {os.getpid()}"
+
+
+def _runs(name):
+    """Whether a process of this machine is still there, and is another one."""
+    host, _, number = name.rpartition(" ")
+    if host != os.uname().nodename or int(number) == os.getpid():
+        return False
+    try:
+        os.kill(int(number), 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+def compare(out, wanted):
+    """(largest relative error, None) of a candidate's results, or (None, what is wrong with them)."""
+    worst = 0.0
+    for i, (ours, twins) in enumerate(zip(out, wanted, strict=True)):
+        for what in ("shape", "dtype"):
+            if getattr(ours, what) != getattr(twins, what):
+                return (
+                    None,
+                    f"result {i} has {what} {getattr(ours, what)}, not {getattr(twins, what)}",
+                )
+        if ours.stride() != twins.stride():
+            return None, f"result {i} has strides {ours.stride()}, not {twins.stride()}"
+        if twins.numel() == 0:
+            continue
+        size = torch.linalg.vector_norm(twins, dtype=torch.float32)
+        error = torch.linalg.vector_norm(ours - twins, dtype=torch.float32) / size.clamp_min(1e-30)
+        error = float(error)
+        if not error <= TOLERANCE[twins.dtype]:  # NaN is not less than anything
+            return None, f"result {i} is wrong by {error:.1e}"
+        worst = max(worst, error)
+    return worst, None
+
+
+def milliseconds(run, args):
+    """Median time of a function that has run once before, in milliseconds."""
+    if next(a for a in args if torch.is_tensor(a)).is_cuda:
+        from triton.testing import do_bench
+
+        first = _once(run)
+        return first if first > 100 else do_bench(run, warmup=5, rep=20, return_mode="median")
+    return statistics.median(_once(run) for _ in range(3))
+
+
+def _once(run):
+    synchronize()
+    started = time.perf_counter()
+    run()
+    synchronize()
+    return 1e3 * (time.perf_counter() - started)
+
+
+def synchronize():
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def release_memory():
+    """Gives what a race allocated back to the device."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _capturing(args):
+    return (
+        any(torch.is_tensor(a) and a.is_cuda for a in args)
+        and torch.cuda.is_current_stream_capturing()
+    )
+
+
+def device_key():
+    """What a table is valid for."""
+    cuda = torch.cuda.is_available()
+    try:
+        import triton
+
+        version = triton.__version__
+    except ImportError:
+        version = None
+    source = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        source.update(path.read_bytes())
+    return {
+        "device": torch.cuda.get_device_name() if cuda else "CPU",
+        "capability": list(torch.cuda.get_device_capability()) if cuda else None,
+        "torch": torch.__version__,
+        "triton": version,
+        "cudnn": torch.backends.cudnn.version(),
+        "kernels": source.hexdigest()[:16],
+    }
+
+
+def cache_folder():
+    """~/.cache/mostgan/kernels, or below $XDG_CACHE_HOME."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mostgan" / "kernels"

@@ -285,7 +285,8 @@ def pack_sky(dst, resolution, count=None, frames=None):
 
     settings = Settings(resolution, "raw" if resolution <= RAW_UP_TO else "jpeg")
     about = {"source": f"sky {sky.VERSION}", "origin": None, "labels": None, "builtin": True}
-    return pack(sky.clips(count or sky.CLIPS, frames or sky.FRAMES), dst, settings, about=about)
+    clips = sky.clips(count or sky.CLIPS, frames or sky.FRAMES)
+    return pack(clips, dst, settings, about=about, jobs=1)  # PyTorch, which paints them, uses all cores
 
 
 def _builtin_sky(resolution, folder):

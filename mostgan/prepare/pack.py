@@ -85,7 +85,8 @@ def _workers(jobs):
         yield pool
     except BrokenProcessPool:
         died = "a process of the preparation died (killed, or short of memory)"
-        raise UserError(f"{died}; the same command goes on where it stopped") from None
+        hint = "a script that calls this needs `if __name__ == '__main__':` around it"
+        raise UserError(f"{died}; the same command goes on where it stopped ({hint})") from None
     finally:
         if sys.exc_info()[0] is not None:
             for process in multiprocessing.active_children():

@@ -64,14 +64,14 @@ def train(config: TrainConfig, out: Path | None = None, resume: Resume | None = 
         detectors = metrics.open_detectors(config.eval_detector, config.eval_frame_detector, device)
     state, fps = new_state(config, device), config.model.fps
     saved = resume.checkpoint if resume else None
-    started = start_from(state, config.start_from) if config.start_from and saved is None else None
+    origin = start_from(state, config.start_from) if config.start_from and saved is None else None
     run = open_run(out, resume, config, clips)
     if saved is not None:
         load_state(state, saved)
     elif main:
         save_real_grid(run, clips, fps)
-        if started:
-            print(started)
+        if origin:
+            print(origin)
             save_grids(run, state.ema, clips, 0, fps)  # the checkpoint's own frames
     print_start(config, clips, run, device, state)
 

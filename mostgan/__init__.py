@@ -21,7 +21,7 @@ def load(path=None, device="cpu"):
 
 
 def __getattr__(name):
-    """What needs PyTorch is imported when it is asked for, so that commands and processes without networks start fast."""
+    """What needs PyTorch is imported when it is asked for: commands without networks start fast."""
     if name == "checkpoint":
         return import_module("mostgan.checkpoint")
     modules = {"Discriminator": "mostgan.discriminator", "Generator": "mostgan.model"}

@@ -31,6 +31,12 @@ MATRICES = [
 # ------------------------------------------------------------------------------------ orientation
 
 
+@pytest.fixture(autouse=True)
+def short_jobs(monkeypatch):
+    """Short films are cut into several jobs, as long ones are, so that their clips are sought."""
+    monkeypatch.setattr("mostgan.prepare.clips.JOB_FRAMES", 1)
+
+
 def turned(image, a, b, c, d):
     """The independent answer: every pixel of [H, W, 3] put where the matrix says."""
     y, x = np.mgrid[: image.shape[0], : image.shape[1]]

@@ -22,6 +22,7 @@ from mostgan.prepare.pictures import encode_jpeg, reason
 from mostgan.prepare.reading import UNREADABLE, printable, stem
 
 MIN_FRAMES = 3  # what training takes of a clip
+JOB_FRAMES = 1000  # least of a job: shorter ones spend more on opening the film and getting there
 TOLD = 3  # reports of damage that a clip's metadata hold; the others are counted
 
 
@@ -95,13 +96,14 @@ class Job(NamedTuple):
 
 
 def jobs_of(source, settings):
-    """The jobs of a source. A film is cut into stretches at least twice as long as its key frames
-    lie apart, for each job begins at the key frame before its first clip.
+    """The jobs of a source. A film is cut into stretches, at least twice as long as its key frames
+    lie apart, for each job decodes from the key frame before its first clip.
     """
     length, each = source.length(settings), settings.clip_length
     if each is None or length is None or length <= each or source.timing.gap is None:
         return [Job()]
-    stretch = max(1, math.ceil(2 * source.timing.gap * source.fps(settings) / each))
+    frames = max(2 * source.timing.gap * source.fps(settings), JOB_FRAMES)
+    stretch = math.ceil(frames / each)
     firsts = range(0, math.ceil(length / each), stretch)
     return [Job(first, stretch) for first in firsts[:-1]] + [Job(firsts[-1])]
 

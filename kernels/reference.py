@@ -261,6 +261,11 @@ def _of_rows(x, count):
     return x if len(x) == 1 else x.repeat_interleave(count // len(x), dim=0)
 
 
+def _slope(x):
+    """The derivative of leaky ReLU, in x's dtype."""
+    return torch.full_like(x, LEAKY_SLOPE).masked_fill_(x > 0, 1)
+
+
 def mostatt_backward(
     grad_weight,
     grad_score,
@@ -294,7 +299,7 @@ def mostatt_backward(
     U = -(grad_demod * demod**3).unsqueeze(2) * (w * s * F_)
     if grad_weight.numel():
         U = U + grad_weight.flatten(2)
-    grad_P = U * w * s * torch.where(P > 0, 1.0, LEAKY_SLOPE) * scale
+    grad_P = U * w * s * _slope(P) * scale
     grad_peak = -(grad_P * P).sum(dim=(1, 2), keepdim=True) * scale  # goes to where |P| is largest
     sign = P.flatten(1).gather(1, at[:, None]).sign()
     grad_P = grad_P.flatten(1).scatter_add(1, at[:, None], grad_peak[:, :, 0] * sign).view_as(P)
@@ -325,7 +330,7 @@ def epilogue_backward(grad, y, demod, bias, up=1, clamp=None):
     """The gradient of `epilogue` to x, demod and bias from that of its result y and from y itself (fir.py)."""
     if clamp is not None:
         grad = torch.where(y.abs() < clamp, grad, 0)
-    grad_z = grad * torch.where(y > 0, LRELU_GAIN, LRELU_GAIN * LEAKY_SLOPE)
+    grad_z = grad * _slope(y) * LRELU_GAIN
     total, total_z = grad_z.sum(dim=(2, 3)), (grad * y).sum(dim=(2, 3))  # grad · y = grad_z · z
     grad_x = grad_z * demod[:, :, None, None]
     if up == 2:

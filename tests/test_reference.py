@@ -14,7 +14,7 @@ from kernels import reference
 ], ids=["filter", "downsample", "upsample", "fir pad 2", "fir pad 1"])
 def test_fir_differentiates_twice(op):
     x = torch.randn(2, 3, 6, 8, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(op, (x,)) and torch.autograd.gradgradcheck(op, (x,))
+    assert torch.autograd.gradcheck(op, (x,), check_forward_ad=True) and torch.autograd.gradgradcheck(op, (x,))
 
 
 def test_fir_keeps_a_constant():
@@ -81,3 +81,40 @@ def test_style_gain_scales_a_share_of_P(rank, styles):
         assert torch.equal(kernels.mostatt_demod(W, style, style_gain=gains)[0], weight)
     weight, _ = kernels.mostatt(W, style, torch.zeros(styles).double())
     assert torch.equal(weight, W.repeat_interleave(3, 0))
+
+
+def agree(ours, exact):
+    for a, b in zip(ours, exact, strict=True):
+        assert (a - b).norm() <= 1e-12 * b.norm()
+
+
+@pytest.mark.parametrize("order", ["content first", "motion first", "no content style"])
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("k, rank, styles", [(3, 3, 6), (1, 1, 1)])
+def test_gradient_of_mostatt_is_autograds(k, rank, styles, rows, order):
+    weight, motion = torch.randn(rows, 5, 7, k, k).double(), torch.randn(6, styles, rank, 7 + 2 * k).double()
+    content = None if order == "no content style" else torch.randn(2, 7).double()
+    inputs = [x.requires_grad_() for x in (weight, motion, content) if x is not None]
+    outputs = reference.mostatt_demod(weight, motion, content, content_first=order == "content first")
+    cotangents = [torch.randn_like(out) for out in outputs]
+    exact = torch.autograd.grad(outputs, inputs, cotangents)
+    _, score, demod = (out.detach() for out in outputs)
+    first = order == "content first"
+    ours = reference.mostatt_backward(*cotangents, weight, motion, content, score, demod, first)
+    agree(ours[: len(exact)], exact)
+
+
+@pytest.mark.parametrize("up", [1, 2])
+@pytest.mark.parametrize("clamp", [None, 1.0])
+def test_gradients_of_a_convolution_and_its_epilogue_are_autograds(up, clamp):
+    x, weight = torch.randn(3, 4, 5, 6).double(), torch.randn(3, 2, 4, 3, 3).double()
+    inputs = [v.requires_grad_() for v in (x, weight)]
+    y = reference.conv2d_per_frame(x, weight, up)
+    grad = torch.randn_like(y)
+    ours = reference.conv2d_per_frame_grad_x(grad, weight, up), reference.conv2d_per_frame_grad_weight(grad, x, 3, up)
+    agree(ours, torch.autograd.grad(y, inputs, grad))
+    inputs = [v.double().requires_grad_() for v in (y.detach(), torch.rand(3, 2) + 0.5, torch.randn(2))]
+    z = reference.epilogue(*inputs, up, clamp)
+    grad = torch.randn_like(z)
+    ours = reference.epilogue_backward(grad, z.detach(), *inputs[1:], up, clamp)
+    agree(ours, torch.autograd.grad(z, inputs, grad))

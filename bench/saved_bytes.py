@@ -1,0 +1,96 @@
+"""Bytes that the compiled objectives of a training step keep for the backward pass, and their graph breaks.
+
+    python bench/saved_bytes.py [--ops] [--clips 4] [--out FILE]
+
+At 256² with a quarter of the paper's channels, on a CPU, with torch.compile's aot_eager backend: counted by autograd's
+saved-tensor hooks, each storage once, parameters and inputs left out. --ops takes the registered ops (their plain
+twins, on a CPU), as on a GPU; without it the ops are plain PyTorch that the compiler sees through.
+"""
+
+import argparse
+import dataclasses
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+
+sys.path.insert(
+    0, str(Path(__file__).resolve().parent.parent)
+)  # else `kernels` is bench/kernels.py
+from bench.timing import do_without, write
+
+do_without("av", "PIL", "tqdm", "tyro")
+
+import train as training
+from mostgan.config import train_preset
+from mostgan.data import Batch
+from mostgan.loss import frozen
+
+CLIPS = SimpleNamespace(lengths=np.full(100, 200), labels=None)
+
+
+def kept(run, given):
+    """Bytes of the storages that run() saves for its gradient, but those of `given`."""
+    known, sizes = {t.untyped_storage().data_ptr() for t in given}, {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            sizes[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = run()  # stays until the end: an address must not be used twice
+    del result
+    return sum(sizes.values())
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--ops", action="store_true")
+    parser.add_argument("--clips", type=int, default=4)
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    if args.ops:
+        from kernels import choose
+
+        choose.devices = {"cuda", "cpu"}
+        choose.Op.__call__ = lambda op, *inputs: op.twin(*inputs)
+    config = train_preset("paper256", "sky")
+    model = dataclasses.replace(config.model, channel_base=4096, channel_max=128)
+    config = dataclasses.replace(
+        config, model=model, batch_clips=args.clips, batch_split=1, precision="float32"
+    )
+    device = torch.device("cpu")
+    state = training.new_state(config, device)
+    draw = training.Draws(config, CLIPS, device, state)
+    objective = training.objectives(config, "aot_eager")
+    B, T, R = args.clips, model.frames_per_clip, model.resolution
+    t = torch.arange(T, dtype=torch.float64).expand(B, T) * 3
+    frames = torch.randint(256, (B, T, 3, R, R), dtype=torch.uint8)
+    (real,) = draw.pieces(Batch(frames, t, torch.zeros(B, 0)))
+    latents, G, D = draw.latents(), state.G, state.D
+    runs = {
+        "generator": lambda: objective.generator(G, frozen(D), latents, draw.augmentation(), 0.1),
+        "discriminator": lambda: objective.discriminator(
+            G, D, real, draw.augmentation(), latents, draw.augmentation()
+        ),
+        "r1": lambda: objective.r1(D, real, draw.augmentation()),
+    }
+    given = [*G.parameters(), *D.parameters(), *(v for v in (*real, *latents) if v is not None)]
+    result = {"ops": args.ops, "clips": B, "torch": torch.__version__, "rows": []}
+    for name, run in runs.items():
+        run()  # compiles, which hooks would be in the way of
+        size = kept(run, given)
+        breaks = sum(torch._dynamo.utils.counters["graph_break"].values())
+        result["rows"].append({"objective": name, "bytes": size, "graph_breaks": breaks})
+        print(f"{name:14} {size / 1e6:8.1f} MB kept, {breaks} graph breaks", flush=True)
+        write(args.out, result)
+
+
+if __name__ == "__main__":
+    main()

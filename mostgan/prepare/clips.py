@@ -23,6 +23,7 @@ from mostgan.prepare.pictures import encode_jpeg, reason
 from mostgan.prepare.reading import UNREADABLE, printable, stem
 
 MIN_FRAMES = 3  # what training takes of a clip
+MOST_JOBS = 256  # of one source: each is told the names of all its files
 TOLD = 3  # reports of damage that a clip's metadata hold; the others are counted
 
 
@@ -103,7 +104,9 @@ def jobs_of(source, settings):
     if each is None or length is None or length <= each or source.timing.gap is None:
         return [Job()]
     stretch = max(1, math.ceil(2 * source.timing.gap * source.fps(settings) / each))
-    firsts = range(0, math.ceil(length / each), stretch)
+    clips = math.ceil(length / each)
+    firsts = range(0, clips, max(stretch, clips // MOST_JOBS))
+    stretch = firsts.step
     return [Job(first, stretch) for first in firsts[:-1]] + [Job(firsts[-1])]
 
 
@@ -250,4 +253,4 @@ class _Maker:
         """What is damaged at these times, as a list of texts."""
         order = sorted(times, key=lambda time: -math.inf if time is None else time)
         places = ["" if time is None else f" at {time:.2f} s" for time in order]
-        return [self.errors[time] + place for time, place in zip(order, places)]
+        return [printable(self.errors[time] + place) for time, place in zip(order, places)]

@@ -132,6 +132,39 @@ def test_a_folder_that_holds_something_else_is_left_alone(whole, tmp_path):
     assert files_of(tmp_path / "mine") == {"thesis.txt": b"precious"}
 
 
+@pytest.mark.parametrize("name", ["plan.json", "index.json"])
+@pytest.mark.parametrize("text", ["{}", "[1]", '{"clips": [], "version": 2}', "no JSON"])
+def test_what_has_only_the_names_of_our_files_is_left_alone(whole, tmp_path, name, text):
+    dst = tmp_path / "dst"
+    dst.mkdir()
+    for other in ("model.safetensors", "film.part", "a.unpacked"):
+        (dst / other).write_text("precious")
+    (dst / name).write_text(text)
+    before = files_of(dst)
+    with pytest.raises(UserError, match="dst"):
+        made.pack(whole / "src", dst, 16)
+    assert files_of(dst) == before
+
+
+def test_many_clips_of_a_large_source_are_made_by_few_jobs(tmp_path):
+    np.save(tmp_path / "a.npy", np.zeros((9000, 1, 1, 3), np.uint8))
+    settings = Settings(16, "raw", clip_length=3)
+    source = Source("a.npy", "array", str(tmp_path), ["a.npy"])
+    source.look(settings)
+    jobs = jobs_of(source, settings)
+    assert 100 < len(jobs) < 600 and jobs[-1].count is None
+    assert all(a.first + a.count == b.first for a, b in zip(jobs, jobs[1:]))
+    assert jobs[-1].first < 3000
+
+
+def test_the_help_explains_every_option(capfd):
+    _, out, _ = command(capfd, "--help")
+    for option in ("--lossless", "--strict", "--check"):
+        told = out.split(option + ",")[-1].split(option + " ")[-1].split("--")[1:]
+        assert told, option
+    assert "stop at the first source" in " ".join(out.split()) and "SRC" in out and "Args" not in out
+
+
 def test_folders_packed_by_earlier_versions_get_one_line(whole, tmp_path, capfd):
     old = tmp_path / "old.clips"
     old.mkdir()

@@ -24,6 +24,8 @@ from mostgan import files, prepare
 from mostgan.config import UserError
 from mostgan.data import Clips
 from mostgan.prepare import sky
+from mostgan.prepare.clips import jobs_of
+from mostgan.prepare.reading import Settings, Source
 
 ROOT = Path(__file__).parents[1]
 
@@ -146,7 +148,8 @@ def test_what_has_only_the_names_of_our_files_is_left_alone(whole, tmp_path, nam
     assert files_of(dst) == before
 
 
-def test_many_clips_of_a_large_source_are_made_by_few_jobs(tmp_path):
+def test_many_clips_of_a_large_source_are_made_by_few_jobs(tmp_path, monkeypatch):
+    monkeypatch.setattr("mostgan.prepare.clips.JOB_FRAMES", 1)
     np.save(tmp_path / "a.npy", np.zeros((9000, 1, 1, 3), np.uint8))
     settings = Settings(16, "raw", clip_length=3)
     source = Source("a.npy", "array", str(tmp_path), ["a.npy"])

@@ -587,7 +587,7 @@ def test_sound_that_is_longer_than_the_film_is_no_damage(tmp_path, name, cut):
         sound = container.add_stream("pcm_s16le", rate=8000)
         for k in range(50 * 4):  # 4 seconds of sound, 2 of which have pictures
             if k % 2 == 0 and k < 100:
-                image = flat([16 + 4 * (k // 2)])[0]
+                image = made.flat([16 + 4 * (k // 2)])[0]
                 container.mux(film.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
             noise = np.random.default_rng(k).integers(-9999, 9999, (1, 160), dtype=np.int16)
             samples = av.AudioFrame.from_ndarray(noise, format="s16", layout="mono")

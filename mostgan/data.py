@@ -29,6 +29,7 @@ from PIL import Image
 from safetensors import SafetensorError
 
 from mostgan.config import UserError
+from mostgan.files import read_json
 
 SPANS = (2, 4, 8, 16, 32)  # frames between the first and the last frame of a sample
 FORMAT, VERSION = (
@@ -46,8 +47,8 @@ def is_packed(path):
     pictures.
     """
     path = Path(path)
-    if (path / "plan.json").is_file() or (path / "packing.jsonl").is_file():  # it was not finished
-        return True
+    if "made by" in read_json(path / "plan.json") or (path / "packing.jsonl").is_file():
+        return True  # it was not finished
     try:
         with open(path / "index.json", "rb") as file:
             return FORMAT.encode() in file.read(200)

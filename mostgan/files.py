@@ -1,6 +1,7 @@
 """Files that are written whole or not at all, and checksums."""
 
 import hashlib
+import json
 import os
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,6 +30,22 @@ def write_whole(path, data):
     """Writes bytes or text (as UTF-8) to `path`, whole or not at all."""
     with whole_file(path) as file:
         file.write(data.encode() if isinstance(data, str) else data)
+
+
+def is_unfinished(name):
+    """Whether a file's name is one that `whole_file` gives to a file that it has not finished."""
+    return name.startswith(".") and name.endswith(".part")
+
+
+def read_json(path):
+    """The object in a JSON file, a dict; an empty one where there is no such file, or other things
+    in it.
+    """
+    try:
+        data = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return data if isinstance(data, dict) else {}
 
 
 def sha256_of(path):

@@ -440,6 +440,14 @@ def caches(folder):
     return sorted(path.name for path in folder.glob("*.clips"))
 
 
+def test_sources_with_long_names_and_with_files_named_as_ours(tmp_path, one_core):
+    for name in ("n" * 250, "\N{GRINNING FACE}" * 60):
+        src = tmp_path / name
+        write_source(src, "folder", numbered(4, 16, 16))
+        (src / "plan.json").write_text('{"chapters": 3}')
+        assert numbers(open_data(src, "sky", 16)) == [0, 1, 2, 3]
+
+
 @pytest.mark.parametrize(
     "name", ["clouds", "clouds.zip", "clouds.tar", "clouds.tar.gz", "clouds.mp4"]
 )

@@ -237,6 +237,18 @@ def test_numbers_with_gaps_are_mapped_and_the_mapping_is_kept_and_printed(
         assert all(name in out for name in classes)
 
 
+def test_names_that_python_would_take_for_numbers_are_names(src, tmp_path):
+    months = ["2020_01", "202_001", "2020_02", "2020_01"]
+    (tmp_path / "t.csv").write_text("".join(f"{n},{m}\n" for n, m in zip(LABELS, months)))
+    index, _ = made.pack(src, tmp_path / "dst", 16, labels=tmp_path / "t.csv")
+    assert index["labels"] == {"classes": ["202_001", "2020_01", "2020_02"]}
+
+
+def test_a_table_that_is_used_is_not_among_the_files_left_out(src, tmp_path):
+    index, _ = packed(src, tmp_path, dict.fromkeys(LABELS, 0))
+    assert not made.notes_on(index, ".json")
+
+
 def test_names_as_classes(src, tmp_path):
     index, clips = packed(src, tmp_path, dict(zip(LABELS, ["tabby", "siamese", "poodle", "tabby"])))
     assert index["labels"] == {"classes": ["poodle", "siamese", "tabby"]}

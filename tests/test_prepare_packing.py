@@ -24,6 +24,8 @@ from mostgan import files, prepare
 from mostgan.config import UserError
 from mostgan.data import Clips
 from mostgan.prepare import sky
+from mostgan.prepare.clips import jobs_of
+from mostgan.prepare.reading import Settings, Source
 
 ROOT = Path(__file__).parents[1]
 
@@ -130,6 +132,40 @@ def test_a_folder_that_holds_something_else_is_left_alone(whole, tmp_path):
     with pytest.raises(UserError, match="thesis"):
         made.pack(whole / "src", tmp_path / "mine" / "thesis.txt" / "below", 16)
     assert files_of(tmp_path / "mine") == {"thesis.txt": b"precious"}
+
+
+@pytest.mark.parametrize("name", ["plan.json", "index.json"])
+@pytest.mark.parametrize("text", ["{}", "[1]", '{"clips": [], "version": 2}', "no JSON"])
+def test_what_has_only_the_names_of_our_files_is_left_alone(whole, tmp_path, name, text):
+    dst = tmp_path / "dst"
+    dst.mkdir()
+    for other in ("model.safetensors", "film.part", "a.unpacked"):
+        (dst / other).write_text("precious")
+    (dst / name).write_text(text)
+    before = files_of(dst)
+    with pytest.raises(UserError, match="dst"):
+        made.pack(whole / "src", dst, 16)
+    assert files_of(dst) == before
+
+
+def test_many_clips_of_a_large_source_are_made_by_few_jobs(tmp_path, monkeypatch):
+    monkeypatch.setattr("mostgan.prepare.clips.JOB_FRAMES", 1)
+    np.save(tmp_path / "a.npy", np.zeros((9000, 1, 1, 3), np.uint8))
+    settings = Settings(16, "raw", clip_length=3)
+    source = Source("a.npy", "array", str(tmp_path), ["a.npy"])
+    source.look(settings)
+    jobs = jobs_of(source, settings)
+    assert 100 < len(jobs) < 600 and jobs[-1].count is None
+    assert all(a.first + a.count == b.first for a, b in zip(jobs, jobs[1:]))
+    assert jobs[-1].first < 3000
+
+
+def test_the_help_explains_every_option(capfd):
+    _, out, _ = command(capfd, "--help")
+    for option in ("--lossless", "--strict", "--check"):
+        told = out.split(option + ",")[-1].split(option + " ")[-1].split("--")[1:]
+        assert told, option
+    assert "stop at the first source" in " ".join(out.split()) and "SRC" in out and "Args" not in out
 
 
 def test_folders_packed_by_earlier_versions_get_one_line(whole, tmp_path, capfd):

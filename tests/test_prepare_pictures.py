@@ -392,6 +392,21 @@ def test_parts_of_gif_frames_are_laid_over_what_they_leave(tmp_path):
                 assert (clips.frames(0, [k])[0] == expected).all(), (disposal, k)
 
 
+def test_an_array_that_is_cut_off_is_used_as_far_as_it_goes(tmp_path):
+    np.save(tmp_path / "a.npy", numbered(9, 16, 16))
+    data = (tmp_path / "a.npy").read_bytes()
+    (tmp_path / "a.npy").write_bytes(data[: -(2 * 16 * 16 * 3 + 5)])
+    index, clips = made.pack(tmp_path / "a.npy", tmp_path / "dst", 16)
+    assert numbers(clips) == list(range(6))
+    assert made.notes_on(index, "damaged", "3 frames are missing")
+
+
+def test_the_picture_of_an_apng_for_other_programs_is_no_frame(tmp_path):
+    made.write_animation(tmp_path / "a.png", numbered(6), [40] * 5, default_image=True)
+    _, clips = made.pack(tmp_path / "a.png", tmp_path / "dst", 32)
+    assert numbers(clips) == [1, 2, 3, 4, 5]
+
+
 @pytest.mark.parametrize("name", ["a.mp4", "a.gif", "a.webp", "a.npy", "a"])
 def test_our_own_samples_can_be_packed(tmp_path, name):
     with VideoWriter(tmp_path / "src" / name, 25, comment="a sample") as video:
@@ -413,6 +428,7 @@ def test_arrays_that_are_no_films_are_named(tmp_path):
     )
     with made.at_most(seconds=20, megabytes=500):
         index, clips = made.pack(src, tmp_path / "dst", 16)
+        made.pack(src, tmp_path / "dst-cut", 16, clip_length=3)
     assert clips.names == ["good"]
     for name in ("floats.npy", "flat.npy", "objects.npy", "huge.npy"):
         assert made.notes_on(index, name), name

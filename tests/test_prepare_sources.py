@@ -1,5 +1,6 @@
 """What lies in folders and archives, under what names, and what is no clip."""
 
+import errno
 import http.server
 import io
 import os
@@ -117,6 +118,29 @@ def test_names_that_lead_out_of_an_archive_are_named_and_left(tmp_path, name):
         assert ".." not in clip and not clip.startswith(("/", "\\"))
     for part in ("../../evil", "/tmp/evil-absolute", "evil2"):
         assert made.notes_on(index, part), part
+
+
+def test_archives_of_one_name_in_two_folders_and_of_a_long_name(tmp_path):
+    long = "t" * 248 + ".tar.gz"
+    for k, name in enumerate(["a/x.tar.gz", "b/x.tar.gz", long]):
+        files = {f"./c/{i}.png": png(made.flat([40 + 50 * k])[0]) for i in range(3)}
+        make_archive(tmp_path / "src" / name, files)
+    _, clips = made.pack(tmp_path / "src", tmp_path / "dst", 16)
+    assert clips.names == ["a/x.tar.gz/c", "b/x.tar.gz/c", long + "/c"]
+    assert [made.levels(clips, k)[0] for k in range(3)] == [40, 90, 140]
+
+
+def test_a_disk_that_is_too_full_to_unpack_is_no_damaged_archive(tmp_path, monkeypatch):
+    make_archive(tmp_path / "src" / "x.tar.gz", pictures("c"))
+    write_pictures(tmp_path / "src" / "good", numbered(3))
+
+    def full(path):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(prepare.archives, "whole_file", full)
+    with pytest.raises(UserError, match="x.tar.gz.*No space"):
+        made.pack(tmp_path / "src", tmp_path / "dst", 16)
+    assert not (tmp_path / "dst").exists()
 
 
 def test_backslashes_are_separators_in_a_zip_of_windows(tmp_path):
@@ -600,6 +624,15 @@ def test_two_numbered_sequences_in_one_folder_are_two_clips(tmp_path, prefixes):
     _, clips = made.pack(tmp_path / "src", tmp_path / "dst", 32)
     assert sorted(clips.lengths.tolist()) == [3, 4, 6] and len(set(clips.names)) == 3
     assert all(numbers(clips, k) == list(range(clips.lengths[k])) for k in range(3))
+
+
+def test_names_that_would_be_the_same_are_told_apart(tmp_path):
+    for name in ("a", "a (2)"):
+        write_pictures(tmp_path / "src" / name, numbered(3))
+    for letter in "ab":
+        write_pictures(tmp_path / "src", numbered(4), name=letter + "_{}")
+    _, clips = made.pack(tmp_path / "src", tmp_path / "dst", 16)
+    assert len(set(clips.names)) == 4 and sorted(clips.lengths) == [3, 3, 4, 4]
 
 
 def test_a_packed_folder_among_the_sources_is_no_source(tmp_path):

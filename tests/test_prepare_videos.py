@@ -577,6 +577,58 @@ def test_sound_subtitles_and_a_cover_are_not_the_film(tmp_path):
     assert made.notes_on(index, "song.mp4")
 
 
+@pytest.mark.parametrize("name, cut", [("whole.mkv", False), ("cut.mkv", True)])
+def test_sound_that_is_longer_than_the_film_is_no_damage(tmp_path, name, cut):
+    path = tmp_path / "src" / name
+    path.parent.mkdir()
+    with av.open(str(path), "w") as container:
+        film = container.add_stream("libx264", rate=25, options={"crf": "4", "g": "5"})
+        film.width, film.height, film.pix_fmt = 32, 32, "yuv420p"
+        sound = container.add_stream("pcm_s16le", rate=8000)
+        for k in range(50 * 4):  # 4 seconds of sound, 2 of which have pictures
+            if k % 2 == 0 and k < 100:
+                image = made.flat([16 + 4 * (k // 2)])[0]
+                container.mux(film.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+            noise = np.random.default_rng(k).integers(-9999, 9999, (1, 160), dtype=np.int16)
+            samples = av.AudioFrame.from_ndarray(noise, format="s16", layout="mono")
+            samples.rate = 8000
+            container.mux(sound.encode(samples))
+        container.mux(film.encode(None))
+    if cut:
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 4])
+    index, clips = made.pack(tmp_path / "src", tmp_path / "dst", 32)
+    assert (index["clips"]["damaged"] != [0]) == cut
+    assert numbers(clips)[:10] == list(range(10)) and (cut or clips.lengths[0] == 50)
+
+
+def test_an_alpha_channel_is_laid_over_black(tmp_path):
+    image = np.full((32, 32, 4), (200, 100, 40, 128), np.uint8)
+    with av.open(str(tmp_path / "a.mov"), "w") as container:
+        video = container.add_stream("qtrle", rate=25)
+        video.width, video.height, video.pix_fmt = 32, 32, "argb"
+        for _ in range(4):
+            frame = av.VideoFrame.from_ndarray(image, format="rgba").reformat(format="argb")
+            container.mux(video.encode(frame))
+        container.mux(video.encode(None))
+    index, clips = made.pack(tmp_path / "a.mov", tmp_path / "dst", 32)
+    assert np.abs(clips.frames(0, [1]).mean((0, 2, 3)) - (100, 50, 20)).max() <= 1.5
+    assert made.notes_on(index, "alpha", "black")
+
+
+def test_jpegs_one_after_the_other_are_a_film_and_one_of_another_name_is_none(tmp_path):
+    jpegs = []
+    for image in numbered(6):
+        data = io.BytesIO()
+        Image.fromarray(image).save(data, "JPEG", quality=95)
+        jpegs.append(data.getvalue())
+    (tmp_path / "src").mkdir()
+    (tmp_path / "src" / "a.mjpeg").write_bytes(b"".join(jpegs))
+    (tmp_path / "src" / "picture.part1").write_bytes(jpegs[0])
+    index, clips = made.pack(tmp_path / "src", tmp_path / "dst", 32)
+    assert clips.names == ["a.mjpeg"] and numbers(clips) == list(range(6))
+    assert made.notes_on(index, ".part1", "neither")
+
+
 # --------------------------------------------------------------------------------------- long films
 
 LONG = [
@@ -734,6 +786,24 @@ def test_of_a_file_that_is_cut_off_what_is_there_is_used(tmp_path):
     assert "g.mp4" not in clips.names and made.notes_on(index, "g.mp4")
     for name in ("a.mkv", "b.mp4", "e.avi"):  # these state how long they should be
         assert made.notes_on(index, name), name
+
+
+@pytest.mark.parametrize("codec", ["libx264", "libx265", "mpeg2video"])
+def test_a_recording_cut_at_its_start_begins_with_its_first_whole_frame(tmp_path, codec):
+    """What hangs on frames that are missing is gray: it is not used, but counted."""
+    options = {"g": "20", "bf": "0"}
+    if codec == "libx265":
+        options = {"x265-params": "log-level=none:keyint=20:bframes=0"}
+    write_video(tmp_path / "whole.ts", made.moving(60), codec=codec, options=options)
+    data = (tmp_path / "whole.ts").read_bytes()
+    with av.open(str(tmp_path / "whole.ts")) as container:
+        (place,) = [p.pos for k, p in enumerate(container.demux(video=0)) if k == 25]
+    (tmp_path / "cut.ts").write_bytes(data[place + 50 :])
+    _, whole = made.pack(tmp_path / "whole.ts", tmp_path / "dst-whole", 32)
+    index, clips = made.pack(tmp_path / "cut.ts", tmp_path / "dst", 32)
+    assert clips.lengths[0] == 20
+    assert np.array_equal(clips.frames(0, range(20)), whole.frames(0, range(40, 60)))
+    assert codec == "mpeg2video" or index["clips"]["damaged"][0] > 0
 
 
 def test_a_hole_in_a_film_does_not_shift_what_follows(tmp_path):

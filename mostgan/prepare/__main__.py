@@ -2,7 +2,7 @@
 
 import sys
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import tyro
 
@@ -12,8 +12,8 @@ from mostgan.prepare.reading import printable
 
 
 def prepare(
-    src: tyro.conf.Positional[Path | None] = None,
-    dst: tyro.conf.Positional[Path | None] = None,
+    src: Annotated[tyro.conf.Positional[Path | None], tyro.conf.arg(metavar="SRC")] = None,
+    dst: Annotated[tyro.conf.Positional[Path | None], tyro.conf.arg(metavar="DST")] = None,
     /,
     resolution: int | None = None,
     crop: str = "center",
@@ -36,24 +36,25 @@ def prepare(
         src: folder (nested and mixed as you like), zip, tar, or a single file.
         dst: the folder to make.
         resolution: side of the square frames, in pixels.
-        crop: `center`: the largest centered square; `none`: the whole frame, squeezed into the
-        square; or a box
-            X,Y,W,H in pixels of the source.
+        crop: `center`, the largest centered square; `none`, the whole frame, squeezed into the
+            square; or a box X,Y,W,H in pixels of the source.
         masks: folder or zip of masks (white on black, named as the clips, or CLIP_ANYTHING as
-        FaceForensics does):
-            crops the square around everything white in a clip, the same for all its frames.
+            FaceForensics does). Crops the square around everything white in a clip, the same for
+            all its frames.
         fps: frames per second to resample to. Default: each source's usual rate. Folders of
-        pictures and arrays have no
-            times; their frames are kept as they are, and taken to have this rate (25 by default).
+            pictures and arrays have no times; their frames are kept as they are, and taken to have
+            this rate (25 by default).
         clip_length: cut longer videos into clips of this many frames.
         labels: `folders` makes each top-level folder a class; a file gives them (like dataset.json,
-        or lines of
-            clip,label or clip,number,number,...); otherwise a dataset.json is used if there is one.
+            or lines of clip,label or clip,number,number,...); otherwise a dataset.json is used if
+            there is one.
         split: pack only this part. Which clips are `test` depends on nothing but their names.
         test_share: how much of the data is `test`.
         lossless: keep every frame exactly, also above 128 pixels, where frames are JPEGs of quality
-        95 otherwise. strict: stop at the first source that cannot be used, or is damaged, instead
-        of leaving it out. check: verify this packed folder, every byte, and do nothing else.
+            95 otherwise.
+        strict: stop at the first source that cannot be used, or is damaged, instead of leaving it
+            out.
+        check: verify this packed folder, every byte, and do nothing else.
     """
     if check is not None:
         _check(check)
@@ -80,11 +81,10 @@ def _check(path):
 
 def main():
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(
-            errors="backslashreplace"
-        )  # a name that the terminal cannot print ends nothing
+        # A name that the terminal cannot print ends nothing.
+        stream.reconfigure(errors="backslashreplace")
     try:
-        tyro.cli(prepare)
+        tyro.cli(prepare, prog="python -m mostgan.prepare")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -6,6 +6,7 @@ packed it.
 
 import bz2
 import gzip
+import hashlib
 import io
 import lzma
 import os
@@ -30,6 +31,7 @@ LARGEST_MEMBER = 4 << 30  # bytes that a packed member may unpack to
 MOST_PACKED = 100  # times that media may shrink: what shrinks more is meant to fill the disk
 # How compressed files begin, whatever their names say.
 OPENERS = {b"\x1f\x8b": gzip.open, b"BZ": bz2.open, b"\xfd7": lzma.open}
+UNPACKED = ".unpacked"  # how the names of unpacked tars end
 READ_BY_US = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2)
 
 
@@ -183,7 +185,9 @@ def unpacked(path, scratch):
     if opener is None:
         return path
     limit = MOST_PACKED * os.path.getsize(path) + (1 << 30)
-    out = os.path.join(scratch, f".{os.path.basename(path)}.unpacked")
+    # Not its name: another folder may hold an archive of the same one.
+    digest = hashlib.sha256(os.fsencode(os.path.abspath(path))).hexdigest()[:16]
+    out = os.path.join(scratch, f".{digest}{UNPACKED}")
     with opener(path) as packed, whole_file(out) as file:
         while data := _readable(packed):
             file.write(data)

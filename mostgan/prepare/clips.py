@@ -23,6 +23,7 @@ from mostgan.prepare.reading import UNREADABLE, printable, stem
 
 MIN_FRAMES = 3  # what training takes of a clip
 JOB_FRAMES = 1000  # least of a job: shorter ones spend more on opening the film and getting there
+MOST_JOBS = 256  # of one source: each is told the names of all its files
 TOLD = 3  # reports of damage that a clip's metadata hold; the others are counted
 
 
@@ -102,7 +103,7 @@ def jobs_of(source, settings):
     length, each = source.length(settings), settings.clip_length
     if each is None or length is None or length <= each or source.timing.gap is None:
         return [Job()]
-    frames = max(2 * source.timing.gap * source.fps(settings), JOB_FRAMES)
+    frames = max(2 * source.timing.gap * source.fps(settings), JOB_FRAMES, length / MOST_JOBS)
     stretch = math.ceil(frames / each)
     firsts = range(0, math.ceil(length / each), stretch)
     return [Job(first, stretch) for first in firsts[:-1]] + [Job(firsts[-1])]
@@ -251,4 +252,4 @@ class _Maker:
         """What is damaged at these times, as a list of texts."""
         order = sorted(times, key=lambda time: -math.inf if time is None else time)
         places = ["" if time is None else f" at {time:.2f} s" for time in order]
-        return [self.errors[time] + place for time, place in zip(order, places)]
+        return [printable(self.errors[time] + place) for time, place in zip(order, places)]

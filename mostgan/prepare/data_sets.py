@@ -2,6 +2,7 @@
 its cache beside the source.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -9,10 +10,10 @@ import shutil
 from pathlib import Path
 
 from mostgan.config import UserError
-from mostgan.files import sha256_of
+from mostgan.files import read_json, sha256_of
 from mostgan.prepare import archives
 from mostgan.prepare.labels import label_sources
-from mostgan.prepare.pack import RAW_UP_TO, checksum_of, pack
+from mostgan.prepare.pack import RAW_UP_TO, checksum_of, locked, pack, pack_here
 from mostgan.prepare.reading import Settings, natural, printable, stem
 from mostgan.prepare.sources import Notes, find_sources
 
@@ -50,21 +51,14 @@ def prepare(
     settings = Settings(resolution, coding, _crop(crop), fps, clip_length)
     notes, src, dst = Notes(), Path(src), Path(dst)
     new = not dst.exists()
-    try:
-        dst.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot make {printable(str(dst))}: {error.strerror}") from None
-    try:
+    with locked(dst), _tidied(dst, new):
         sources, tables = find_sources(src, notes, dst)
         sources, meaning = label_sources(sources, tables, labels, notes)
         if masks is not None:
             _find_masks(sources, masks, dst)
         if split:
-            sources = [
-                source
-                for source in sources
-                if (place(source.name) < test_share) == (split == "test")
-            ]
+            test = {source.name for source in sources if place(source.name) < test_share}
+            sources = [s for s in sources if (s.name in test) == (split == "test")]
             if not sources:
                 raise UserError(f"{printable(str(src))}: no clip falls into the {split} part")
         told = {
@@ -73,20 +67,21 @@ def prepare(
             "masks": masks is not None,
         }
         told |= {"split": split, "test_share": test_share if split else None} | (about or {})
-        return pack(sources, dst, settings, notes, told, strict, jobs)
+        return pack_here(sources, dst, settings, notes, told, strict, jobs)
+
+
+@contextlib.contextmanager
+def _tidied(dst, new):
+    """Removes unpacked archives at the end, and the folder if it is new and nothing came of it."""
+    try:
+        yield
     finally:
-        _tidy(dst, new)
-
-
-def _tidy(dst, new):
-    """Removes unpacked archives, and the folder if nothing came of it."""
-    for name in os.listdir(dst) if dst.is_dir() else ():
-        if name.endswith(".unpacked"):
-            os.unlink(dst / name)
-    if new and dst.is_dir() and set(os.listdir(dst)) <= {"plan.json"}:
         for name in os.listdir(dst):
-            os.unlink(dst / name)
-        dst.rmdir()
+            if name.endswith(archives.UNPACKED):
+                os.unlink(dst / name)
+        if new and set(os.listdir(dst)) <= {"plan.json"}:
+            (dst / "plan.json").unlink(missing_ok=True)
+            dst.rmdir()
 
 
 def _crop(crop):
@@ -233,7 +228,7 @@ def _opened(place):
 
 def _clear_damaged(place):
     """Removes a cache that cannot be opened, unless packing can go on with it."""
-    if place.is_dir() and not (place / "plan.json").exists():
+    if place.is_dir() and "made by" not in read_json(place / "plan.json"):
         shutil.rmtree(place)
 
 
@@ -243,7 +238,9 @@ def _cache_place(path, resolution, cache):
     """
     path = path.resolve()
     kind = "folder" if path.is_dir() else path.suffix.lower().lstrip(".") or "file"
-    name = f"{path.name if path.is_dir() else path.stem}-{kind}-{source_fingerprint(path)}-{resolution}px.clips"
+    own = path.name if path.is_dir() else path.stem
+    own = os.fsencode(own)[:180].decode("utf-8", "ignore")  # a name has 255 bytes at most
+    name = f"{own}-{kind[:20]}-{source_fingerprint(path)}-{resolution}px.clips"
     # Root may write anywhere; a folder without any write permission is still meant to be left
     # alone.
     writable = os.access(path.parent, os.W_OK) and path.parent.stat().st_mode & 0o222
@@ -285,7 +282,10 @@ def pack_sky(dst, resolution, count=None, frames=None):
 
     settings = Settings(resolution, "raw" if resolution <= RAW_UP_TO else "jpeg")
     about = {"source": f"sky {sky.VERSION}", "origin": None, "labels": None, "builtin": True}
-    return pack(sky.clips(count or sky.CLIPS, frames or sky.FRAMES), dst, settings, about=about)
+    clips = sky.clips(count or sky.CLIPS, frames or sky.FRAMES)
+    return pack(
+        clips, dst, settings, about=about, jobs=1
+    )  # PyTorch, which paints them, uses all cores
 
 
 def _builtin_sky(resolution, folder):

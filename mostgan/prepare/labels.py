@@ -145,7 +145,12 @@ def _read_lines(data, where):
 
 
 def _numbers(cells):
-    """Texts as whole numbers where all of them are, else as floats; None if they are none."""
+    """Texts as whole numbers where all of them are, else as floats; None if they are none.
+
+    Python would take 2020_01 for a number, too.
+    """
+    if any("_" in cell for cell in cells):
+        return None
     for kind in (int, float):
         try:
             return [kind(cell) for cell in cells]

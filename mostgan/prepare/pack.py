@@ -35,7 +35,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from mostgan.config import UserError
-from mostgan.files import sha256_of, whole_file, write_whole
+from mostgan.files import is_unfinished, read_json, sha256_of, whole_file, write_whole
+from mostgan.prepare.archives import UNPACKED
 from mostgan.prepare.clips import MIN_FRAMES, file_name, jobs_of, made_before, make
 from mostgan.prepare.reading import printable
 from mostgan.prepare.sources import Notes
@@ -85,7 +86,8 @@ def _workers(jobs):
         yield pool
     except BrokenProcessPool:
         died = "a process of the preparation died (killed, or short of memory)"
-        raise UserError(f"{died}; the same command goes on where it stopped") from None
+        hint = "a script that calls this needs `if __name__ == '__main__':` around it"
+        raise UserError(f"{died}; the same command goes on where it stopped ({hint})") from None
     finally:
         if sys.exc_info()[0] is not None:
             for process in multiprocessing.active_children():
@@ -119,14 +121,20 @@ def _end_with_parent():
 # ------------------------------------------------------------------------------------------ packing
 
 
-def pack(sources, dst, settings, notes=None, about=None, strict=False, jobs=None):
-    """Packs sources into the folder `dst` and returns its index (a dict). Goes on where an
+def pack(sources, dst, settings, **options):
+    """As pack_here, into a folder that is made if need be and kept from other processes."""
+    with locked(Path(dst)):
+        return pack_here(sources, dst, settings, **options)
+
+
+def pack_here(sources, dst, settings, notes=None, about=None, strict=False, jobs=None):
+    """Packs sources into the locked folder `dst` and returns its index (a dict). Goes on where an
     interrupted run stopped.
 
     sources: objects like sources.Source. notes: what is known already of files left out. about:
     more entries of the index. jobs: processes; None: one for each core. Sources that cannot be used
     are left out, with a note; strict makes that, and any damage, an error. Raises UserError for
-    that, when no clip is left, when dst holds something else or cannot be written.
+    that, when no clip is left, when dst holds other clips or cannot be written.
     """
     dst, notes = Path(dst), notes or Notes()
     if not 4 <= settings.resolution <= 4096:
@@ -138,37 +146,55 @@ def pack(sources, dst, settings, notes=None, about=None, strict=False, jobs=None
     if settings.clip_length is None:
         jobs = min(jobs, len(sources))
     try:
-        with _locked(dst):
-            plan, made_from = _plan(sources, settings), _made_from(sources, settings, about)
-            if index := _finished(dst, made_from, plan):
-                return index
-            _take_up(dst, plan)
-            with _workers(jobs) as pool:
-                rows = _make_all(pool, sources, dst, settings, notes)
-            _judge(rows, notes, strict, f"{about.get('source', dst)}, {len(sources)} clips")
-            return _finish(dst, rows, made_from, settings, notes, about)
+        plan, made_from = _plan(sources, settings), _made_from(sources, settings, about)
+        if index := _finished(dst, made_from, plan):
+            return index
+        _take_up(dst, plan)
+        with _workers(jobs) as pool:
+            rows = _make_all(pool, sources, dst, settings, notes)
+        _judge(rows, notes, strict, f"{about.get('source', dst)}, {len(sources)} clips")
+        return _finish(dst, rows, made_from, settings, notes, about)
     except OSError as error:
         reason = f"cannot write {printable(str(dst))}: {error.strerror or error}"
         raise UserError(f"{reason}; the same command goes on where it stopped") from error
 
 
 @contextlib.contextmanager
-def _locked(dst):
-    """Makes the folder dst, if it is not there, and keeps other processes from preparing it."""
+def locked(dst):
+    """Makes the folder dst, if it is not there, and keeps other processes from preparing it.
+
+    Raises UserError where it cannot be made, or holds anything but what was packed.
+    """
+    told = printable(str(dst))
     if dst.exists() and not dst.is_dir():
-        raise UserError(f"{printable(str(dst))} is a file; choose another place")
-    dst.mkdir(parents=True, exist_ok=True)
-    handle = os.open(dst, os.O_RDONLY)
+        raise UserError(f"{told} is a file; choose another place")
+    try:
+        dst.mkdir(parents=True, exist_ok=True)
+        handle = os.open(dst, os.O_RDONLY)
+    except OSError as error:
+        raise UserError(f"cannot make {told}: {error.strerror}") from None
     try:
         with contextlib.suppress(OSError):  # of a file system without locks
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                told = f"another process is preparing {printable(str(dst))}"
-                raise UserError(f"{told}; wait until it has finished") from None
+                other = f"another process is preparing {told}; wait until it has finished"
+                raise UserError(other) from None
+        if any(not _is_temporary(name) for name in os.listdir(dst)) and not _is_ours(dst):
+            raise UserError(f"{told} exists already and is no packed folder; choose another place")
         yield
     finally:
         os.close(handle)
+
+
+def _is_ours(dst):
+    """Whether a folder is packed, or was begun to be, so that files of it may be removed."""
+    index, plan = read_json(dst / "index.json"), read_json(dst / "plan.json")
+    return index.get("format") == FORMAT or {"made by", "sources"} <= plan.keys()
+
+
+def _is_temporary(name):
+    return is_unfinished(name) or name.startswith(".") and name.endswith(UNPACKED)
 
 
 def _plan(sources, settings):
@@ -201,39 +227,29 @@ def _made_from(sources, settings, about):
 
 
 def _finished(dst, made_from, plan):
-    """The index of a folder that was finished from the same sources, or None. UserError if it holds
-    anything else.
+    """The index of a folder that was finished from the same sources, or None. UserError if it was
+    finished from others.
     """
-    told = printable(str(dst))
     if (dst / "index.json").exists():
-        index = _read_json(dst / "index.json") or {}
+        index = read_json(dst / "index.json")
         if index.get("made_from") != made_from:
-            what = "holds clips of another source or with other settings"
-            raise UserError(f"{told} exists already and {what}; remove it or choose another place")
+            told = f"{printable(str(dst))} exists already and holds clips of another source"
+            told += " or with other settings"
+            raise UserError(f"{told}; remove it or choose another place")
         if {*index["clips"]["file"], *index["files"]} <= set(os.listdir(dst)):
             return index
         write_whole(dst / "plan.json", json.dumps(plan))  # some were removed: it is unfinished
         os.unlink(dst / "index.json")
-    others = [name for name in os.listdir(dst) if not name.endswith((".part", ".unpacked"))]
-    if others and not (dst / "plan.json").exists():
-        raise UserError(f"{told} exists already and is no packed folder; choose another place")
     return None
-
-
-def _read_json(path):
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
 
 
 def _take_up(dst, plan):
     """Removes what an earlier run left of other settings, or of sources that have changed since."""
-    before, kept = _read_json(dst / "plan.json") or {}, set()
+    before, kept = read_json(dst / "plan.json"), set()
     if before.get("made by") == plan["made by"]:
         kept = {prefix for prefix, _ in before["sources"].items() & plan["sources"].items()}
     for name in os.listdir(dst):
-        if name.endswith(".part") or name.endswith(".safetensors") and _prefix(name) not in kept:
+        if is_unfinished(name) or name.endswith(".safetensors") and _prefix(name) not in kept:
             os.unlink(dst / name)
     write_whole(dst / "plan.json", json.dumps(plan))
     if any(name.endswith(".safetensors") for name in os.listdir(dst)):
@@ -310,7 +326,8 @@ def _finish(dst, rows, made_from, settings, notes, about):
     write_whole(dst / "index.json", json.dumps(index, indent=1))
     kept = {*columns["file"], *files, "index.json"}
     for name in os.listdir(dst):
-        if name not in kept and name.endswith((".safetensors", ".part", ".unpacked", "plan.json")):
+        ours = _is_temporary(name) or name.endswith(".safetensors") or name == "plan.json"
+        if ours and name not in kept:
             os.unlink(dst / name)
     return index
 

@@ -171,7 +171,8 @@ def _pages(image, damaged):
     A page of a TIFF that cannot be read is left out; other formats build each picture on the one
     before, so that they end there.
     """
-    number = 0
+    # An APNG may have a picture for programs that know no APNG, which is not among the others.
+    number = 1 if getattr(image, "default_image", False) else 0
     while True:
         try:
             image.seek(number)
@@ -190,8 +191,8 @@ def _pages(image, damaged):
 
 
 def array_shape(file):
-    """(frames, height, width) of an opened .npy file; raises ValueError where it is no uint8
-    [frames, H, W, 3].
+    """(frames that an opened .npy file claims, those that are there, height, width); raises
+    ValueError where it is no uint8 [frames, H, W, 3]. The file is left where the frames begin.
     """
     version = np.lib.format.read_magic(file)
     read = {
@@ -203,23 +204,25 @@ def array_shape(file):
     shape, fortran_order, dtype = read[version](file)
     if dtype != np.uint8 or fortran_order or len(shape) != 4 or shape[3] != 3:
         raise ValueError(f"it is an array of {dtype} {list(shape)}, not of uint8 [frames, H, W, 3]")
-    if shape[1] * shape[2] > MAX_PIXELS:
-        raise ValueError(f"its frames claim {shape[2]}x{shape[1]} pixels, too many")
-    return shape[:3]
+    count, height, width = shape[:3]
+    if not 0 < height * width <= MAX_PIXELS:
+        raise ValueError(f"its frames claim {width}x{height} pixels")
+    begin = file.tell()
+    there = (file.seek(0, io.SEEK_END) - begin) // (height * width * 3)
+    file.seek(begin)
+    return count, min(count, there), height, width
 
 
 def array_frames(file, fps, first, errors):
     """Yields Shown for the frames of an .npy file from number `first` on, read one by one."""
-    count, height, width = array_shape(file)
-    size, begin = height * width * 3, file.tell()
-    file.seek(begin + first * size)
+    claimed, count, height, width = array_shape(file)
+    size = height * width * 3
+    file.seek(first * size, io.SEEK_CUR)
     for number in range(first, count):
-        data = file.read(size)
-        if len(data) < size:
-            errors[number / fps] = "it is cut off"
-            return
-        frame = np.frombuffer(data, np.uint8).reshape(height, width, 3)
+        frame = np.frombuffer(file.read(size), np.uint8).reshape(height, width, 3)
         yield Shown(number / fps, 1 / fps, Image.fromarray(frame))
+    if count < claimed:
+        errors[count / fps] = f"it is cut off: {claimed - count} frames are missing"
 
 
 # ----------------------------------------------------------------------------------- squares, JPEGs

@@ -69,7 +69,7 @@ class Source:
                     self.timing, self.seconds, self.facts = pictures.animation_timing(file)
             elif self.kind == "array":
                 with root.open(self.files[0]) as file:
-                    length = pictures.array_shape(file)[0] / PICTURE_RATE
+                    length = pictures.array_shape(file)[1] / PICTURE_RATE
                 self.timing = Timing(PICTURE_RATE, 0.0, length, gap=0.0)
             else:
                 length = len(self.files) / PICTURE_RATE

@@ -1,8 +1,10 @@
 """What is a clip: finding videos, animations, arrays and folders of pictures in whatever there is."""
 
+import errno
 import os
 import re
 from collections import Counter, defaultdict
+from itertools import chain, count
 from pathlib import Path
 
 from mostgan.config import UserError
@@ -97,6 +99,9 @@ def _in_archive(path, prefix, notes, tables, scratch):
         root = archives.unpacked(str(path), scratch)
         opened = archives.open_root(root)
     except archives.DAMAGED as error:
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            told = f"cannot unpack {printable(name)} into {printable(scratch)}"
+            raise UserError(f"{told}: {error.strerror}") from None
         return [_unusable(path.parent, name, f"a damaged archive ({pictures.reason(error)})")]
     if opened.cut:
         notes.add("damaged archive, the rest of it is missing", opened.cut, name)
@@ -131,11 +136,11 @@ def _name_apart(sources):
     """Gives sources of the same name, such as a folder a/ and pictures a_000 … beside it, different
     ones.
     """
-    seen = Counter()
+    taken = set()
     for source in sources:
-        seen[source.name] += 1
-        if seen[source.name] > 1:
-            source.name += f" ({seen[source.name]})"
+        names = chain([source.name], (f"{source.name} ({k})" for k in count(2)))
+        source.name = next(name for name in names if name not in taken)
+        taken.add(source.name)
 
 
 def _hidden(name):
@@ -166,16 +171,18 @@ def _group(root, opened, names, own_name, notes, tables):
             left[suffix(name) or "without a suffix"] += 1
     for folder, files in stills.items():
         sources += _of_pictures(root, opened, folder, files, own_name, videos_here, notes)
+    around = _wrapper([source.name for source in sources])
+    for table in ("dataset.json", f"{around}dataset.json"):
+        if table in names and not any(tables):
+            tables.append((table, "", _read(opened, table)))
+            left[suffix(table)] -= 1
+    left = +left
     if left:
         kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(left.items()))
         notes.add(
             "files that are neither videos nor pictures, left out", kinds, *[""] * left.total()
         )
     sources += unusable.values()
-    around = _wrapper([source.name for source in sources])
-    for place in ("", around):
-        if f"{place}dataset.json" in names and not any(tables):
-            tables.append((f"{place}dataset.json", "", _read(opened, f"{place}dataset.json")))
     return sources
 
 
@@ -205,7 +212,7 @@ def _is_video(opened, name):
     except UNREADABLE:
         return False
     container.close()
-    return True
+    return container.format.name != "jpeg_pipe"  # a picture
 
 
 # ------------------------------------------------------------------------------ folders of pictures

@@ -16,10 +16,12 @@ from mostgan.prepare.frames import PICTURE_RATE, ROUNDING, Shown, Timing, square
 av.logging.set_level(av.logging.PANIC)
 
 # Containers that are read. Playlists (hls, concat, dash, sdp, imf, …) are not among them: they name
-# other files and addresses, which FFmpeg would open. Nor are patterns of picture files.
+# other files and addresses, which FFmpeg would open. Nor are patterns of picture files. (jpeg_pipe is
+# what FFmpeg takes some .mjpeg files for: JPEGs one after the other in a file.)
 CONTAINERS = "mov matroska avi mpegts mpeg mpegvideo asf flv ogg mxf h264 hevc m4v yuv4mpegpipe"
-CONTAINERS = ",".join(f"{CONTAINERS} ivf obu dv rm nut wtv mjpeg vc1".split())
-UNSEEKABLE = set("avi mpeg mpegvideo h264 hevc m4v mjpeg yuv4mpegpipe dv vc1 obu ivf".split())
+CONTAINERS = ",".join(f"{CONTAINERS} ivf obu dv rm nut wtv mjpeg jpeg_pipe vc1".split())
+UNSEEKABLE = "avi mpeg mpegvideo h264 hevc m4v mjpeg jpeg_pipe yuv4mpegpipe dv vc1 obu ivf"
+UNSEEKABLE = set(UNSEEKABLE.split())
 MAX_PIXELS = (
     1 << 26
 )  # of one frame: twice 8K; a file that claims more is damaged, or meant to fill the memory
@@ -32,6 +34,7 @@ HDR = {
     16: ("PQ", "smpte2084"),
     18: ("HLG", "arib-std-b67"),
 }  # AVCOL_TRC number → (name, FFmpeg's name)
+ALPHA = "video with an alpha channel, shown over black"
 HDR_FLAT = "HDR video, without tone mapping (this FFmpeg has none)"
 
 
@@ -77,9 +80,10 @@ def _choose_stream(container):
 
 def _decoded(container, stream, errors):
     """Yields av.VideoFrames in the order of their times. A damaged packet costs what hangs on it,
-    not the film.
+    not the film. Damaged frames at the beginning are left out: where a recording was cut, all that
+    they hang on is missing, and they are gray.
     """
-    count = len(errors)
+    count, begun = len(errors), False
     for packet in _packets(container, stream, errors):
         time = packet_time(packet)
         if packet.size and packet.is_corrupt:
@@ -88,7 +92,9 @@ def _decoded(container, stream, errors):
             for frame in packet.decode():
                 if frame.is_corrupt:
                     errors.setdefault(frame.time, "a frame is damaged")
-                yield frame
+                begun = begun or not frame.is_corrupt
+                if begun:
+                    yield frame
         except av.FFmpegError as error:
             errors.setdefault(time, error.strerror)
             if len(errors) - count > MOST_ERRORS:
@@ -189,8 +195,7 @@ def _end(container, stream):
     return shown.time + shown.duration if found else None
 
 
-# -------------------------------------------------------------------------------------- frames from
-# a place on
+# ------------------------------------------------------------------------- frames from a place on
 
 
 def video_frames(file, timing, time, errors):
@@ -223,14 +228,25 @@ def _to_the_end(container, stream, frames, rate, errors):
     for shown in _timed(_deinterlaced(frames), rate):
         end = shown.time + float((shown.image.duration or 0) * shown.image.time_base)
         yield shown
-    stated = (container.duration or 0) / av.time_base
-    slack = 4 / rate
+    stated, slack, of_video = (container.duration or 0) / av.time_base, 4 / rate, True
     if stream.duration is not None:
         stated = float(stream.duration * stream.time_base)
-    elif len(container.streams) > 1:
-        slack = 1.0  # the length may be that of the sound
-    if end is not None and stated < LONGEST_FILM and stated - end > slack:
+    elif len(container.streams) > 1:  # the length may be that of the sound
+        slack, of_video = 1.0, False
+    if end is None or stated > LONGEST_FILM or stated - end <= slack:
+        return
+    if of_video or not _goes_on(container, stated - slack):
         errors.setdefault(end, f"it ends {stated - end:.1f} s before the length that it states")
+
+
+def _goes_on(container, time):
+    """Whether anything in a file, sound for example, comes after a time in seconds."""
+    try:
+        container.seek(int(time * av.time_base))
+        times = (packet_time(packet) for packet in container.demux())
+        return any(stamp is not None and stamp >= time for stamp in times)
+    except av.FFmpegError:
+        return False
 
 
 def _graph(frame, *filters):
@@ -317,7 +333,10 @@ class VideoFraming:
             frame.colorspace == 2 and frame.height >= 720
         ):  # unspecified: BT.709 where it is large, as players do
             scale += ":in_color_matrix=bt709"
-        rgb = ("format", "pix_fmts=rgb24")
+        rgb = [("format", "pix_fmts=rgb24")]
+        if any(component.is_alpha for component in frame.format.components):
+            self.facts.add(ALPHA)
+            rgb = [("format", "pix_fmts=gbrap"), ("premultiply", "inplace=1"), *rgb]
         if frame.color_trc in HDR:
             name, transfer = HDR[frame.color_trc]
             told = ("setparams", f"color_trc={transfer}:color_primaries=bt2020:colorspace=bt2020nc")
@@ -326,12 +345,12 @@ class VideoFraming:
                 + ":out_transfer=bt709:out_primaries=bt709:out_color_matrix=bt709:intent=perceptual"
             )
             try:
-                graph = _graph(frame, *filters, told, ("scale", mapped), rgb)
+                graph = _graph(frame, *filters, told, ("scale", mapped), *rgb)
                 self.facts.add(f"HDR video ({name}), tone-mapped to BT.709")
                 return graph
             except av.FFmpegError:  # FFmpeg 7 has no tone mapping in its scaler
                 self.facts.add(HDR_FLAT)
-        return _graph(frame, *filters, ("scale", scale), rgb)
+        return _graph(frame, *filters, ("scale", scale), *rgb)
 
 
 def _turns(frame):

@@ -54,6 +54,7 @@ def make_tar(path, files):
 
 
 def make_archive(path, files):
+    path.parent.mkdir(parents=True, exist_ok=True)
     return make_zip(path, files) if path.suffix == ".zip" else make_tar(path, files)
 
 

@@ -788,22 +788,25 @@ def test_of_a_file_that_is_cut_off_what_is_there_is_used(tmp_path):
         assert made.notes_on(index, name), name
 
 
-@pytest.mark.parametrize("codec", ["libx264", "libx265"])
+@pytest.mark.parametrize("codec", ["libx264", "libx265", "mpeg2video"])
 def test_a_recording_cut_at_its_start_begins_with_its_first_whole_frame(tmp_path, codec):
     """What hangs on frames that are missing is gray: it is not used, but counted."""
     options = {"g": "20", "bf": "0"}
     if codec == "libx265":
         options = {"x265-params": "log-level=none:keyint=20:bframes=0"}
-    write_video(tmp_path / "whole.ts", made.moving(60), codec=codec, options=options)
+    # (The encoder of HEVC spoils its memory where a side is no multiple of 16.)
+    write_video(tmp_path / "whole.ts", made.moving(60, 48, 64), codec=codec, options=options)
     data = (tmp_path / "whole.ts").read_bytes()
     with av.open(str(tmp_path / "whole.ts")) as container:
-        (place,) = [p.pos for k, p in enumerate(container.demux(video=0)) if k == 25]
+        packets = [(p.pos, p.is_keyframe) for p in container.demux(video=0) if p.size]
+    place, first = packets[25][0], next(k for k in range(26, 60) if packets[k][1])
     (tmp_path / "cut.ts").write_bytes(data[place + 50 :])
     _, whole = made.pack(tmp_path / "whole.ts", tmp_path / "dst-whole", 32)
     index, clips = made.pack(tmp_path / "cut.ts", tmp_path / "dst", 32)
-    assert clips.lengths[0] == 20
-    assert np.array_equal(clips.frames(0, range(20)), whole.frames(0, range(40, 60)))
-    assert index["clips"]["damaged"][0] > 0
+    assert clips.lengths[0] == 60 - first
+    found = clips.frames(0, range(60 - first))
+    assert np.array_equal(found, whole.frames(0, range(first, 60)))
+    assert codec == "mpeg2video" or index["clips"]["damaged"][0] > 0
 
 
 def test_a_hole_in_a_film_does_not_shift_what_follows(tmp_path):

@@ -163,7 +163,11 @@ def test_many_clips_of_a_large_source_are_made_by_few_jobs(tmp_path, monkeypatch
 def test_the_help_explains_every_option(capfd):
     _, out, _ = command(capfd, "--help")
     out = " ".join(out.replace("\u2502", " ").split())
-    for told in ("keep every frame exactly", "stop at the first source", "verify this packed folder"):
+    for told in (
+        "keep every frame exactly",
+        "stop at the first source",
+        "verify this packed folder",
+    ):
         assert re.search(rf"--\S+( \S+)? {told}", out), out
     assert "SRC" in out and "Args" not in out
 

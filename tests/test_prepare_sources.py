@@ -547,6 +547,22 @@ LITTER = [
 ]
 
 
+def test_a_folder_that_cannot_be_opened_is_named(tmp_path, monkeypatch):
+    for name in ("good", "closed", "lost+found"):
+        write_pictures(tmp_path / "src" / name, numbered(3))
+    scandir = os.scandir  # tests may run as root, for whom no folder is closed
+
+    def closed(path):
+        if os.path.basename(path) in ("closed", "lost+found"):
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", closed)
+    index, clips = made.pack(tmp_path / "src", tmp_path / "dst", 16)
+    assert clips.names == ["good"] and made.notes_on(index, "left out", "closed", "folder")
+    assert not made.notes_on(index, "lost+found")  # it belongs to the system
+
+
 def test_what_people_leave_lying_about_is_counted_by_kind(tmp_path):
     src = tmp_path / "src"
     write_video(src / "a.mp4", numbered(6))

@@ -788,6 +788,13 @@ def test_of_a_file_that_is_cut_off_what_is_there_is_used(tmp_path):
         assert made.notes_on(index, name), name
 
 
+def test_recordings_joined_end_to_end_are_told(tmp_path):
+    write_video(tmp_path / "a.ts", numbered(50), options={"g": "10"})
+    (tmp_path / "b.ts").write_bytes(2 * (tmp_path / "a.ts").read_bytes())
+    index, clips = made.pack(tmp_path / "b.ts", tmp_path / "dst", 32)
+    assert numbers(clips) == list(range(50)) and made.notes_on(index, "damaged", "go back")
+
+
 @pytest.mark.parametrize("codec", ["libx264", "libx265", "mpeg2video"])
 def test_a_recording_cut_at_its_start_begins_with_its_first_whole_frame(tmp_path, codec):
     """What hangs on frames that are missing is gray: it is not used, but counted."""

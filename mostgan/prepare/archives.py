@@ -49,8 +49,10 @@ class Folder:
         """Paths of all files but those in folders of our own clips and in the folder `leave_out` (a
         real path).
         """
-        names, seen = [], {leave_out}
-        for folder, subfolders, files in os.walk(self.path, followlinks=True):
+        names, seen, closed = [], {leave_out}, []
+        for folder, subfolders, files in os.walk(
+            self.path, onerror=closed.append, followlinks=True
+        ):
             here = os.path.realpath(folder)
             # Links may lead in circles; and clips that we packed may lie among the videos that they
             # were made from.
@@ -63,12 +65,14 @@ class Folder:
                 subfolders.clear()
                 continue
             seen.add(here)
-            paths = (os.path.join(folder, file) for file in files)
-            names += [os.path.relpath(path, self.path).replace(os.sep, "/") for path in paths]
-        return names
+            names += [os.path.join(folder, file) for file in files]
+        names += [error.filename for error in closed]  # `problem` says what they are
+        return [os.path.relpath(name, self.path).replace(os.sep, "/") for name in names]
 
     def problem(self, name):
         path = os.path.join(self.path, name)
+        if os.path.isdir(path):
+            return "a folder that cannot be opened"
         if os.path.exists(path) and not os.path.isfile(path):
             return "it is no file"  # a pipe would never end
         return None

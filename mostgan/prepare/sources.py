@@ -144,7 +144,8 @@ def _name_apart(sources):
 
 
 def _hidden(name):
-    return any(part.startswith(".") or part in NOT_OURS for part in name.split("/"))
+    parts = [part for part in re.split(r"[/\\]", name) if part != ".."]
+    return any(part.startswith(".") or part in NOT_OURS for part in parts)
 
 
 def _group(root, opened, names, own_name, notes, tables):
@@ -154,11 +155,11 @@ def _group(root, opened, names, own_name, notes, tables):
     sources, unusable, stills, left = [], {}, defaultdict(list), Counter()
     videos_here = {stem(name) for name in names if suffix(name) in VIDEOS and not _hidden(name)}
     for name in sorted(names):
-        if problem := opened.problem(name):
+        if _hidden(name):
+            left["hidden files and system folders"] += 1
+        elif problem := opened.problem(name):
             place = os.path.dirname(name) or own_name if suffix(name) in STILLS else name
             unusable.setdefault(place, Source(place, "video", root, [name], problem))
-        elif _hidden(name):
-            left["hidden files and system folders"] += 1
         elif problem := _known_problem(name):
             sources.append(Source(name, "video", root, [name], problem))
         elif suffix(name) in STILLS:

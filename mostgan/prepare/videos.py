@@ -25,6 +25,7 @@ UNSEEKABLE = set(UNSEEKABLE.split())
 MAX_PIXELS = (
     1 << 26
 )  # of one frame: twice 8K; a file that claims more is damaged, or meant to fill the memory
+LARGE_STEP = 1.0  # seconds back in time that are no rounding
 LOOK = 2000  # packets that tell the rate
 MOST_ERRORS = 1000  # damaged packets after which a film is given up
 LONGEST_FILM = (
@@ -123,9 +124,9 @@ def packet_time(packet):
     return None if stamp is None else float(stamp * packet.time_base)
 
 
-def _timed(frames, rate):
+def _timed(frames, rate, errors):
     """av.VideoFrames → Shown. Those without a time follow the one before; those that go back in
-    time are left out.
+    time are left out, and told where two recordings were joined.
 
     Each lasts 1/rate by itself: files that declare a wrong rate would hold the last one for too
     long, or not at all.
@@ -138,6 +139,8 @@ def _timed(frames, rate):
         if before is None or time > before:
             yield Shown(time, 1 / rate, frame)
             before = time
+        elif time < before - LARGE_STEP:
+            errors.setdefault(before, "its timestamps go back, those frames are left out")
 
 
 # ------------------------------------------------------------------------------------------- timing
@@ -163,7 +166,7 @@ def video_timing(file, searched):
     container, stream = open_video(file)
     with container:
         errors = {}
-        first = next(_timed(_decoded(container, stream, errors), rate), None)
+        first = next(_timed(_decoded(container, stream, errors), rate, errors), None)
         if first is None:
             reason = next(iter(errors.values()), "it is empty")
             raise ValueError(f"no frame of it can be read ({reason})")
@@ -188,7 +191,7 @@ def _end(container, stream):
     try:
         container.seek(1 << 62, stream=stream, backward=True)
         shown, found = None, False
-        for shown in islice(_timed(_decoded(container, stream, {}), 1), LOOK):
+        for shown in islice(_timed(_decoded(container, stream, {}), 1, {}), LOOK):
             found = found or shown.image.key_frame
     except (av.FFmpegError, ValueError):
         return None
@@ -225,7 +228,7 @@ def video_frames(file, timing, time, errors):
 def _to_the_end(container, stream, frames, rate, errors):
     """Yields Shown; takes note where they end before the length that the file states."""
     end = None
-    for shown in _timed(_deinterlaced(frames), rate):
+    for shown in _timed(_deinterlaced(frames), rate, errors):
         end = shown.time + float((shown.image.duration or 0) * shown.image.time_base)
         yield shown
     stated, slack, of_video = (container.duration or 0) / av.time_base, 4 / rate, True

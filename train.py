@@ -210,9 +210,6 @@ def r1_step(state, real, draw, objective, config, stats):
         loss.backward(inputs=list(D.parameters()))
         total = total + loss.detach()
         stats.add(r1=penalty)
-    for parameter in D.parameters():  # a bias may have none: Adam takes a step for it all the same, as compiled
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
     optimize(state.adam_D, "R1", total, stats)
 
 

@@ -188,7 +188,8 @@ def main():
         sys.exit("gpu.sh: there is no GPU here; --dry-run tries the programs without one")
     out = args.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
-    os.environ["PYTHONPATH"] = str(ROOT)
+    paths = [str(ROOT), os.environ.get("PYTHONPATH")]
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     failed = [run_part(part, out, args.dry_run) for part in args.parts or PARTS]
     table(gather(out))
     failed = [line for line in failed if line]

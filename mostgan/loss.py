@@ -38,23 +38,23 @@ def r1_penalty(logits_of, frames, transform=None):
     ∇ D itself, as the eager form on a CPU does, needs convolutions whose kernels are as large as images. A CPU is quick
     at them (the product takes 1.3 times as long there), cuDNN takes seconds, and AOTAutograd cannot do it at all where
     autograd.grad is called in a compiled function.
+
+    The logits, times 0, are in the result for the parameters that R1 does not depend on: their gradient is then 0 and
+    not None, so that Adam takes the same step for them in either form.
     """
     transform = transform or (lambda x, transposed: x)
     if frames.is_cpu and not torch.compiler.is_compiling():
         x = frames.detach().requires_grad_()
-        (gradient,) = torch.autograd.grad(logits_of(x).sum(), x, create_graph=True)
-        return squared_norm(transform(gradient, True))
+        logits = logits_of(x)
+        (gradient,) = torch.autograd.grad(logits.sum(), x, create_graph=True)
+        return squared_norm(transform(gradient, True)) + 0 * logits.sum()
     gradient = torch.func.grad(lambda x: logits_of(x).sum())(frames).detach()
     of_unmoved = transform(gradient, True)
     return squared_norm(of_unmoved) + _zero_with_gradient(logits_of, frames, transform(of_unmoved, False))
 
 
 def _zero_with_gradient(logits_of, frames, direction):
-    """0, with the gradient to D's parameters of 2/N · ⟨∂ Σ logits / ∂ frames, direction⟩.
-
-    The logits, times 0, are in it for the parameters that the product does not depend on: their gradient is then 0 and
-    not None, so that Adam takes the same step for them.
-    """
+    """0, with the gradient to D's parameters of 2/N · ⟨∂ Σ logits / ∂ frames, direction⟩."""
     logits, derivative = torch.func.jvp(logits_of, (frames,), (direction,))
     surrogate = 2 / len(frames) * derivative.sum() + 0 * logits.sum()
     return surrogate - surrogate.detach()

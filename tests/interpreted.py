@@ -129,7 +129,7 @@ def test_mostatt_in_the_dtypes_of_training():
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("up, clamp", [(1, None), (2, None), (2, 1.0)])
 @pytest.mark.parametrize("N, C, H, layout", [(2, 3, 5, channels_last), (1, 70, 9, torch.Tensor.contiguous),
-                                             (2, 5, 19, channels_last)])  # fmt: skip
+                                             (1, 5, 17, channels_last)])  # fmt: skip
 def test_epilogue(N, C, H, layout, up, clamp, dtype):
     x = randn(N, C, H, H + 2, seed=1, dtype=dtype)
     demod = (randn(N, C, seed=2, dtype=dtype).abs() + 0.25).to(dtype).double()
@@ -144,7 +144,7 @@ FIR = {"plain pad 1": (4.0, 1, 1), "plain pad 2": (1.0, 1, 2), "plain pad 0": (1
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("gain, stride, padding", FIR.values(), ids=FIR.keys())
-@pytest.mark.parametrize("N, C, H, W", [(2, 3, 6, 8), (1, 5, 4, 18)])
+@pytest.mark.parametrize("N, C, H, W", [(2, 3, 4, 18)])
 def test_fir(N, C, H, W, gain, stride, padding, transposed, dtype):
     def twice(op):
         def of(x):  # y, and a function of y's gradient: compare's gradient is then a second derivative

@@ -407,7 +407,7 @@ def test_the_commands_of_the_readme(tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     for line in re.findall(
         r"`python -m mostgan\.prepare ([^`]*--resolution 256[^`]*)`",
-        (ROOT / "README.md").read_text(),
+        (ROOT / "mostgan/prepare/README.md").read_text(),
     ):
         arguments = line.replace("--resolution 256", "--resolution 32").split()
         status, out, error = command(capfd, *arguments)

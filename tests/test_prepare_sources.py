@@ -124,6 +124,7 @@ def test_names_that_lead_out_of_an_archive_are_named_and_left(tmp_path, name):
 def test_archives_of_one_name_in_two_folders_and_of_a_long_name(tmp_path):
     long = "t" * 248 + ".tar.gz"
     for k, name in enumerate(["a/x.tar.gz", "b/x.tar.gz", long]):
+        (tmp_path / "src" / name).parent.mkdir(parents=True, exist_ok=True)
         files = {f"./c/{i}.png": png(made.flat([40 + 50 * k])[0]) for i in range(3)}
         make_archive(tmp_path / "src" / name, files)
     _, clips = made.pack(tmp_path / "src", tmp_path / "dst", 16)
@@ -132,8 +133,8 @@ def test_archives_of_one_name_in_two_folders_and_of_a_long_name(tmp_path):
 
 
 def test_a_disk_that_is_too_full_to_unpack_is_no_damaged_archive(tmp_path, monkeypatch):
-    make_archive(tmp_path / "src" / "x.tar.gz", pictures("c"))
     write_pictures(tmp_path / "src" / "good", numbered(3))
+    make_archive(tmp_path / "src" / "x.tar.gz", pictures("c"))
 
     def full(path):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

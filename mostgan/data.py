@@ -32,14 +32,10 @@ from mostgan.config import UserError
 from mostgan.files import read_json
 
 SPANS = (2, 4, 8, 16, 32)  # frames between the first and the last frame of a sample
-FORMAT, VERSION = (
-    "mostgan-clips",
-    3,
-)  # of packed folders; mostgan/prepare/pack.py says what they hold
+FORMAT, VERSION = "mostgan-clips", 3  # of packed folders; mostgan/prepare/pack.py tells the rest
 
 
-# ------------------------------------------------------------------------------------------- packed
-# clips
+# ------------------------------------------------------------------------------------- packed clips
 
 
 def is_packed(path):
@@ -64,23 +60,18 @@ def read_index(path):
     if not path.is_dir():
         raise UserError(f"{path} is no folder of packed clips")
     if not (path / "index.json").is_file():
-        unfinished = (path / "plan.json").is_file()
-        what = (
-            "was not finished: the same prepare command goes on"
-            if unfinished
-            else "holds no packed clips"
-        )
-        raise UserError(f"{path} {what}")
+        if (path / "plan.json").is_file():
+            raise UserError(f"{path} was not finished: the same prepare command goes on")
+        raise UserError(f"{path} holds no packed clips")
     try:
         index = json.loads((path / "index.json").read_text(encoding="utf-8"))
         format, version = index["format"], index["version"]
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f"{path / 'index.json'} is damaged; prepare {path} again") from None
     if (format, version) != (FORMAT, VERSION):
-        raise UserError(
-            f"{path} was packed by another version (its format is {format} {version}, ours is {FORMAT} {VERSION}); "
-            "prepare the videos again"
-        )
+        formats = f"its format is {format} {version}, ours is {FORMAT} {VERSION}"
+        told = f"{path} was packed by another version ({formats})"
+        raise UserError(f"{told}; prepare the videos again")
     return index
 
 
@@ -248,9 +239,8 @@ def sample_real(length, num_frames, rng, max_num_frames=1024, sampling="spans"):
     window = int(rng.integers(0, length - max_num_frames + 1)) if length > max_num_frames else 0
     length = min(length, max_num_frames)
     relative = SAMPLINGS[sampling](length, num_frames, rng)
-    times = (
-        rng.integers(0, length - relative[-1]) + relative
-    )  # the offset is in [0, length − span − 1]
+    # The offset is in [0, length − span − 1].
+    times = rng.integers(0, length - relative[-1]) + relative
     return window + times, times.astype(np.float64)
 
 
@@ -275,9 +265,8 @@ def sample_fake(lengths, batch, num_frames, rng, max_num_frames=1024, sampling="
 class Batch(NamedTuple):
     frames: torch.Tensor  # uint8 [B,T,3,R,R]
     t: torch.Tensor  # float32 [B,T], in frames
-    label: (
-        torch.Tensor
-    )  # float32 [B, num_labels]: one-hot of classes, vectors as they are, [B, 0] without
+    # float32 [B, num_labels]: one-hot of classes, vectors as they are, [B, 0] without labels
+    label: torch.Tensor
 
 
 class _Batches:
@@ -386,9 +375,8 @@ def _upload(ahead, device):
             current = torch.cuda.current_stream(device)
             current.wait_stream(stream)
             for tensor in batch:
-                tensor.record_stream(
-                    current
-                )  # else its memory could be given to the next copy too soon
+                # Else its memory could be given to the next copy too soon.
+                tensor.record_stream(current)
             yield batch
 
 
@@ -420,9 +408,8 @@ def _by_processes(source, start, workers, pin):
     on_child = signal.getsignal(signal.SIGCHLD)
     iterator = iter(loader)
     if threading.current_thread() is threading.main_thread():
-        signal.signal(
-            signal.SIGCHLD, on_child
-        )  # the loader's own would raise errors in the middle of a training step
+        # The loader's own would raise errors in the middle of a training step.
+        signal.signal(signal.SIGCHLD, on_child)
     try:
         while True:
             try:

@@ -24,9 +24,7 @@ ARCHIVES = tuple(".zip .tar .tgz .tar.gz .tbz2 .tar.bz2 .txz .tar.xz".split())
 OTHER_ARCHIVES = tuple(".7z .rar .gz .bz2 .xz .zst .lz4 .tar.zst".split())  # named, not read
 DAMAGED = (OSError, EOFError, ValueError, RuntimeError, MemoryError, KeyError)
 DAMAGED += (zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError)
-HELD_BYTES = (
-    64 << 20
-)  # a member of a zip is held in memory up to this size, else in a temporary file
+HELD_BYTES = 64 << 20  # largest member of a zip in memory; others go into a temporary file
 LARGEST_MEMBER = 4 << 30  # bytes that a packed member may unpack to
 MOST_PACKED = 100  # times that media may shrink: what shrinks more is meant to fill the disk
 # How compressed files begin, whatever their names say.
@@ -134,13 +132,11 @@ class Zip(Archive):
         if info.flag_bits & 1:
             return "it needs a password"
         if info.compress_type not in READ_BY_US:
-            return f"it is compressed by a method that is not read (number {info.compress_type}); pack it with deflate"
-        if info.file_size > LARGEST_MEMBER or info.file_size > MOST_PACKED * max(
-            info.compress_size, 1 << 18
-        ):
-            return (
-                f"it unpacks to {info.file_size / 1e6:.0f} MB, too much; unpack the archive first"
-            )
+            method = f"a method that is not read (number {info.compress_type})"
+            return f"it is compressed by {method}; pack it with deflate"
+        if info.file_size > min(LARGEST_MEMBER, MOST_PACKED * max(info.compress_size, 1 << 18)):
+            size = f"{info.file_size / 1e6:.0f} MB"
+            return f"it unpacks to {size}, too much; unpack the archive first"
         return None
 
     def open(self, name):

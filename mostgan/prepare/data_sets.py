@@ -103,10 +103,8 @@ def place(name):
     """A number in [0, 1) that depends on nothing but a clip's name: no other clip, no order, no
     machine.
     """
-    return (
-        int.from_bytes(hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()[:6], "big")
-        / 2**48
-    )
+    digest = hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()
+    return int.from_bytes(digest[:6], "big") / 2**48
 
 
 def _find_masks(sources, masks, scratch):
@@ -124,9 +122,8 @@ def _find_masks(sources, masks, scratch):
         if source.mask is None:
             source.problem = source.problem or "it has no mask"
     if all(source.mask is None for source in sources):
-        raise UserError(
-            f"{masks} holds no mask for any clip, e.g. none named {printable(base)} or {printable(base)}_..."
-        )
+        example = f"none named {printable(base)} or {printable(base)}_..."
+        raise UserError(f"{masks} holds no mask for any clip, e.g. {example}")
 
 
 # ----------------------------------------------------------------------------------------- checking
@@ -161,8 +158,7 @@ def check(path):
     return wrong
 
 
-# ------------------------------------------------------------------------------------------ opening
-# whatever there is
+# ------------------------------------------------------------------------ opening whatever there is
 
 
 def open_data(path, dataset, resolution, cache=None):
@@ -180,8 +176,8 @@ def open_data(path, dataset, resolution, cache=None):
         if path is None and dataset == "sky":
             return _builtin_sky(resolution, Path(cache or "data"))
         if path is None:
-            where = f"put videos or frames of '{dataset}' into data/{dataset}, or say where with --data PATH"
-            raise UserError(f"no data: {where}")
+            what = f"put videos or frames of '{dataset}' into data/{dataset}"
+            raise UserError(f"no data: {what}, or say where with --data PATH")
     path = Path(path)
     if not path.exists():
         raise UserError(f"{printable(str(path))} does not exist")
@@ -189,8 +185,9 @@ def open_data(path, dataset, resolution, cache=None):
         clips = Clips(path)
         if clips.resolution != resolution:
             raise UserError(
-                f"{path} holds frames of {clips.resolution} pixels, the model takes {resolution}; change the model's "
-                f"resolution or prepare the videos again with --resolution {resolution}"
+                f"{path} holds frames of {clips.resolution} pixels, the model takes {resolution}; "
+                "change the model's resolution or prepare the videos again with "
+                f"--resolution {resolution}"
             )
         return clips
     place = _cache_place(path, resolution, cache)
@@ -265,13 +262,11 @@ def _name_older(place):
     still reads them.
     """
     name, kind, _, size = place.name.rsplit("-", 3)
-    for older in sorted(
-        place.parent.glob(f"*-{kind}-????????-{size}"), key=lambda path: natural(path.name)
-    ):
+    found = place.parent.glob(f"*-{kind}-????????-{size}")
+    for older in sorted(found, key=lambda path: natural(path.name)):
         if older != place and older.name.rsplit("-", 3)[0] == name:
-            print(
-                f"{printable(str(older))} holds the clips as they were before, and can be removed"
-            )
+            told = printable(str(older))
+            print(f"{told} holds the clips as they were before, and can be removed")
 
 
 def pack_sky(dst, resolution, count=None, frames=None):
@@ -283,9 +278,8 @@ def pack_sky(dst, resolution, count=None, frames=None):
     settings = Settings(resolution, "raw" if resolution <= RAW_UP_TO else "jpeg")
     about = {"source": f"sky {sky.VERSION}", "origin": None, "labels": None, "builtin": True}
     clips = sky.clips(count or sky.CLIPS, frames or sky.FRAMES)
-    return pack(
-        clips, dst, settings, about=about, jobs=1
-    )  # PyTorch, which paints them, uses all cores
+    # One process: PyTorch, which paints them, uses all cores.
+    return pack(clips, dst, settings, about=about, jobs=1)
 
 
 def _builtin_sky(resolution, folder):
@@ -314,18 +308,18 @@ def summary(index):
     rates = sorted({round(fps, 3) for fps in clips["fps"]})
     rates = ", ".join(f"{rate:g}" for rate in rates[:5]) + (" ..." if len(rates) > 5 else "")
     middle = lengths[len(lengths) // 2]
+    form = f"{index['resolution']} pixels ({index['coding']})"
+    spread = f"{lengths[0]} to {lengths[-1]} frames, median {middle}"
     lines = [
-        f"packed    {len(lengths)} clips, {sum(lengths)} frames of {index['resolution']} pixels ({index['coding']})",
-        f"lengths   {lengths[0]} to {lengths[-1]} frames, median {middle}; {seconds / 60:.1f} minutes in all",
+        f"packed    {len(lengths)} clips, {sum(lengths)} frames of {form}",
+        f"lengths   {spread}; {seconds / 60:.1f} minutes in all",
         f"rates     {rates} frames/s",
         f"labels    {_meaning(index.get('labels'))}",
     ]
     for note in index["notes"]:
         names = ", ".join(note["names"][:3]) + (" ..." if note["count"] > 3 else "")
-        lines.append(
-            f"note      {note['count']} {note['what']}: {note['why']}"
-            + (f" ({names})" if names else "")
-        )
+        names = f" ({names})" if names else ""
+        lines.append(f"note      {note['count']} {note['what']}: {note['why']}{names}")
     return lines
 
 

@@ -54,17 +54,13 @@ def usual_rate(times, stated=None, rounding=ROUNDING):
     gaps = gaps[(gaps > 0.5 / HIGHEST_RATE) & (gaps < LONGEST_HOLD)]
     if len(gaps) < 2:
         return min(float(stated or PICTURE_RATE), HIGHEST_RATE)
-    usual = gaps[
-        gaps < 1.75 * np.median(gaps)
-    ].mean()  # a mean: gaps of 20 and 30 ms in turn are 40 frames/s
+    # A mean: gaps of 20 and 30 ms in turn are 40 frames/s.
+    usual = gaps[gaps < 1.75 * np.median(gaps)].mean()
     kept = gaps[gaps < 4.5 * usual]
     rate = np.maximum(1, np.round(kept / usual)).sum() / kept.sum()
     slack = max(1e-4, 1.5 * rounding / kept.sum()) * rate
-    for candidate in (
-        round(rate),
-        round(rate * 1.001) / 1.001,
-        float(stated or 0),
-    ):  # 30, 29.97 = 30 / 1.001
+    ntsc = round(rate * 1.001) / 1.001  # 29.97 = 30 / 1.001
+    for candidate in (round(rate), ntsc, float(stated or 0)):
         if candidate and abs(rate - candidate) <= slack:
             return min(float(candidate), HIGHEST_RATE)
     return min(round(float(rate), 3), HIGHEST_RATE)
@@ -89,11 +85,8 @@ def on_screen(shown, fps, start, first, count):
         if number >= end:
             return
         last = frame
-    while (
-        last is not None
-        and number < end
-        and start + number / fps < last.time + last.duration - ROUNDING
-    ):
+    stop = last.time + last.duration - ROUNDING if last is not None else -math.inf
+    while number < end and start + number / fps < stop:
         yield number, last
         number += 1
 

@@ -7,9 +7,10 @@ ways: with or without suffix, with backslashes, in other case, below other folde
 
 import csv
 import json
-import math
 import os
 from pathlib import Path
+
+import numpy as np
 
 from mostgan.config import UserError
 from mostgan.prepare.reading import natural, printable, suffix
@@ -35,17 +36,14 @@ def label_sources(sources, tables, how, notes):
         found = _by_table(usable, rows, where, notes)
     if classes := _classes(found.values()):
         names, number_of = classes
-        labels, meaning = (
-            {index: number_of[_class_name(value)] for index, value in found.items()},
-            {"classes": names},
-        )
+        labels = {index: number_of[_class_name(value)] for index, value in found.items()}
+        meaning = {"classes": names}
     else:
         labels = {index: _vector(value, where) for index, value in found.items()}
         sizes = {len(vector) for vector in labels.values()}
         if len(sizes) > 1:
-            raise UserError(
-                f"{printable(str(where))}: its vectors have {min(sizes)} to {max(sizes)} numbers, not all as many"
-            )
+            told = f"its vectors have {min(sizes)} to {max(sizes)} numbers, not all as many"
+            raise UserError(f"{printable(str(where))}: {told}")
         meaning = {"size": sizes.pop()}
     for index, label in labels.items():
         usable[index].label = label
@@ -53,26 +51,20 @@ def label_sources(sources, tables, how, notes):
     if without:
         names = ", ".join(printable(source.name) for source in without[:SHOWN])
         what = f"no label in {printable(str(where))}, left out"
-        notes.add(
-            what,
-            f"{len(found)} of {len(usable)} clips have one, not {names}",
-            *(s.name for s in without),
-        )
+        why = f"{len(found)} of {len(usable)} clips have one, not {names}"
+        notes.add(what, why, *(source.name for source in without))
     return [source for source in sources if source.problem or source.label is not None], meaning
 
 
 def _by_folder(sources):
     """{index of source: name of the first folder that is not around everything}."""
     parts, depth = [source.name.split("/") for source in sources], 0
-    while (
-        all(len(part) > depth + 2 for part in parts) and len({part[depth] for part in parts}) == 1
-    ):
+    while all(len(p) > depth + 2 for p in parts) and len({p[depth] for p in parts}) == 1:
         depth += 1
     loose = [source.name for source, part in zip(sources, parts) if len(part) < depth + 2]
     if loose:
-        raise UserError(
-            f"--labels folders: {len(loose)} clips lie in no folder of a class, e.g. {printable(loose[0])}"
-        )
+        what = f"{len(loose)} clips lie in no folder of a class, e.g. {printable(loose[0])}"
+        raise UserError(f"--labels folders: {what}")
     return {number: part[depth] for number, part in enumerate(parts)}
 
 
@@ -125,11 +117,10 @@ def _read_lines(data, where):
     except UnicodeDecodeError:
         raise UserError(f"{printable(str(where))} is no text in UTF-8") from None
     separator = next((mark for mark in ",;\t" if lines and mark in lines[0]), None)
-    rows = (
-        csv.reader(lines, delimiter=separator)
-        if separator
-        else (line.rsplit(maxsplit=1) for line in lines)
-    )
+    if separator:
+        rows = csv.reader(lines, delimiter=separator)
+    else:
+        rows = [line.rsplit(maxsplit=1) for line in lines]
     cells = [[cell.strip() for cell in row] for row in rows]
     if any(len(row) < 2 for row in cells):
         raise UserError(f"{printable(str(where))} is not of the form name,label on every line")
@@ -137,10 +128,8 @@ def _read_lines(data, where):
     if len(cells) > 1 and numbers[0] is None and all(row is not None for row in numbers[1:]):
         cells, numbers = cells[1:], numbers[1:]
     if all(row is not None for row in numbers):
-        return [
-            (row[0], values[0] if len(values) == 1 else values)
-            for row, values in zip(cells, numbers)
-        ]
+        pairs = zip(cells, numbers)
+        return [(row[0], values[0] if len(values) == 1 else values) for row, values in pairs]
     return [(row[0], row[1]) for row in cells]
 
 
@@ -245,8 +234,7 @@ def _look_up(rows, ours, dropped, lower):
     return {source: label for source, label in found.items() if source not in differ}, used
 
 
-# ---------------------------------------------------------------------------------------- what they
-# mean
+# ---------------------------------------------------------------------------------- what they mean
 
 
 def _classes(values):
@@ -267,10 +255,8 @@ def _class_name(value):
 def _vector(value, where):
     """A label as a list of floats that float32 can hold."""
     numbers = list(value) if isinstance(value, (list, tuple)) else [value]
-    if not numbers or not all(
-        isinstance(n, (int, float)) and math.isfinite(n) and abs(n) < 3e38 for n in numbers
-    ):
-        raise UserError(
-            f"{printable(str(where))}: a label is a class or a list of finite numbers, not {value!r}"
-        )
+    largest = float(np.finfo(np.float32).max)
+    if not numbers or not all(isinstance(n, (int, float)) and abs(n) <= largest for n in numbers):
+        told = f"a label is a class or a list of finite numbers, not {value!r}"
+        raise UserError(f"{printable(str(where))}: {told}")
     return [float(number) for number in numbers]

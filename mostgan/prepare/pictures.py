@@ -16,28 +16,12 @@ from mostgan.prepare.frames import PICTURE_RATE, ROUNDING, Shown, Timing, square
 
 # Pillow's names of the formats that are read. Not EPS, for which it would run Ghostscript.
 FORMATS = "JPEG PNG BMP DIB GIF WEBP TIFF PPM TGA JPEG2000 AVIF SGI PCX".split()
-ANIMATED = {
-    ".gif",
-    ".webp",
-    ".png",
-    ".apng",
-    ".tif",
-    ".tiff",
-    ".avif",
-}  # suffixes that may hold several pictures
+# Suffixes of files that may hold several pictures.
+ANIMATED = set(".gif .webp .png .apng .tif .tiff .avif".split())
 MAX_PIXELS = 1 << 26  # twice 8K; a picture that claims more is damaged, or meant to fill the memory
 UNTIMED = 0.1  # seconds of an animation's picture that states none, or almost none, as browsers do
-DAMAGED = (
-    OSError,
-    ValueError,
-    SyntaxError,
-    EOFError,
-    KeyError,
-    TypeError,
-    IndexError,
-    OverflowError,
-    MemoryError,
-)
+DAMAGED = (OSError, ValueError, SyntaxError, EOFError, KeyError, TypeError, IndexError)
+DAMAGED += (OverflowError, MemoryError)
 
 JPEG_QUALITY = 95
 TRANSPARENT = "transparent pixels, shown over black"
@@ -49,9 +33,8 @@ def open_picture(file):
     lists.
     """
     with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore"
-        )  # of large pictures, which are refused below, and of strange metadata
+        # Of large pictures, which are refused below, and of strange metadata.
+        warnings.simplefilter("ignore")
         try:
             image = Image.open(file, formats=FORMATS)
         except Image.DecompressionBombError:
@@ -145,9 +128,8 @@ def animation_timing(file):
     if not seconds:
         raise ValueError("no picture of it can be read")
     fps = usual_rate(np.cumsum([0.0, *seconds[:-1]]), 1 / np.median(seconds), rounding)
-    if (
-        seconds[-1] > 1.5 / fps
-    ):  # nobody can tell how long a pause before it starts again is meant to be
+    # Nobody can tell how long a pause before it starts again is meant to be.
+    if seconds[-1] > 1.5 / fps:
         facts.add("a pause at the end of an animation, taken for one frame")
         seconds[-1] = 1 / fps
     return Timing(fps, 0.0, sum(seconds)), seconds, facts
@@ -195,13 +177,12 @@ def array_shape(file):
     ValueError where it is no uint8 [frames, H, W, 3]. The file is left where the frames begin.
     """
     version = np.lib.format.read_magic(file)
-    read = {
-        (1, 0): np.lib.format.read_array_header_1_0,
-        (2, 0): np.lib.format.read_array_header_2_0,
-    }
-    if version not in read:
+    if version == (1, 0):
+        shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(file)
+    elif version == (2, 0):
+        shape, fortran_order, dtype = np.lib.format.read_array_header_2_0(file)
+    else:
         raise ValueError(f"it is an .npy file of version {version}")
-    shape, fortran_order, dtype = read[version](file)
     if dtype != np.uint8 or fortran_order or len(shape) != 4 or shape[3] != 3:
         raise ValueError(f"it is an array of {dtype} {list(shape)}, not of uint8 [frames, H, W, 3]")
     count, height, width = shape[:3]
@@ -236,10 +217,7 @@ class PictureFraming:
 
     def __call__(self, image):
         x, y, width, height = square(*image.size, self.crop)
-        if (
-            width,
-            height,
-        ) != image.size:  # cropped first: resizing a box would look beyond its edges
+        if (width, height) != image.size:  # first: resizing a box would look beyond its edges
             image = image.crop((x, y, x + width, y + height))
         if image.size != (self.resolution, self.resolution):
             image = image.resize((self.resolution, self.resolution), Image.LANCZOS)

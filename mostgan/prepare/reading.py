@@ -130,12 +130,10 @@ def mask_box(mask, settings):
     rows, columns = set(), set()
     size = None
     for _, shown in mask.frames(Settings(0, "raw"), 0, None, {}, set()):
-        image = shown.image
-        image = (
-            image.to_ndarray(format="gray")
-            if mask.kind == "video"
-            else np.asarray(image.convert("L"))
-        )
+        if mask.kind == "video":
+            image = shown.image.to_ndarray(format="gray")
+        else:
+            image = np.asarray(shown.image.convert("L"))
         rows.update(np.flatnonzero((image > 127).any(1)).tolist())
         columns.update(np.flatnonzero((image > 127).any(0)).tolist())
         size = image.shape

@@ -150,9 +150,8 @@ def _render(scene, t, resolution):
     image = image * exposure[:, None]
     for ridge, level, air in ((scene["far ridge"], 0.95, 0.6), (scene["near ridge"], 0.6, 0.12)):
         top = level * horizon + 0.22 * horizon * _ridge(ridge, x)
-        cover = ((top - y) * resolution + 0.5).clamp(0, 1)[
-            :, None
-        ]  # the covered part of each pixel: no jagged edge
+        # The covered part of each pixel: no jagged edge.
+        cover = ((top - y) * resolution + 0.5).clamp(0, 1)[:, None]
         ground = (0.35 * shade * exposure[:, None] + 0.45 * air * low) * (0.25 + 0.75 * air)
         image = image + (ground - image) * cover
     return (image.clamp(0, 1) * 255).round().to(torch.uint8).numpy()
@@ -169,9 +168,8 @@ def _draw_deck(rng, overcast, speed):
     """Draws one deck of clouds: its octaves' places and turns, the wind, how much of the sky it
     covers, how softly.
     """
-    angle = rng.uniform(-0.6, 0.6) + (
-        math.pi if rng.random() < 0.5 else 0
-    )  # mostly sideways, slightly towards or away
+    # Mostly sideways, slightly towards or away.
+    angle = rng.uniform(-0.6, 0.6) + (math.pi if rng.random() < 0.5 else 0)
     speed = rng.uniform(*speed) / 64  # of the picture's width per frame, at the top of the picture
     return {
         "origin": rng.uniform(0, 1, (5, 2)),
@@ -194,9 +192,8 @@ def _clouds(seed, deck, x, height, t, sun_x, resolution):
     # grows to the horizon.
     distance = 1.35 / (height + 0.35)
     px, pz = x * distance, 1.1 * distance  # [1,H,W] in picture widths
-    pixel = (
-        distance * distance / resolution
-    )  # footprint of a pixel, for fading octaves that it cannot show
+    # The footprint of a pixel, for fading octaves that it cannot show.
+    pixel = distance * distance / resolution
     step = 0.06 / math.hypot(sun_x, 0.8)  # towards the sun
     field = _fractal(seed, deck, px, pz, t, pixel)
     ahead = _fractal(seed, deck, px + step * sun_x, pz + step * 0.8, t, pixel, octaves=3)

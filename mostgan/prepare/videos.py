@@ -22,19 +22,15 @@ CONTAINERS = "mov matroska avi mpegts mpeg mpegvideo asf flv ogg mxf h264 hevc m
 CONTAINERS = ",".join(f"{CONTAINERS} ivf obu dv rm nut wtv mjpeg jpeg_pipe vc1".split())
 UNSEEKABLE = "avi mpeg mpegvideo h264 hevc m4v mjpeg jpeg_pipe yuv4mpegpipe dv vc1 obu ivf"
 UNSEEKABLE = set(UNSEEKABLE.split())
-MAX_PIXELS = (
-    1 << 26
-)  # of one frame: twice 8K; a file that claims more is damaged, or meant to fill the memory
+# Of one frame: twice 8K. A file that claims more is damaged, or meant to fill the memory.
+MAX_PIXELS = 1 << 26
 LARGE_STEP = 1.0  # seconds back in time that are no rounding
 LOOK = 2000  # packets that tell the rate
 MOST_ERRORS = 1000  # damaged packets after which a film is given up
-LONGEST_FILM = (
-    48 * 3600.0
-)  # seconds; a film that claims more has damaged timestamps, and is read in one go
-HDR = {
-    16: ("PQ", "smpte2084"),
-    18: ("HLG", "arib-std-b67"),
-}  # AVCOL_TRC number → (name, FFmpeg's name)
+# Seconds; a film that claims more has damaged timestamps, and is read in one go.
+LONGEST_FILM = 48 * 3600.0
+# AVCOL_TRC number → (name, FFmpeg's name)
+HDR = {16: ("PQ", "smpte2084"), 18: ("HLG", "arib-std-b67")}
 ALPHA = "video with an alpha channel, shown over black"
 HDR_FLAT = "HDR video, without tone mapping (this FFmpeg has none)"
 
@@ -259,11 +255,7 @@ def _graph(frame, *filters):
     # Not add_buffer: it states a pixel aspect and colours of its own.
     about = f"video_size={frame.width}x{frame.height}:pix_fmt={frame.format.name}"
     about += f":time_base={frame.time_base or '1/1000'}:pixel_aspect=1/1"
-    nodes = [
-        graph.add("buffer", about),
-        *(graph.add(*item) for item in filters),
-        graph.add("buffersink"),
-    ]
+    nodes = [graph.add(*item) for item in [("buffer", about), *filters, ("buffersink", None)]]
     graph.link_nodes(*nodes).configure()
     return graph
 
@@ -332,9 +324,8 @@ class VideoFraming:
             filters.append(("crop", f"{w}:{h}:{x}:{y}"))
         scale = f"{self.resolution}:{self.resolution}"
         scale += ":flags=bicubic+accurate_rnd+full_chroma_int+full_chroma_inp"
-        if (
-            frame.colorspace == 2 and frame.height >= 720
-        ):  # unspecified: BT.709 where it is large, as players do
+        # Unspecified: BT.709 where it is large, as players do.
+        if frame.colorspace == 2 and frame.height >= 720:
             scale += ":in_color_matrix=bt709"
         rgb = [("format", "pix_fmts=rgb24")]
         if any(component.is_alpha for component in frame.format.components):
@@ -343,10 +334,8 @@ class VideoFraming:
         if frame.color_trc in HDR:
             name, transfer = HDR[frame.color_trc]
             told = ("setparams", f"color_trc={transfer}:color_primaries=bt2020:colorspace=bt2020nc")
-            mapped = (
-                scale
-                + ":out_transfer=bt709:out_primaries=bt709:out_color_matrix=bt709:intent=perceptual"
-            )
+            mapped = scale + ":out_transfer=bt709:out_primaries=bt709:out_color_matrix=bt709"
+            mapped += ":intent=perceptual"
             try:
                 graph = _graph(frame, *filters, told, ("scale", mapped), *rgb)
                 self.facts.add(f"HDR video ({name}), tone-mapped to BT.709")
@@ -363,9 +352,7 @@ def _turns(frame):
     matrix = frame.side_data.get(SideData.DISPLAYMATRIX)
     if matrix is None:
         return [], False
-    a, b, c, d = np.frombuffer(bytes(matrix), np.int32)[
-        [0, 1, 3, 4]
-    ]  # x' = a x + c y, y' = b x + d y
+    a, b, _, c, d = np.frombuffer(bytes(matrix), np.int32)[:5]  # x' = a x + c y, y' = b x + d y
     turned = abs(int(a)) < abs(int(b))
     across, down = (c, b) if turned else (a, d)
     filters = [("transpose", "dir=cclock_flip")] if turned else []  # swaps x and y

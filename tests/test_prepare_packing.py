@@ -751,5 +751,5 @@ def test_the_built_in_sky(tmp_path):
     with made.one_core():
         prepare.pack_sky(tmp_path / "sky", 16, count=3, frames=4)
     clips = Clips(tmp_path / "sky")
-    assert clips.lengths.tolist() == [4, 4, 4] and clips.resolution == 16 and clips.builtin
+    assert clips.lengths.tolist() == [4, 4, 4] and clips.resolution == 16 and not clips.builtin
     assert (clips.frames(1, range(4)) == sky.make_clip(1, 16, 4)).all()

@@ -269,14 +269,14 @@ def _name_older(place):
             print(f"{told} holds the clips as they were before, and can be removed")
 
 
-def pack_sky(dst, resolution, count=None, frames=None):
-    """Packs the first `count` clips of the built-in procedural sky, of `frames` frames each;
+def pack_sky(dst, resolution, count=None, frames=None, builtin=False):
+    """Packs the first `count` clips of the procedural sky, of `frames` frames each (default: all);
     returns the index.
     """
     from mostgan.prepare import sky  # not above: it brings PyTorch, see pack._write_preview
 
     settings = Settings(resolution, "raw" if resolution <= RAW_UP_TO else "jpeg")
-    about = {"source": f"sky {sky.VERSION}", "origin": None, "labels": None, "builtin": True}
+    about = {"source": f"sky {sky.VERSION}", "origin": None, "labels": None, "builtin": builtin}
     clips = sky.clips(count or sky.CLIPS, frames or sky.FRAMES)
     # One process: PyTorch, which paints them, uses all cores.
     return pack(clips, dst, settings, about=about, jobs=1)
@@ -291,7 +291,7 @@ def _builtin_sky(resolution, folder):
         return clips
     _clear_damaged(place)
     print(f"packing the built-in procedural sky at {resolution} pixels into {place} (once)")
-    print("\n".join(summary(pack_sky(place, resolution))))
+    print("\n".join(summary(pack_sky(place, resolution, builtin=True))))
     return Clips(place)
 
 

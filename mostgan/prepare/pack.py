@@ -78,11 +78,8 @@ def _workers(jobs):
     if jobs == 1:
         yield _Here()
         return
-    spawn = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(jobs, spawn, _end_with_parent)
+    pool = _Pool(jobs, multiprocessing.get_context("spawn"), _end_with_parent)
     try:
-        with _without_interrupts():
-            pool.submit(os.getpid)  # starts the processes, all of them
         yield pool
     except BrokenProcessPool:
         died = "a process of the preparation died (killed, or short of memory)"
@@ -95,17 +92,19 @@ def _workers(jobs):
         pool.shutdown(cancel_futures=True)
 
 
-@contextlib.contextmanager
-def _without_interrupts():
-    """Processes that are started in this block take no notice of Ctrl-C: it is for the first one."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
+class _Pool(ProcessPoolExecutor):
+    """A pool whose processes take no notice of Ctrl-C, from their first moment on: it is for the
+    process that hands them their jobs. Any submit may start one of them.
+    """
+
+    def submit(self, function, *args):
+        if threading.current_thread() is not threading.main_thread():
+            return super().submit(function, *args)
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # which a new process inherits
+        try:
+            return super().submit(function, *args)
+        finally:
+            signal.signal(signal.SIGINT, before)
 
 
 def _end_with_parent():

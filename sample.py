@@ -1,12 +1,12 @@
 """Sample video from a checkpoint, streamed in constant memory. Options that fit together may be combined.
 
-    python sample.py --frames 1024                      # the newest run's newest checkpoint → samples/<run>-seed0.mp4
-    python sample.py --start 10000000 --frames 256      # a stretch of an endless video, rendered alone
-    python sample.py --loop 10 --out loop.gif           # 10 seconds that repeat without a seam
-    python sample.py --start 500 --speed -0.25          # from frame 500 backwards, in slow motion
-    python sample.py --grid 4x4 --rows motion --columns content         # all of a column look, of a row move alike
-    python sample.py --content-seeds 1 2 3 --motion-seed 7              # content changes while the motion runs on
-    python sample.py --motion-style 0=0 3=2             # without style 0, style 3 twice as strong
+python sample.py --frames 1024                      # the newest run's newest checkpoint → samples/<run>-seed0.mp4
+python sample.py --start 10000000 --frames 256      # a stretch of an endless video, rendered alone
+python sample.py --loop 10 --out loop.gif           # 10 seconds that repeat without a seam
+python sample.py --start 500 --speed -0.25          # from frame 500 backwards, in slow motion
+python sample.py --grid 4x4 --rows motion --columns content         # all of a column look, of a row move alike
+python sample.py --content-seeds 1 2 3 --motion-seed 7              # content changes while the motion runs on
+python sample.py --motion-style 0=0 3=2             # without style 0, style 3 twice as strong
 """
 
 import dataclasses
@@ -90,7 +90,9 @@ def sample(options: Options):
     """Render and write a video. Returns whether it is complete: Ctrl-C ends it early. Raises UserError."""
     stop = stop_signal()
     path = checkpoint.find(options.checkpoint)
-    name = path.parent.name if path.name.startswith("checkpoint-") else path.name  # of the run, if it is of one
+    name = (
+        path.parent.name if path.name.startswith("checkpoint-") else path.name
+    )  # of the run, if it is of one
     out = options.out or Path("samples", f"{name}-seed{options.seed}.mp4")
     rate = dataset_fps(path)
     rows, columns = parse_grid(options.grid)
@@ -98,7 +100,9 @@ def sample(options: Options):
     video = VideoWriter(out, fps, options.crf, describe(options, path, fps))
     for file in (out, video.sidecar):
         if file is not None and file.exists() and not options.force:
-            raise UserError(f"{file} is there already: choose another --out, or write over it with --force")
+            raise UserError(
+                f"{file} is there already: choose another --out, or write over it with --force"
+            )
     device = pick_device()
     choose_kernels(options.kernels, options.compile, device)
     generator = checkpoint.load(path, device)
@@ -107,10 +111,18 @@ def sample(options: Options):
         mode = "reduce-overhead" if device.type == "cuda" else "default"
         generator.synthesis.compile(fullgraph=True, dynamic=False, mode=mode)
     content, motion = grid_seeds(options, rows, columns)
-    windows = generator.render(content, options.start, frames, rows * columns, motion,
-                               list(options.condition) or options.label, options.psi,
-                               content_frames=exact(options.content_seconds) * exact(rate),
-                               style_gain=parse_gains(options.motion_style), **way)
+    windows = generator.render(
+        content,
+        options.start,
+        frames,
+        rows * columns,
+        motion,
+        list(options.condition) or options.label,
+        options.psi,
+        content_frames=exact(options.content_seconds) * exact(rate),
+        style_gain=parse_gains(options.motion_style),
+        **way,
+    )
     if options.loop is not None:
         print_loop(generator.config, fps, exact(rate), **way)
 
@@ -136,11 +148,15 @@ def sample(options: Options):
     bar.close()
     seconds = time.perf_counter() - started
     per_frame = 1000 / (done * rows * columns)
-    print(f"{out}: {done} frame{'s' * (done > 1)} of {rows * columns} clip{'s' * (rows * columns > 1)} from {path}")
-    print(f"{seconds * per_frame:.2f} ms/frame: rendering and transfer {rendering * per_frame:.2f}, and beside them "
-          f"encoding {writer.seconds * per_frame:.2f}; "
-          f"peak memory {peak_memory_mb(device):.0f} MB, on {device}, {options.precision}, "
-          f"{'compiled' if options.compile else 'not compiled'}, kernels: {kernels.summary(device)}")
+    print(
+        f"{out}: {done} frame{'s' * (done > 1)} of {rows * columns} clip{'s' * (rows * columns > 1)} from {path}"
+    )
+    print(
+        f"{seconds * per_frame:.2f} ms/frame: rendering and transfer {rendering * per_frame:.2f}, and beside them "
+        f"encoding {writer.seconds * per_frame:.2f}; "
+        f"peak memory {peak_memory_mb(device):.0f} MB, on {device}, {options.precision}, "
+        f"{'compiled' if options.compile else 'not compiled'}, kernels: {kernels.summary(device)}"
+    )
     return done == frames
 
 
@@ -172,8 +188,10 @@ def way_through_time(options, rate):
 
 def print_loop(config, fps, rate, step, loop):
     pace, anchors = loop_step(config, step, loop)
-    print(f"a loop of {loop} frame{'s' * (loop > 1)} ({float(loop / fps):g} s) goes through {anchors} motion "
-          f"anchor{'s' * (anchors > 1)}, {config.motion_distance} frames apart: speed {float(pace * fps / rate):.4g}")
+    print(
+        f"a loop of {loop} frame{'s' * (loop > 1)} ({float(loop / fps):g} s) goes through {anchors} motion "
+        f"anchor{'s' * (anchors > 1)}, {config.motion_distance} frames apart: speed {float(pace * fps / rate):.4g}"
+    )
 
 
 def parse_grid(text):
@@ -187,15 +205,25 @@ def parse_grid(text):
 def grid_seeds(options, rows, columns):
     """Content and motion seeds of the clips, row by row, as `render` takes them."""
 
-    def numbers(what):  # which content, or motion, each clip shows: by its row, its column, neither or both
+    def numbers(
+        what,
+    ):  # which content, or motion, each clip shows: by its row, its column, neither or both
         by_row, by_column = options.rows == what, options.columns == what
-        return [(r if not by_column else 0) if by_row else c if by_column else r * columns + c
-                for r in range(rows) for c in range(columns)]
+        return [
+            (r if not by_column else 0) if by_row else c if by_column else r * columns + c
+            for r in range(rows)
+            for c in range(columns)
+        ]
 
-    motion = [(options.seed if options.motion_seed is None else options.motion_seed) + i for i in numbers("motion")]
+    motion = [
+        (options.seed if options.motion_seed is None else options.motion_seed) + i
+        for i in numbers("motion")
+    ]
     path = options.content_seeds
     if path:  # each clip starts at a seed of its own
-        return [tuple(path[(i + k) % len(path)] for k in range(len(path))) for i in numbers("content")], motion
+        return [
+            tuple(path[(i + k) % len(path)] for k in range(len(path))) for i in numbers("content")
+        ], motion
     return [options.seed + i for i in numbers("content")], motion
 
 
@@ -223,8 +251,14 @@ def describe(options, path, fps):
     chosen = dataclasses.asdict(options) | {"fps": float(fps)}
     for key in ("checkpoint", "out", "force"):
         del chosen[key]
-    return json.dumps({"program": "MoStGAN-V", "checkpoint": f"{path.resolve().parent.name}/{path.name}",
-                       "model.safetensors sha256": digest.hexdigest(), "options": chosen})
+    return json.dumps(
+        {
+            "program": "MoStGAN-V",
+            "checkpoint": f"{path.resolve().parent.name}/{path.name}",
+            "model.safetensors sha256": digest.hexdigest(),
+            "options": chosen,
+        }
+    )
 
 
 def dataset_fps(path):
@@ -246,6 +280,8 @@ if __name__ == "__main__":
         print(f"sample.py: {error}", file=sys.stderr)
         sys.exit(2)
     except torch.OutOfMemoryError:
-        sys.exit("sample.py: the GPU's memory is too small for so many clips at once: choose a smaller --grid")
+        sys.exit(
+            "sample.py: the GPU's memory is too small for so many clips at once: choose a smaller --grid"
+        )
     except KeyboardInterrupt:
         sys.exit("sample.py: interrupted; nothing was written")

@@ -1,10 +1,10 @@
 """Train MoStGAN-V. Read this first, top to bottom: data → G step → D step → R1 → EMA → ADA → log → save (spec §8).
 
-    python train.py --dataset sky                       # data/sky if it is there, else the built-in procedural sky
-    python train.py --dataset ffs --data faces.zip --rank 3
-    python train.py --resume runs/00000-sky-builtin-tiny        # go on where it stopped
-    python train.py --data clips --start-from runs/released     # fine-tune a checkpoint on other clips
-    torchrun --nproc_per_node=8 train.py --dataset sky  # the same run on eight GPUs
+python train.py --dataset sky                       # data/sky if it is there, else the built-in procedural sky
+python train.py --dataset ffs --data faces.zip --rank 3
+python train.py --resume runs/00000-sky-builtin-tiny        # go on where it stopped
+python train.py --data clips --start-from runs/released     # fine-tune a checkpoint on other clips
+torchrun --nproc_per_node=8 train.py --dataset sky  # the same run on eight GPUs
 """
 
 import argparse
@@ -57,7 +57,9 @@ def train(config: TrainConfig, out: Path | None = None, resume: Resume | None = 
         make_deterministic()
     device, main = pick_device(), distributed.main()
     choose_kernels(config.kernels, config.compile, device)
-    clips = distributed.in_turn(lambda: open_data(config.data, config.dataset, config.model.resolution, config.cache))
+    clips = distributed.in_turn(
+        lambda: open_data(config.data, config.dataset, config.model.resolution, config.cache)
+    )
     config = with_shares(with_data(config, clips))
     detectors = None
     if config.eval_every:
@@ -76,11 +78,29 @@ def train(config: TrainConfig, out: Path | None = None, resume: Resume | None = 
     print_start(config, clips, run, device, state)
 
     world, rank = distributed.size(), distributed.rank()
-    data = batches(clips, config.batch_clips // world, config.model.frames_per_clip, config.seed, state.step,
-                   config.mirror, config.workers, config.model.max_num_frames, device, config.sampling, rank, world)
+    data = batches(
+        clips,
+        config.batch_clips // world,
+        config.model.frames_per_clip,
+        config.seed,
+        state.step,
+        config.mirror,
+        config.workers,
+        config.model.max_num_frames,
+        device,
+        config.sampling,
+        rank,
+        world,
+    )
     total, logged, first = round(config.total_kframes * 1000), state.frames, state.frames
-    bar = tqdm(total=total, initial=state.frames, unit="frame", unit_scale=True, smoothing=0.02,
-               disable=None if main else True)
+    bar = tqdm(
+        total=total,
+        initial=state.frames,
+        unit="frame",
+        unit_scale=True,
+        smoothing=0.02,
+        disable=None if main else True,
+    )
     stats, stop, objective = Stats(run, device, bar.write), StopSignal(run), objectives(config)
     stats.drop_after(state.frames)
     saver = Saver(run, saved, config.save_minutes, config.keep_checkpoints, bar.write)
@@ -112,19 +132,37 @@ def train(config: TrainConfig, out: Path | None = None, resume: Resume | None = 
         shown = passes(state, config, config.snapshot_kframes) or state.frames >= total
         scores = {}
         if detectors and passes(state, config, config.eval_every) and not stopping:
-            scores = metrics.evaluate(state.ema, clips, detectors, config.eval_clips, config.eval_frames,
-                                      config.eval_long_clips)
+            scores = metrics.evaluate(
+                state.ema,
+                clips,
+                detectors,
+                config.eval_clips,
+                config.eval_frames,
+                config.eval_long_clips,
+            )
             if main:
                 bar.write(f"{state.frames / 1000:.1f} k frames: {metrics.in_a_line(scores)}")
         saves = bool(shown or stopping or overdue or scores)
         if passes(state, config, config.log_kframes) or saves:
-            line = stats.write(state.frames - logged, step=state.step, frames=state.frames,
-                               seconds=round(state.seconds, 1), ada_p=round(state.ada_p, 5), **scores)
+            line = stats.write(
+                state.frames - logged,
+                step=state.step,
+                frames=state.frames,
+                seconds=round(state.seconds, 1),
+                ada_p=round(state.ada_p, 5),
+                **scores,
+            )
             if line["skipped_steps"] and main:
-                bar.write(f"warning: {line['skipped_steps']} optimizer steps before step {state.step} were left out: "
-                          "a loss or gradient was not finite")
-            stats.skips.check(config.skip_limit, {"G": state.G, "D": state.D, "R1": state.D}, state.step, saver)
-            bar.set_postfix_str(f"G {line['loss_G']:.2f} D {line['loss_D']:.2f} ada {state.ada_p:.3f}")
+                bar.write(
+                    f"warning: {line['skipped_steps']} optimizer steps before step {state.step} were left out: "
+                    "a loss or gradient was not finite"
+                )
+            stats.skips.check(
+                config.skip_limit, {"G": state.G, "D": state.D, "R1": state.D}, state.step, saver
+            )
+            bar.set_postfix_str(
+                f"G {line['loss_G']:.2f} D {line['loss_D']:.2f} ada {state.ada_p:.3f}"
+            )
             logged = state.frames
         if saves:
             saver.start(state, next(iter(scores.values()), None))  # the best by FVD16 is kept
@@ -134,12 +172,16 @@ def train(config: TrainConfig, out: Path | None = None, resume: Resume | None = 
     data.close()
     saver.last(state)
     if stopping:
-        distributed.say(f"stopped and saved at {state.frames / 1000:.1f} k frames; "
-                        f"go on with: {distributed.resume_command(run)}")
+        distributed.say(
+            f"stopped and saved at {state.frames / 1000:.1f} k frames; "
+            f"go on with: {distributed.resume_command(run)}"
+        )
     else:
-        distributed.say(f"{state.frames / 1000:.1f} k frames in {state.seconds / 60:.1f} min, "
-                        f"{state.frames / max(state.seconds, 1e-9):.0f} frames/s; grids are in {run}\n"
-                        f"sample with: python sample.py --checkpoint {saver.saved} --frames 1024")
+        distributed.say(
+            f"{state.frames / 1000:.1f} k frames in {state.seconds / 60:.1f} min, "
+            f"{state.frames / max(state.seconds, 1e-9):.0f} frames/s; grids are in {run}\n"
+            f"sample with: python sample.py --checkpoint {saver.saved} --frames 1024"
+        )
 
 
 class Objectives(NamedTuple):
@@ -154,7 +196,10 @@ def objectives(config, backend="inductor"):
     """The objectives as config.compile says; backend: torch.compile's."""
     chosen = generator_objective, discriminator_objective, r1_objective
     if config.compile:  # every shape of a step is the same as in the step before
-        chosen = (torch.compile(objective, fullgraph=True, dynamic=False, backend=backend) for objective in chosen)
+        chosen = (
+            torch.compile(objective, fullgraph=True, dynamic=False, backend=backend)
+            for objective in chosen
+        )
     return Objectives(*chosen)
 
 
@@ -170,13 +215,18 @@ def generator_step(state, draw, objective, config, stats):
         with draw.autocast():
             judge = D if keeps_graph else frozen(D)
             loss, adversarial, diverse, logits, frames, w = objective(
-                G, judge, latents, params, config.diversity_weight)  # fmt: skip
+                G, judge, latents, params, config.diversity_weight
+            )
         (loss / config.batch_split).backward(inputs=list(G.parameters()), retain_graph=keeps_graph)
         total = total + loss.detach() / config.batch_split
         w_mean = w_mean + w.detach().float().mean(dim=0) / config.batch_split
         stats.add(loss_G=adversarial, diversity=diverse, D_fake=logits)
-        if config.shared_fakes:  # D has not changed: eagerly its graph serves again, a compiled one is used up
-            fakes.append((logits if keeps_graph else (frames.detach(), latents.t, latents.label), params))
+        if (
+            config.shared_fakes
+        ):  # D has not changed: eagerly its graph serves again, a compiled one is used up
+            fakes.append(
+                (logits if keeps_graph else (frames.detach(), latents.t, latents.label), params)
+            )
         else:
             fakes.append((None, None))
     skip = optimize(state.adam_G, "G", total, stats, w_mean)
@@ -238,31 +288,47 @@ class Draws:
             yield piece
 
     def autocast(self):
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16")
+        return torch.autocast(
+            self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"
+        )
 
     def pieces(self, real):
         """This process's real clips in pieces of (frames float [N, 3, H, W], t [B, T], label or None)."""
         frames = real.frames.float() / 127.5 - 1
         conditional = self.config.model.num_labels > 0
-        return [(f.flatten(0, 1), t, label if conditional else None)
-                for f, t, label in zip(*(x.split(self.rows) for x in (frames, real.t, real.label)))]
+        return [
+            (f.flatten(0, 1), t, label if conditional else None)
+            for f, t, label in zip(*(x.split(self.rows) for x in (frames, real.t, real.label)))
+        ]
 
     def latents(self):
         """Latents of a piece of generated clips."""
         model, B, device = self.config.model, self.rows, self.device
-        t = sample_fake(self.clips.lengths, B, model.frames_per_clip, self.rng, model.max_num_frames,
-                        self.config.sampling)  # fmt: skip
-        first_anchor = torch.from_numpy(np.floor(t[:, 0] / model.motion_distance).astype(np.int64)).to(device)
+        t = sample_fake(
+            self.clips.lengths,
+            B,
+            model.frames_per_clip,
+            self.rng,
+            model.max_num_frames,
+            self.config.sampling,
+        )
+        first_anchor = torch.from_numpy(
+            np.floor(t[:, 0] / model.motion_distance).astype(np.int64)
+        ).to(device)
         longest = LONGEST_SPAN
         if self.config.sampling == "uniform":
             longest = min(int(self.clips.lengths.max()), model.max_num_frames)
         rows = FRAME_ANCHORS + -(-max(longest, model.frames_per_clip) // model.motion_distance)
         label = None
         if model.num_labels:
-            conditions = [self.clips.condition(clip) for clip in self.rng.choice(len(self.clips), B)]
+            conditions = [
+                self.clips.condition(clip) for clip in self.rng.choice(len(self.clips), B)
+            ]
             label = torch.from_numpy(np.stack(conditions)).to(device)
         z = torch.randn(B, model.z_dim, generator=self.on_device, device=device)
-        noise = torch.randn(B, rows, model.motion_noise_dim, generator=self.on_device, device=device)
+        noise = torch.randn(
+            B, rows, model.motion_noise_dim, generator=self.on_device, device=device
+        )
         return Latents(z, torch.from_numpy(t).to(device), noise, first_anchor, label)
 
     def augmentation(self):
@@ -271,7 +337,9 @@ class Draws:
             return None
         size, T = self.config.model.resolution, self.config.model.frames_per_clip
         params = augment.draw(self.config.augment, self.ada_p, self.rows, size, size, self.host)
-        return augment.on_device(params, (self.rows, 3 * T, size, size), self.device, generator=self.on_device)
+        return augment.on_device(
+            params, (self.rows, 3 * T, size, size), self.device, generator=self.on_device
+        )
 
 
 def make_adam(module, lr, interval):
@@ -311,8 +379,14 @@ def adjust_ada(state, config):
     """Every ada_interval steps, move p by how often D knows real clips (spec §8)."""
     if config.augment != "none" and state.step % config.ada_interval == 0:
         mean_sign = float(state.ada_sign) / config.ada_interval
-        state.ada_p = augment.update_p(state.ada_p, mean_sign, config.batch_clips, config.ada_interval,
-                                       config.ada_target, config.ada_kclips)
+        state.ada_p = augment.update_p(
+            state.ada_p,
+            mean_sign,
+            config.batch_clips,
+            config.ada_interval,
+            config.ada_target,
+            config.ada_kclips,
+        )
         state.ada_sign = 0.0
 
 
@@ -325,9 +399,14 @@ def passes(state, config, kframes):
 def with_data(config, clips):
     """The configuration with what the data decides: the size of a clip's condition, and the frame rate."""
     if config.conditional and not clips.num_labels:
-        raise UserError(f"--conditional needs labels, but {clips.path} has none: leave it out, or add a dataset.json")
-    model = dataclasses.replace(config.model, num_labels=clips.num_labels if config.conditional else 0,
-                                fps=config.model.fps or clips.fps)
+        raise UserError(
+            f"--conditional needs labels, but {clips.path} has none: leave it out, or add a dataset.json"
+        )
+    model = dataclasses.replace(
+        config.model,
+        num_labels=clips.num_labels if config.conditional else 0,
+        fps=config.model.fps or clips.fps,
+    )
     return dataclasses.replace(config, model=model)
 
 
@@ -335,12 +414,19 @@ def with_shares(config):
     """The batch in pieces enough for every process to have as many; see distributed.py."""
     processes = distributed.size()
     if config.batch_clips % processes:
-        raise UserError(f"{processes} processes cannot share a batch of {config.batch_clips} clips: "
-                        "choose --batch-clips to be a multiple")
-    split = next(split for split in range(config.batch_split, config.batch_clips + 1)
-                 if config.batch_clips % split == 0 and split % processes == 0)
+        raise UserError(
+            f"{processes} processes cannot share a batch of {config.batch_clips} clips: "
+            "choose --batch-clips to be a multiple"
+        )
+    split = next(
+        split
+        for split in range(config.batch_split, config.batch_clips + 1)
+        if config.batch_clips % split == 0 and split % processes == 0
+    )
     if split != config.batch_split:
-        distributed.say(f"batch_split is {split} instead of {config.batch_split}, for {processes} processes to share")
+        distributed.say(
+            f"batch_split is {split} instead of {config.batch_split}, for {processes} processes to share"
+        )
     return dataclasses.replace(config, batch_split=split)
 
 
@@ -355,27 +441,45 @@ def new_state(config, device):
 
 def print_start(config, clips, run, device, state):
     millions = [sum(p.numel() for p in module.parameters()) / 1e6 for module in (state.G, state.D)]
-    where = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    distributed.say(f"{run}: preset {config.preset}, {config.model.resolution}², on {where}, {config.precision}, "
-          f"{'compiled' if config.compile else 'not compiled'}, kernels: {kernels.chosen(device)}")
-    distributed.say(f"data: {clips.path}, {len(clips)} clips of {clips.lengths.min()} to {clips.lengths.max()} frames")
+    where = (
+        torch.cuda.get_device_name()
+        if device.type == "cuda"
+        else f"CPU, {torch.get_num_threads()} threads"
+    )
+    distributed.say(
+        f"{run}: preset {config.preset}, {config.model.resolution}², on {where}, {config.precision}, "
+        f"{'compiled' if config.compile else 'not compiled'}, kernels: {kernels.chosen(device)}"
+    )
+    distributed.say(
+        f"data: {clips.path}, {len(clips)} clips of {clips.lengths.min()} to {clips.lengths.max()} frames"
+    )
     if clips.builtin:
-        distributed.say("warning: there is no data/sky, so this trains on the built-in procedural sky; "
-              "put real clips into data/sky or name them with --data")
-    distributed.say(f"generator {millions[0]:.1f} M parameters, discriminator {millions[1]:.1f} M; "
-          f"{config.total_kframes:g} k frames in steps of {config.batch_clips} clips × {config.model.frames_per_clip}")
+        distributed.say(
+            "warning: there is no data/sky, so this trains on the built-in procedural sky; "
+            "put real clips into data/sky or name them with --data"
+        )
+    distributed.say(
+        f"generator {millions[0]:.1f} M parameters, discriminator {millions[1]:.1f} M; "
+        f"{config.total_kframes:g} k frames in steps of {config.batch_clips} clips × {config.model.frames_per_clip}"
+    )
     if config.preset == "tiny":
         minutes = max(1, round((config.total_kframes - state.frames / 1000) / 5))
-        distributed.say(f"the tiny preset takes about {minutes} min for this on two cores; Ctrl-C saves and stops")
+        distributed.say(
+            f"the tiny preset takes about {minutes} min for this on two cores; Ctrl-C saves and stops"
+        )
 
 
 def fine_tuning(config, path):
     """config with the model of the checkpoint at path, and with an average that keeps what the checkpoint's has."""
     if Path(path).is_file() and not path.endswith((".json", ".safetensors")):
-        raise UserError(f"{path} is a file, and a checkpoint is a folder. Import a released snapshot with: "
-                        f"python -m mostgan.checkpoint import {path} runs/released --training")
+        raise UserError(
+            f"{path} is a file, and a checkpoint is a folder. Import a released snapshot with: "
+            f"python -m mostgan.checkpoint import {path} runs/released --training"
+        )
     model = dataclasses.replace(checkpoint.read_config(checkpoint.find(path)), fps=None)
-    return dataclasses.replace(config, model=model, conditional=model.num_labels > 0, ema_rampup=0.0)
+    return dataclasses.replace(
+        config, model=model, conditional=model.num_labels > 0, ema_rampup=0.0
+    )
 
 
 @dataclass(frozen=True)
@@ -400,13 +504,20 @@ def parse(args):
     resume = what_to_resume(known.out, known.resume)
     if resume is not None:
         resume = resume._replace(names_data=known.data is not None)
-    config = train_preset(known.preset, known.dataset) if resume is None else read_config(resume.run)
+    config = (
+        train_preset(known.preset, known.dataset) if resume is None else read_config(resume.run)
+    )
     if resume is None and known.start_from:
         config = fine_tuning(config, known.start_from)
     if known.resume == "":
         args = [arg for arg in args if arg != "--resume"]
-    options = tyro.cli(Annotated[Options, tyro.conf.arg(name="")], default=Options(config), args=args,
-                       description=__doc__, config=(tyro.conf.OmitArgPrefixes,))
+    options = tyro.cli(
+        Annotated[Options, tyro.conf.arg(name="")],
+        default=Options(config),
+        args=args,
+        description=__doc__,
+        config=(tyro.conf.OmitArgPrefixes,),
+    )
     return options, resume
 
 

@@ -28,7 +28,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # before this folder, whose kernels.py is not the package
+sys.path.insert(
+    0, str(Path(__file__).resolve().parents[1])
+)  # before this folder, whose kernels.py is not the package
 import train as training
 from mostgan import checkpoint
 from mostgan.config import UserError, train_preset
@@ -37,11 +39,15 @@ from mostgan.state import Saver
 ROOT = Path(__file__).resolve().parents[1]
 STEPS, CLIPS, FRAMES = 60, 4, 3
 PATIENCE = 1800  # seconds, on a machine that others use too
-MODEL = ("--resolution 32 --channel-base 128 --channel-max 8 --z-dim 16 --w-dim 16 --motion-noise-dim 16 "
-         "--motion-code-dim 16 --num-frequencies 8 --motion-vector-dim 8 --motion-styles 2 --motion-resolutions 16 "
-         "--discriminator-hidden-dim 16 --mbstd-group 2")
-RUN = (f"--preset tiny {MODEL} --batch-clips {CLIPS} --batch-split 2 --augment bgc --ada-kclips 0.5 --r1-interval 4 "
-       f"--log-kframes {CLIPS * FRAMES / 1000} --save-minutes 0.01 --total-kframes {{kframes}} --out {{out}} --resume")
+MODEL = (
+    "--resolution 32 --channel-base 128 --channel-max 8 --z-dim 16 --w-dim 16 --motion-noise-dim 16 "
+    "--motion-code-dim 16 --num-frequencies 8 --motion-vector-dim 8 --motion-styles 2 --motion-resolutions 16 "
+    "--discriminator-hidden-dim 16 --mbstd-group 2"
+)
+RUN = (
+    f"--preset tiny {MODEL} --batch-clips {CLIPS} --batch-split 2 --augment bgc --ada-kclips 0.5 --r1-interval 4 "
+    f"--log-kframes {CLIPS * FRAMES / 1000} --save-minutes 0.01 --total-kframes {{kframes}} --out {{out}} --resume"
+)
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--max-restarts=3"]
 
 
@@ -59,8 +65,12 @@ class Run:
 
     def start(self):
         with open(self.output, "a") as file:
-            return subprocess.Popen(self.command, stdout=file, stderr=subprocess.STDOUT,
-                                    env=os.environ | {"OMP_NUM_THREADS": "1"})
+            return subprocess.Popen(
+                self.command,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                env=os.environ | {"OMP_NUM_THREADS": "1"},
+            )
 
     def finish(self):
         """Start, and let it come to its end."""
@@ -99,7 +109,9 @@ class Run:
         """Every tensor and value of the last checkpoint but the time."""
         path = self.out / checkpoint.CHECKPOINT_NAME.format(self.steps)
         tensors, scalars = checkpoint.read_training(path)
-        return tensors | {f"ema.{key}": value for key, value in load_file(path / "model.safetensors").items()}, scalars
+        return tensors | {
+            f"ema.{key}": value for key, value in load_file(path / "model.safetensors").items()
+        }, scalars
 
     def check(self, reference):
         """Finished, with the reference's bits, and a line of stats.jsonl per step."""
@@ -108,7 +120,9 @@ class Run:
         differ += [key for key in values if key != "seconds" and scalars[key] != values[key]]
         steps = [json.loads(line)["step"] for line in self.text("stats.jsonl").splitlines()]
         if differ or steps != list(range(1, self.steps + 1)):
-            raise Failed(f"{self.out}: {len(differ)} tensors and values differ ({differ[:3]}); steps logged: {steps}")
+            raise Failed(
+                f"{self.out}: {len(differ)} tensors and values differ ({differ[:3]}); steps logged: {steps}"
+            )
 
 
 def kills(folder, rng, count, reference):
@@ -134,7 +148,9 @@ def kills(folder, rng, count, reference):
             done, inside = done + 1, inside + run.saving()
             newest = run.newest()
             if newest < before:
-                raise Failed(f"{run.out}: the newest checkpoint was {before}, after the kill {newest}")
+                raise Failed(
+                    f"{run.out}: the newest checkpoint was {before}, after the kill {newest}"
+                )
             lost = max(lost, run.last_step() - newest)
         else:  # it had come to its end
             run.check(reference)
@@ -161,7 +177,10 @@ def full_disks(folder, rng, count, reference):
                 raise Failed(f"{run.out}: did not go on after the disk had room again")
         else:
             to_the_end += 1
-            if not process.wait(timeout=PATIENCE) or "make room and go on with" not in run.output.read_text():
+            if (
+                not process.wait(timeout=PATIENCE)
+                or "make room and go on with" not in run.output.read_text()
+            ):
                 raise Failed(f"{run.out}: ended as if its last save had not failed")
             run.newest()
             run.finish()
@@ -187,7 +206,9 @@ def damages(folder, rng, count, reference):
             data[at] ^= 1 << rng.randrange(8)
             file.write_bytes(data[:at] if kind == "truncated" else data)
         run.finish()
-        named = "" if file.name == "checksums.json" else file.name  # a wrong checksum speaks against the file it is of
+        named = (
+            "" if file.name == "checksums.json" else file.name
+        )  # a wrong checksum speaks against the file it is of
         if f"warning: {newest} is damaged and passed over: {named}" not in run.output.read_text():
             raise Failed(f"{run.out}: {file.name} ({kind}) was not named: {run.output.read_text()}")
         run.check(reference)
@@ -226,7 +247,12 @@ def killed_ranks(folder, rng, count, reference):
         if code := process.wait(timeout=PATIENCE):
             raise Failed(f"{run.out}: torchrun ended with {code}: {run.output.read_text()[-2000:]}")
         run.check(reference)
-    return {"times": count, "rank 0": (count + 1) // 2, "rank 1": count // 2, "most steps redone": redone}
+    return {
+        "times": count,
+        "rank 0": (count + 1) // 2,
+        "rank 1": count // 2,
+        "most steps redone": redone,
+    }
 
 
 def workers(parent):
@@ -236,7 +262,9 @@ def workers(parent):
         try:
             if int(stat.read_text().rpartition(")")[2].split()[1]) == parent:
                 environment = (stat.parent / "environ").read_bytes()
-                found[int(re.search(rb"(?:^|\0)RANK=(\d+)", environment).group(1))] = int(stat.parent.name)
+                found[int(re.search(rb"(?:^|\0)RANK=(\d+)", environment).group(1))] = int(
+                    stat.parent.name
+                )
         except (OSError, AttributeError):
             continue
     return [found[rank] for rank in sorted(found)]
@@ -261,15 +289,29 @@ def cost(folder):
         times.append((waited - begun, time.perf_counter() - begun))
     waits, whole = (statistics.median(column) for column in zip(*times))
     interval = config.snapshot_kframes * 1000 / json.loads(lines[-1])["frames_per_second"]
-    return {"training waits, s": round(waits, 4), "whole save, s": round(whole, 4),
-            "seconds of training between saves": round(interval, 1), "share": round(whole / interval, 5)}
+    return {
+        "training waits, s": round(waits, 4),
+        "whole save, s": round(whole, 4),
+        "seconds of training between saves": round(interval, 1),
+        "share": round(whole / interval, 5),
+    }
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, count in (("kills", 30), ("full-disks", 5), ("damages", 20), ("signals", 5), ("killed-ranks", 4)):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    for name, count in (
+        ("kills", 30),
+        ("full-disks", 5),
+        ("damages", 20),
+        ("signals", 5),
+        ("killed-ranks", 4),
+    ):
         parser.add_argument(f"--{name}", type=int, default=count)
-    parser.add_argument("--cost", type=int, default=1, help="0: do not measure what checkpoints cost")
+    parser.add_argument(
+        "--cost", type=int, default=1, help="0: do not measure what checkpoints cost"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / "faults-cpu.json")
     args = parser.parse_args()
@@ -292,15 +334,25 @@ def main():
                 continue
             started = time.perf_counter()
             results[name] = drill(Path(folder), random.Random(args.seed), count, references[steps])
-            detail = ", ".join(f"{key} {value}" for key, value in results[name].items() if key != "times")
-            print(f"{name:44s} {results[name]['times']:3d}  same bits  {detail}  "
-                  f"({time.perf_counter() - started:.0f} s)", flush=True)
+            detail = ", ".join(
+                f"{key} {value}" for key, value in results[name].items() if key != "times"
+            )
+            print(
+                f"{name:44s} {results[name]['times']:3d}  same bits  {detail}  "
+                f"({time.perf_counter() - started:.0f} s)",
+                flush=True,
+            )
         if args.cost:
             results["cost"] = cost(Path(folder))
             print(f"a checkpoint of the preset tiny: {results['cost']}")
     args.out.parent.mkdir(parents=True, exist_ok=True)
     kept = json.loads(args.out.read_text())["drills"] if args.out.exists() else {}
-    record = {"steps": STEPS, "python": platform.python_version(), "torch": torch.__version__, "drills": kept | results}
+    record = {
+        "steps": STEPS,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "drills": kept | results,
+    }
     args.out.write_text(json.dumps(record, indent=1) + "\n")
 
 

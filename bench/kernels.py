@@ -93,8 +93,15 @@ def cases(frames, resolutions, dtype, device):
                     run, plain = kernels.conv2d_epilogue, reference.conv2d_epilogue
                     yield "conv + epilogue", shape, fused, run, plain, tensors, flop
             y = t(N, O, r, r)
-            yield ("epilogue", shape, (conv, demod, bias, up), kernels.epilogue, reference.epilogue, [conv, y],
-                   0)  # fmt: skip
+            yield (
+                "epilogue",
+                shape,
+                (conv, demod, bias, up),
+                kernels.epilogue,
+                reference.epilogue,
+                [conv, y],
+                0,
+            )
             if up == 1:
                 half = t(N, O, r // 2, r // 2)
                 yield (

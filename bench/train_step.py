@@ -69,8 +69,15 @@ class Step:
         )
 
     def discriminator(self):
-        training.discriminator_step(self.state, self.real, self.fakes, self.draw, self.objective.discriminator,
-                                    self.config, self.stats)  # fmt: skip
+        training.discriminator_step(
+            self.state,
+            self.real,
+            self.fakes,
+            self.draw,
+            self.objective.discriminator,
+            self.config,
+            self.stats,
+        )
 
     def r1(self):
         training.r1_step(
@@ -163,8 +170,12 @@ def main():
     parser.add_argument(
         "--preset", choices=("paper256", "tiny"), default="paper256" if on_gpu else "tiny"
     )
-    parser.add_argument("--kernels", nargs="+", choices=("auto", "triton", "reference"),
-                        default=["auto", "reference"] if on_gpu else ["reference"])  # fmt: skip
+    parser.add_argument(
+        "--kernels",
+        nargs="+",
+        choices=("auto", "triton", "reference"),
+        default=["auto", "reference"] if on_gpu else ["reference"],
+    )
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=on_gpu)
     parser.add_argument("--batch-split", type=int, help="pieces of a batch (default: the preset's)")
     parser.add_argument(

@@ -1,15 +1,23 @@
 """MoStGAN-V: video generation with temporal motion styles.
 
-    generator = mostgan.load("runs/00000-sky-paper256")
-    for window in generator.render(seed=0, frames=1024):  # uint8 [1, n, 3, H, W]
-        ...
+generator = mostgan.load("runs/00000-sky-paper256")
+for window in generator.render(seed=0, frames=1024):  # uint8 [1, n, 3, H, W]
+    ...
 """
 
 from importlib import import_module
 
 from mostgan.config import ModelConfig, TrainConfig, UserError
 
-__all__ = ["Discriminator", "Generator", "ModelConfig", "TrainConfig", "UserError", "checkpoint", "load"]
+__all__ = [
+    "Discriminator",
+    "Generator",
+    "ModelConfig",
+    "TrainConfig",
+    "UserError",
+    "checkpoint",
+    "load",
+]
 
 
 def load(path=None, device="cpu"):

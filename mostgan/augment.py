@@ -37,11 +37,23 @@ PIPELINES = {
 }
 
 _EYE = torch.eye(3, dtype=torch.float64)
-_SYM6 = torch.tensor([
-    0.015404109327027373, 0.0034907120842174702, -0.11799011114819057, -0.048311742585633,
-    0.4910559419267466, 0.787641141030194, 0.3379294217276218, -0.07263752278646252,
-    -0.021060292512300564, 0.04472490177066578, 0.0017677118642428036, -0.007800708325034148,
-], dtype=torch.float64)  # fmt: skip
+_SYM6 = torch.tensor(
+    [
+        0.015404109327027373,
+        0.0034907120842174702,
+        -0.11799011114819057,
+        -0.048311742585633,
+        0.4910559419267466,
+        0.787641141030194,
+        0.3379294217276218,
+        -0.07263752278646252,
+        -0.021060292512300564,
+        0.04472490177066578,
+        0.0017677118642428036,
+        -0.007800708325034148,
+    ],
+    dtype=torch.float64,
+)
 
 
 class AugmentParams(NamedTuple):
@@ -49,14 +61,18 @@ class AugmentParams(NamedTuple):
 
     geometry: Tensor  # [B, 3, 3] output to input, in pixels, centred on the image, x right, y down
     color: Tensor | None  # [B, 3, 4]: rgb becomes m[:, :3] rgb + m[:, 3]
-    noise: Tensor | None  # [B] standard deviation; from `on_device`: the noise itself, shaped as the frames
+    noise: (
+        Tensor | None
+    )  # [B] standard deviation; from `on_device`: the noise itself, shaped as the frames
     cutout: Tensor | None  # [B, 2] centre (x, y) as fractions of the image; inf where not applied
 
 
 class _Draws:
     """The random draws for a batch of clips, [B] each; in deterministic mode their values at a percentile."""
 
-    def __init__(self, num_clips: int, p: float, generator: torch.Generator | None, percentile: float | None):
+    def __init__(
+        self, num_clips: int, p: float, generator: torch.Generator | None, percentile: float | None
+    ):
         self.b, self.p, self.percentile = num_clips, p, percentile
         self.options = {"generator": generator, "dtype": torch.float64}
 
@@ -68,9 +84,13 @@ class _Draws:
     def normal(self) -> Tensor:
         if self.percentile is None:
             return torch.randn(self.b, **self.options)
-        return torch.erfinv(2 * self.uniform() - 1)  # as is: the spec leaves out the √2 of the inverse CDF
+        return torch.erfinv(
+            2 * self.uniform() - 1
+        )  # as is: the spec leaves out the √2 of the inverse CDF
 
-    def gate(self, value: Tensor, otherwise: Tensor | float, probability: float | None = None) -> Tensor:
+    def gate(
+        self, value: Tensor, otherwise: Tensor | float, probability: float | None = None
+    ) -> Tensor:
         """Clip by clip, `value` with the given probability (p unless stated), else `otherwise`."""
         if self.percentile is not None:
             return value
@@ -79,20 +99,31 @@ class _Draws:
 
 
 def draw(
-    pipeline: str, p: float, num_clips: int, height: int, width: int,
-    generator: torch.Generator | None = None, percentile: float | None = None,
-) -> AugmentParams:  # fmt: skip
+    pipeline: str,
+    p: float,
+    num_clips: int,
+    height: int,
+    width: int,
+    generator: torch.Generator | None = None,
+    percentile: float | None = None,
+) -> AugmentParams:
     """Draw the transforms of `num_clips` clips of `height` × `width` pixels, each applied with probability p (§8a).
 
     generator: on the CPU; it advances by the same amount whatever p is.
     percentile: deterministic mode, in which every transform applies and every draw sits at this percentile."""
     if pipeline not in PIPELINES:
-        raise UserError(f"unknown augmentation pipeline {pipeline!r}; known: {', '.join(PIPELINES)}")
+        raise UserError(
+            f"unknown augmentation pipeline {pipeline!r}; known: {', '.join(PIPELINES)}"
+        )
     pipe, draws = PIPELINES[pipeline], _Draws(num_clips, p, generator, percentile)
     geometry = _draw_geometry(pipe, draws, height, width)
     color = _draw_color(draws) if pipe.color else None
     noise = draws.gate(0.1 * draws.normal().abs(), 0.0, p * pipe.noise) if pipe.noise else None
-    cutout = draws.gate(torch.stack([draws.uniform(), draws.uniform()], 1), math.inf) if pipe.cutout else None
+    cutout = (
+        draws.gate(torch.stack([draws.uniform(), draws.uniform()], 1), math.inf)
+        if pipe.cutout
+        else None
+    )
     return AugmentParams(geometry, color, noise, cutout)
 
 
@@ -134,17 +165,27 @@ def _draw_geometry(pipe: Pipeline, draws: _Draws, height: int, width: int) -> Te
 def _draw_color(draws: _Draws) -> Tensor:
     """Colour matrices [B, 3, 4], a linear map and an offset: in the spec's order, each multiplied on the left."""
     vv = torch.full((3, 3), 1 / 3, dtype=torch.float64)  # v vᵀ with v = (1, 1, 1)/√3, the luma axis
-    cross = torch.tensor([[0, -1, 1], [1, 0, -1], [-1, 1, 0]], dtype=torch.float64) / math.sqrt(3)  # cross a = v × a
+    cross = torch.tensor([[0, -1, 1], [1, 0, -1], [-1, 1, 0]], dtype=torch.float64) / math.sqrt(
+        3
+    )  # cross a = v × a
     brightness = draws.gate(0.2 * draws.normal(), 0.0)
     m = draws.gate(torch.exp2(0.5 * draws.normal())[:, None, None] * _EYE, _EYE)  # contrast
-    m = draws.gate(_EYE - 2 * vv * (2 * draws.uniform()).floor()[:, None, None], _EYE) @ m  # luma flip
+    m = (
+        draws.gate(_EYE - 2 * vv * (2 * draws.uniform()).floor()[:, None, None], _EYE) @ m
+    )  # luma flip
     angle = ((2 * draws.uniform() - 1) * math.pi)[:, None, None]
     m = draws.gate(vv + angle.cos() * (_EYE - vv) + angle.sin() * cross, _EYE) @ m  # hue
-    m = draws.gate(vv + torch.exp2(draws.normal())[:, None, None] * (_EYE - vv), _EYE) @ m  # saturation
-    return torch.cat([m, brightness[:, None, None] * m.sum(2, keepdim=True)], 2)  # brightness is first: m (rgb + b)
+    m = (
+        draws.gate(vv + torch.exp2(draws.normal())[:, None, None] * (_EYE - vv), _EYE) @ m
+    )  # saturation
+    return torch.cat(
+        [m, brightness[:, None, None] * m.sum(2, keepdim=True)], 2
+    )  # brightness is first: m (rgb + b)
 
 
-def apply(frames: Tensor, params: AugmentParams, generator: torch.Generator | None = None) -> Tensor:
+def apply(
+    frames: Tensor, params: AugmentParams, generator: torch.Generator | None = None
+) -> Tensor:
     """Augment frames [B, T*3, H, W] in [-1, 1]; the T frames of a clip are transformed alike.
 
     Twice differentiable in the frames (R1). A clip whose every draw is the identity comes out bit-exact.
@@ -154,15 +195,23 @@ def apply(frames: Tensor, params: AugmentParams, generator: torch.Generator | No
     return recolor(resample(frames, params.geometry), params)
 
 
-def _full(frames: Tensor) -> Tensor:  # half precision cannot tell one pixel's coordinate from the next
+def _full(
+    frames: Tensor,
+) -> Tensor:  # half precision cannot tell one pixel's coordinate from the next
     return frames.float() if frames.dtype in (torch.float16, torch.bfloat16) else frames
 
 
-def on_device(params: AugmentParams, shape, device, dtype=torch.float32, generator=None) -> AugmentParams:
+def on_device(
+    params: AugmentParams, shape, device, dtype=torch.float32, generator=None
+) -> AugmentParams:
     """The draw ready for frames of this shape [B, T*3, H, W]: colors and cutout there, pixel noise drawn there."""
-    _, color, noise, cutout = (None if p is None else p.to(device, dtype, non_blocking=True) for p in params)
+    _, color, noise, cutout = (
+        None if p is None else p.to(device, dtype, non_blocking=True) for p in params
+    )
     if noise is not None:
-        noise = noise[:, None, None, None] * torch.randn(shape, generator=generator, device=device, dtype=dtype)
+        noise = noise[:, None, None, None] * torch.randn(
+            shape, generator=generator, device=device, dtype=dtype
+        )
     return AugmentParams(params.geometry, color, noise, cutout)
 
 
@@ -171,7 +220,9 @@ def recolor(frames: Tensor, params: AugmentParams) -> Tensor:
     if params.color is not None:
         m = params.color[:, None, :, :, None, None]  # [B, 1, 3, 4, 1, 1]
         r, g, b = frames.unflatten(1, (-1, 1, 3)).unbind(3)  # [B, T, 1, H, W] each
-        frames = (m[:, :, :, 0] * r + m[:, :, :, 1] * g + m[:, :, :, 2] * b + m[:, :, :, 3]).flatten(1, 2)
+        frames = (
+            m[:, :, :, 0] * r + m[:, :, :, 1] * g + m[:, :, :, 2] * b + m[:, :, :, 3]
+        ).flatten(1, 2)
     if params.noise is not None:
         frames = frames + params.noise
     if params.cutout is not None:
@@ -228,11 +279,19 @@ def _resample(frames: Tensor, geometry: Tensor, transposed: bool) -> Tensor:
     sizes = frames.shape[2:]
     up, down = [_up_matrix(n, frames) for n in sizes], [_down_matrix(n, frames) for n in sizes]
     # Output to input in pixels of the finer images, which lie half a pixel off.
-    fine = _affine(x=-0.5, y=-0.5) @ _affine(2, yy=2) @ geometry @ _affine(0.5, yy=0.5) @ _affine(x=0.5, y=0.5)
+    fine = (
+        _affine(x=-0.5, y=-0.5)
+        @ _affine(2, yy=2)
+        @ geometry
+        @ _affine(0.5, yy=0.5)
+        @ _affine(x=0.5, y=0.5)
+    )
     axes = []
     for i, n, u, d in zip((1, 0), sizes, up, down, strict=True):
         line = _send(fine[:, i], frames)[:, :, None]  # [B, 3, 1]
-        at = (line[:, i] * _centred(2 * (n + 6), frames) + line[:, 2] + 3 * n - 0.5).clamp(0, 6 * n - 1)
+        at = (line[:, i] * _centred(2 * (n + 6), frames) + line[:, 2] + 3 * n - 0.5).clamp(
+            0, 6 * n - 1
+        )
         low = at.long().clamp(max=6 * n - 2)
         axis = d @ u[low].lerp(u[low + 1], (at - low)[:, :, None])
         axes.append(axis.mT if transposed else axis)
@@ -240,19 +299,27 @@ def _resample(frames: Tensor, geometry: Tensor, transposed: bool) -> Tensor:
     turned = (geometry[:, [0, 1], [1, 0]].abs().amax(1) > 1e-9).nonzero()[:, 0]
     if len(turned):
         index = turned.to(frames.device, non_blocking=True)
-        of_turned = _resample_turned(frames.index_select(0, index), fine[turned], up, down, transposed)
+        of_turned = _resample_turned(
+            frames.index_select(0, index), fine[turned], up, down, transposed
+        )
         out = out.index_copy(0, index, of_turned)
     return torch.where(_send(moves, frames)[:, None, None, None] > 0, out, frames).contiguous()
 
 
-def _resample_turned(frames: Tensor, fine: Tensor, up: list[Tensor], down: list[Tensor], transposed: bool) -> Tensor:
+def _resample_turned(
+    frames: Tensor, fine: Tensor, up: list[Tensor], down: list[Tensor], transposed: bool
+) -> Tensor:
     """The same for any geometry, given between the pixels of the finer images, [B, 3, 3].
 
     Of the finer input, a window is made that holds all samples of every clip and follows the clip's translation."""
     height, width = frames.shape[2:]
     size = torch.tensor([width, height])
-    reach = fine[:, :2, :2].abs() @ (size + 6.0).double() + 2  # of the samples; 2 to round and to interpolate
-    window = torch.minimum(2 * reach.amax(0).ceil().long(), 6 * size)  # three images hold all there is
+    reach = (
+        fine[:, :2, :2].abs() @ (size + 6.0).double() + 2
+    )  # of the samples; 2 to round and to interpolate
+    window = torch.minimum(
+        2 * reach.amax(0).ceil().long(), 6 * size
+    )  # three images hold all there is
     centre = fine[:, :2, 2].round().long().clamp(window // 2 - 3 * size, 3 * size - window // 2)
     up_x, up_y = (
         u[(c[:, None] + (len(u) - k) // 2 + torch.arange(k)).to(u.device, non_blocking=True)]
@@ -260,7 +327,9 @@ def _resample_turned(frames: Tensor, fine: Tensor, up: list[Tensor], down: list[
     )  # [B, window x, W], [B, window y, H]
     # To grid_sample's coordinates: -1 and 1 are the borders of the window.
     x, y = 2 / window.double()
-    g = _send(_affine(x, yy=y) @ _affine(x=-centre[:, 0], y=-centre[:, 1]) @ fine, frames)[..., None, None]
+    g = _send(_affine(x, yy=y) @ _affine(x=-centre[:, 0], y=-centre[:, 1]) @ fine, frames)[
+        ..., None, None
+    ]
     x, y = _centred(2 * (width + 6), frames), _centred(2 * (height + 6), frames)[:, None]
     grid = torch.stack([g[:, i, 0] * x + g[:, i, 1] * y + g[:, i, 2] for i in (0, 1)], -1)
     if not transposed:
@@ -271,7 +340,9 @@ def _resample_turned(frames: Tensor, fine: Tensor, up: list[Tensor], down: list[
         image = _spread(grad, grid, size)
     else:
         image = frames.new_zeros(()).expand(*frames.shape[:2], *size)  # only its shape matters
-        image = torch.ops.aten.grid_sampler_2d_backward(grad, image, grid, 0, 0, False, (True, False))[0]
+        image = torch.ops.aten.grid_sampler_2d_backward(
+            grad, image, grid, 0, 0, False, (True, False)
+        )[0]
     return torch.einsum("bcyx,byh,bxw->bchw", image, up_y, up_x)
 
 
@@ -287,8 +358,11 @@ def _spread(values: Tensor, grid: Tensor, size: list[int]) -> Tensor:
         weight = (1 - (x - column).abs()) * (1 - (y - row).abs())
         weight = weight * ((column >= 0) & (column < width) & (row >= 0) & (row < height))
         index = (row.clamp(0, height - 1) * width + column.clamp(0, width - 1)).long()
-        image.scatter_add_(2, index.flatten(1)[:, None].expand(-1, values.shape[1], -1),
-                           (values * weight[:, None]).flatten(2))
+        image.scatter_add_(
+            2,
+            index.flatten(1)[:, None].expand(-1, values.shape[1], -1),
+            (values * weight[:, None]).flatten(2),
+        )
     return image.unflatten(2, size)
 
 
@@ -310,7 +384,9 @@ def _up_matrix(n: int, like: Tensor) -> Tensor:
     pixel = torch.arange(n, device=like.device)
     matrix = _taps(row + 5 - 2 * pixel, like)
     matrix[:, 1:] += _taps(row + 5 + 2 * pixel[1:], like)  # the pixel's mirror images, at -pixel
-    matrix[:, :-1] += _taps(row + 5 - 2 * (2 * n - 2 - pixel[:-1]), like)  # and at 2 (n - 1) - pixel
+    matrix[:, :-1] += _taps(
+        row + 5 - 2 * (2 * n - 2 - pixel[:-1]), like
+    )  # and at 2 (n - 1) - pixel
     return 2 * matrix * ((row >= 2 - 2 * n) & (row < 4 * n - 2))  # nothing beyond the padding
 
 
@@ -321,7 +397,12 @@ def _down_matrix(n: int, like: Tensor) -> Tensor:
 
 
 def update_p(
-    p: float, mean_sign: float, batch_clips: int, interval: int = 4, target: float = 0.6, kclips: float = 100
+    p: float,
+    mean_sign: float,
+    batch_clips: int,
+    interval: int = 4,
+    target: float = 0.6,
+    kclips: float = 100,
 ) -> float:
     """ADA's controller, called every `interval` steps with the mean sign of D's logits on real clips (spec §8)."""
     step = batch_clips * interval / (kclips * 1000)

@@ -79,9 +79,23 @@ class ModelConfig:
             for m in getattr(self, name):
                 if m < 4 or m > 1024 or m & (m - 1):
                     raise UserError(f"{name} holds {m}, but must hold powers of two from 4 to 1024")
-        for name in ("channel_base", "channel_max", "z_dim", "w_dim", "motion_noise_dim", "num_frequencies",
-                     "max_period", "motion_distance", "motion_vector_dim", "rank", "frames_per_clip",
-                     "max_num_frames", "discriminator_hidden_dim", "mbstd_group", "mapping_layers"):
+        for name in (
+            "channel_base",
+            "channel_max",
+            "z_dim",
+            "w_dim",
+            "motion_noise_dim",
+            "num_frequencies",
+            "max_period",
+            "motion_distance",
+            "motion_vector_dim",
+            "rank",
+            "frames_per_clip",
+            "max_num_frames",
+            "discriminator_hidden_dim",
+            "mbstd_group",
+            "mapping_layers",
+        ):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}, but must be at least 1")
         for name in ("shortest_period", "activation_clamp", "fps"):
@@ -93,14 +107,22 @@ class ModelConfig:
         if self.motion_styles < 0 or self.num_labels < 0:
             raise UserError("motion_styles and num_labels must be 0 or more")
         if self.channel_base < r or self.channels(self.concat_resolution) < 2:
-            raise UserError(f"channel_base is {self.channel_base}, too few channels for resolution {r}")
+            raise UserError(
+                f"channel_base is {self.channel_base}, too few channels for resolution {r}"
+            )
         if self.motion_code_dim != 2 * self.num_frequencies:
-            raise UserError(f"motion_code_dim is {self.motion_code_dim}, but must be 2 · num_frequencies = "
-                            f"{2 * self.num_frequencies} (a sine and a cosine each)")
+            raise UserError(
+                f"motion_code_dim is {self.motion_code_dim}, but must be 2 · num_frequencies = "
+                f"{2 * self.num_frequencies} (a sine and a cosine each)"
+            )
         if self.modulation_order not in ("content_first", "motion_first"):
-            raise UserError(f"modulation_order is {self.modulation_order!r}: content_first or motion_first")
+            raise UserError(
+                f"modulation_order is {self.modulation_order!r}: content_first or motion_first"
+            )
         if not 8 <= self.concat_resolution < r:
-            raise UserError(f"concat_resolution is {self.concat_resolution}, but must be from 8 to {r // 2}")
+            raise UserError(
+                f"concat_resolution is {self.concat_resolution}, but must be from 8 to {r // 2}"
+            )
 
     def channels(self, resolution: int) -> int:
         """Feature channels at a resolution (spec §6)."""
@@ -130,7 +152,9 @@ class DatasetPreset:
 DATASETS = {
     "sky": DatasetPreset(256, "bgc", 25, "SkyTimelapse (the mdgan release)"),
     "ffs": DatasetPreset(16, "bgc_noro", 25, "FaceForensics (original sequences)"),
-    "jelly": DatasetPreset(64, "easy", 30, "RainbowJelly (the 8-hour jellyfish film, cut into clips of 512 frames)"),
+    "jelly": DatasetPreset(
+        64, "easy", 30, "RainbowJelly (the 8-hour jellyfish film, cut into clips of 512 frames)"
+    ),
     "celebv": DatasetPreset(32, "bgc_noro", 25, "CelebV-HQ"),
     "ucf101": DatasetPreset(16, "easy", 25, "UCF-101"),
     "horse": DatasetPreset(16, "bgc_noro", 30, "Horseback"),
@@ -221,24 +245,50 @@ class TrainConfig:
 
     def __post_init__(self):
         if self.dataset not in DATASETS:
-            raise UserError(f"dataset {self.dataset!r} is not known: choose from {', '.join(DATASETS)}; "
-                            "your own clips go with any of them by --data")
+            raise UserError(
+                f"dataset {self.dataset!r} is not known: choose from {', '.join(DATASETS)}; "
+                "your own clips go with any of them by --data"
+            )
         if self.model.frames_per_clip < 2:
-            raise UserError("frames_per_clip is 1, but the discriminator needs at least 2 frames of a clip")
-        for name in ("total_kframes", "batch_clips", "batch_split", "generator_lr", "discriminator_lr", "r1_interval",
-                     "ema_half_life_kclips", "ada_interval", "ada_kclips", "log_kframes", "snapshot_kframes",
-                     "save_minutes", "keep_checkpoints", "skip_limit"):
+            raise UserError(
+                "frames_per_clip is 1, but the discriminator needs at least 2 frames of a clip"
+            )
+        for name in (
+            "total_kframes",
+            "batch_clips",
+            "batch_split",
+            "generator_lr",
+            "discriminator_lr",
+            "r1_interval",
+            "ema_half_life_kclips",
+            "ada_interval",
+            "ada_kclips",
+            "log_kframes",
+            "snapshot_kframes",
+            "save_minutes",
+            "keep_checkpoints",
+            "skip_limit",
+        ):
             if not getattr(self, name) > 0:
                 raise UserError(f"{name} is {getattr(self, name)}, but must be more than 0")
-        for name, least in (("eval_every", 0), ("eval_clips", 2), ("eval_frames", 2), ("eval_long_clips", 0)):
+        for name, least in (
+            ("eval_every", 0),
+            ("eval_clips", 2),
+            ("eval_frames", 2),
+            ("eval_long_clips", 0),
+        ):
             if getattr(self, name) < least:
                 raise UserError(f"{name} is {getattr(self, name)}, but must be at least {least}")
         if self.batch_clips % self.batch_split:
-            raise UserError(f"batch_clips is {self.batch_clips}, not a multiple of batch_split {self.batch_split}")
+            raise UserError(
+                f"batch_clips is {self.batch_clips}, not a multiple of batch_split {self.batch_split}"
+            )
         piece, group = self.batch_clips // self.batch_split, self.model.mbstd_group
         if piece % min(group, piece):
-            raise UserError(f"a piece of the batch has {piece} clips (batch_clips / batch_split), but must have a "
-                            f"multiple of mbstd_group {group}")
+            raise UserError(
+                f"a piece of the batch has {piece} clips (batch_clips / batch_split), but must have a "
+                f"multiple of mbstd_group {group}"
+            )
         if self.augment not in ("bgc", "bgc_noro", "easy", "none"):
             raise UserError(f"augment is {self.augment!r}: bgc, bgc_noro, easy or none")
         if self.precision not in ("bf16", "float32"):
@@ -256,24 +306,48 @@ class TrainConfig:
 def train_preset(preset: str, dataset: str) -> TrainConfig:
     """The configuration of a size preset on a dataset preset. Raises UserError on an unknown name."""
     if dataset not in DATASETS:
-        raise UserError(f"dataset {dataset!r} is not known: choose from {', '.join(DATASETS)}; "
-                        "your own clips go with any of them by --data")
+        raise UserError(
+            f"dataset {dataset!r} is not known: choose from {', '.join(DATASETS)}; "
+            "your own clips go with any of them by --data"
+        )
     chosen = DATASETS[dataset]
     if preset == "paper256":
         model = ModelConfig(motion_distance=chosen.motion_distance)
         return TrainConfig(model, preset, dataset, augment=chosen.augment)
     if preset == "tiny":
         model = ModelConfig(
-            resolution=64, channel_base=1024, channel_max=64, z_dim=128, w_dim=128, motion_noise_dim=128,
-            motion_code_dim=128, num_frequencies=64, motion_vector_dim=128, motion_resolutions=(16, 32),
+            resolution=64,
+            channel_base=1024,
+            channel_max=64,
+            z_dim=128,
+            w_dim=128,
+            motion_noise_dim=128,
+            motion_code_dim=128,
+            num_frequencies=64,
+            motion_vector_dim=128,
+            motion_resolutions=(16, 32),
             motion_distance=chosen.motion_distance,
         )
         # What a few minutes need (seen on the built-in sky and on 48 real clips): G may move faster than D, a strong R1
         # keeps D from winning outright, and ADA would cost a quarter of the time before D has seen a clip ten times.
         return TrainConfig(
-            model, preset, dataset, augment="none", batch_clips=8, batch_split=1, shared_fakes=True, generator_lr=0.004,
-            discriminator_lr=0.002, r1_gamma=10.0, ema_half_life_kclips=2.0, ema_rampup=0.1, total_kframes=30,
-            log_kframes=0.48, snapshot_kframes=6, precision="float32", compile=False, workers=0,
+            model,
+            preset,
+            dataset,
+            augment="none",
+            batch_clips=8,
+            batch_split=1,
+            shared_fakes=True,
+            generator_lr=0.004,
+            discriminator_lr=0.002,
+            r1_gamma=10.0,
+            ema_half_life_kclips=2.0,
+            ema_rampup=0.1,
+            total_kframes=30,
+            log_kframes=0.48,
+            snapshot_kframes=6,
+            precision="float32",
+            compile=False,
+            workers=0,
         )
     raise UserError(f"preset {preset!r} is not known: paper256 or tiny")
-

@@ -36,15 +36,21 @@ def choose_kernels(choice, compiles, device):
     try:
         kernels.use(choice)
     except ImportError:
-        raise UserError("--kernels triton: Triton is not installed: pip install triton, or leave it out") from None
+        raise UserError(
+            "--kernels triton: Triton is not installed: pip install triton, or leave it out"
+        ) from None
     compilers = [os.environ["CXX"]] if "CXX" in os.environ else ["g++", "clang++", "c++"]
     if compiles and device.type == "cpu" and not any(map(shutil.which, compilers)):
-        raise UserError("--compile on a CPU needs a C++ compiler, and there is none: install g++, or say --no-compile")
+        raise UserError(
+            "--compile on a CPU needs a C++ compiler, and there is none: install g++, or say --no-compile"
+        )
 
 
 def make_deterministic():
     """Have PyTorch choose algorithms that give the same bits in every run, or fail where it knows of none."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it is first used
+    os.environ.setdefault(
+        "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
+    )  # cuBLAS reads it when it is first used
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False
     torch.backends.cudnn.benchmark = False
@@ -78,14 +84,20 @@ def to_host(windows, device):
     for number, window in enumerate(windows):
         host = buffers[number % 2]
         if host is None or host.shape != window.shape:
-            host = buffers[number % 2] = torch.empty(window.shape, dtype=window.dtype, pin_memory=True)
+            host = buffers[number % 2] = torch.empty(
+                window.shape, dtype=window.dtype, pin_memory=True
+            )
         copies.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(copies):
             host.copy_(window, non_blocking=True)
         copied = copies.record_event()
         if pending is not None:
             yield _copied(*pending)
-        pending = window, host, copied  # the window is kept, for its memory must not be used again before
+        pending = (
+            window,
+            host,
+            copied,
+        )  # the window is kept, for its memory must not be used again before
     if pending is not None:
         yield _copied(*pending)
 

@@ -17,7 +17,9 @@ class ResidualBlock(nn.Module):
         super().__init__()
         self.fromrgb = Conv2d(3, in_channels, 1, lrelu=True, clamp=clamp) if from_rgb else None
         self.conv0 = Conv2d(in_channels, hidden_channels, 3, lrelu=True, clamp=clamp)
-        self.conv1 = Conv2d(hidden_channels, out_channels, 3, lrelu=True, down=2, gain=math.sqrt(0.5), clamp=clamp)
+        self.conv1 = Conv2d(
+            hidden_channels, out_channels, 3, lrelu=True, down=2, gain=math.sqrt(0.5), clamp=clamp
+        )
         self.skip = Conv2d(in_channels, out_channels, 1, bias=False, down=2, gain=math.sqrt(0.5))
 
     def forward(self, x):
@@ -35,7 +37,9 @@ class TimeCondition(nn.Module):
         self.max_num_frames, self.used = config.max_num_frames, config.time_condition
         self.table = nn.Embedding(config.max_num_frames, 256)
         waves = 2 * int(math.log2(config.max_num_frames))
-        self.embed = Linear((256 + waves) * (config.frames_per_clip - 1) + config.num_labels, out_dim)
+        self.embed = Linear(
+            (256 + waves) * (config.frames_per_clip - 1) + config.num_labels, out_dim
+        )
         self.layers = Mapping(out_dim, out_dim, config.mapping_layers)
 
     @full_precision
@@ -43,8 +47,12 @@ class TimeCondition(nn.Module):
         """t: [B, T] in frames, label: [B, num_labels] → cmap [B, out_dim]."""
         delta = t.diff(dim=1)
         octaves = torch.arange(int(math.log2(self.max_num_frames)), device=t.device)
-        raw = delta.to(self.table.weight.dtype).unsqueeze(2) * (math.pi / self.max_num_frames * torch.exp2(octaves))
-        condition = torch.cat([self.table(delta.round().long()), raw.sin(), raw.cos()], dim=2).flatten(1)
+        raw = delta.to(self.table.weight.dtype).unsqueeze(2) * (
+            math.pi / self.max_num_frames * torch.exp2(octaves)
+        )
+        condition = torch.cat(
+            [self.table(delta.round().long()), raw.sin(), raw.cos()], dim=2
+        ).flatten(1)
         if label is not None:
             condition = torch.cat([label, condition], dim=1)
         if not self.used:
@@ -61,7 +69,9 @@ def minibatch_std(x, group):
     group = min(group, clips)
     y = x.reshape(group, clips // group, channels, height, width)
     std = (y.var(dim=0, unbiased=False) + 1e-8).sqrt().mean(dim=(1, 2, 3))
-    return torch.cat([x, std.repeat(group).view(clips, 1, 1, 1).expand(-1, -1, height, width)], dim=1)
+    return torch.cat(
+        [x, std.repeat(group).view(clips, 1, 1, 1).expand(-1, -1, height, width)], dim=1
+    )
 
 
 class Epilogue(nn.Module):
@@ -97,8 +107,13 @@ class Discriminator(nn.Module):
                 out_channels //= 2
             if r == config.concat_resolution:
                 in_channels *= images
-            block = ResidualBlock(in_channels, config.channels(r), out_channels, r == config.resolution,
-                                  config.activation_clamp)
+            block = ResidualBlock(
+                in_channels,
+                config.channels(r),
+                out_channels,
+                r == config.resolution,
+                config.activation_clamp,
+            )
             setattr(self, f"b{r}", block)
             in_channels = out_channels
         self.b4 = Epilogue(config, config.channels(4))

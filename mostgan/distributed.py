@@ -30,9 +30,13 @@ def start():
     if torch.cuda.is_available():
         local, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
         if local >= gpus:
-            raise UserError(f"too few GPUs for --nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}: there are {gpus}")
+            raise UserError(
+                f"too few GPUs for --nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}: there are {gpus}"
+            )
         torch.cuda.set_device(local)
-        dist.init_process_group("cpu:gloo,cuda:nccl", **_new_store())  # gloo for what the host must know (any_of)
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl", **_new_store()
+        )  # gloo for what the host must know (any_of)
     else:
         dist.init_process_group("gloo", **_new_store())
 
@@ -120,7 +124,9 @@ def sum_(tensors):
         flat = torch.cat([tensor.detach().reshape(-1) for tensor in tensors])
         dist.all_reduce(flat)
         parts = flat.split([tensor.numel() for tensor in tensors])
-        torch._foreach_copy_(tensors, [part.view(tensor.shape) for part, tensor in zip(parts, tensors)])
+        torch._foreach_copy_(
+            tensors, [part.view(tensor.shape) for part, tensor in zip(parts, tensors)]
+        )
 
 
 def any_of(*flags):

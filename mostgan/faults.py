@@ -28,7 +28,13 @@ class Skips:
         norms = torch._foreach_norm([p.grad for p in of], ord=float("inf"))
         broken = ~torch.stack([loss.abs(), *norms]).isfinite()
         skip, zero = broken.any(), torch.zeros((), dtype=torch.int64, device=loss.device)
-        start = {"in_a_row": zero, "longest": zero, "loss": loss, "broken": broken, "parameters": of}
+        start = {
+            "in_a_row": zero,
+            "longest": zero,
+            "loss": loss,
+            "broken": broken,
+            "parameters": of,
+        }
         seen = self.phases.setdefault(phase, start)
         seen["in_a_row"] = (seen["in_a_row"] + 1) * skip
         seen["longest"] = torch.maximum(seen["longest"], seen["in_a_row"])
@@ -45,14 +51,24 @@ class Skips:
             if int(seen["longest"]) <= limit:
                 continue
             names = {id(p): name for name, p in modules[phase].named_parameters()}
-            broken = [names[id(p)] for p, bad in zip(seen["parameters"], seen["broken"].tolist()[1:]) if bad]
+            broken = [
+                names[id(p)]
+                for p, bad in zip(seen["parameters"], seen["broken"].tolist()[1:])
+                if bad
+            ]
             saver.finish()
-            shown = ": " + ", ".join(broken[:4]) + (", …" if len(broken) > 4 else "") if broken else ""
+            shown = (
+                ": " + ", ".join(broken[:4]) + (", …" if len(broken) > 4 else "") if broken else ""
+            )
             raise UserError(
                 f"stopped near step {step}: {int(seen['longest'])} steps of {phase} in a row were not finite; the last "
                 f"had the loss {float(seen['loss']):g} and gradients that are not finite in {len(broken)} of "
                 f"{len(seen['parameters'])} parameters{shown}; "
-                + (f"the last good checkpoint is {saver.saved}: go on from it" if saver.saved else "start again")
+                + (
+                    f"the last good checkpoint is {saver.saved}: go on from it"
+                    if saver.saved
+                    else "start again"
+                )
                 + " with lower learning rates or --precision float32"
             )
 
@@ -64,9 +80,19 @@ def memory_advice(config, run):
         yield
     except torch.OutOfMemoryError:
         clips, group, processes = config.batch_clips, config.model.mbstd_group, distributed.size()
-        pieces = {split: clips // split for split in range(config.batch_split + 1, clips + 1)
-                  if clips % split == 0 and split % processes == 0}
-        split = next((split for split, piece in pieces.items() if piece % min(group, piece) == 0), None)
-        again = (f"go on with: {distributed.resume_command(run)} --batch-split {split}" if split
-                 else f"no larger --batch-split is possible than {config.batch_split}: start with a smaller model")
-        raise UserError(f"out of GPU memory with {clips // config.batch_split} clips at a time; {again}") from None
+        pieces = {
+            split: clips // split
+            for split in range(config.batch_split + 1, clips + 1)
+            if clips % split == 0 and split % processes == 0
+        }
+        split = next(
+            (split for split, piece in pieces.items() if piece % min(group, piece) == 0), None
+        )
+        again = (
+            f"go on with: {distributed.resume_command(run)} --batch-split {split}"
+            if split
+            else f"no larger --batch-split is possible than {config.batch_split}: start with a smaller model"
+        )
+        raise UserError(
+            f"out of GPU memory with {clips // config.batch_split} clips at a time; {again}"
+        ) from None

@@ -34,7 +34,11 @@ class Linear(nn.Module):
 
     def forward(self, x):
         """x: [N, in_dim] → [N, out_dim]."""
-        x = F.linear(x, self.weight * self.weight_gain, None if self.bias is None else self.bias * self.bias_gain)
+        x = F.linear(
+            x,
+            self.weight * self.weight_gain,
+            None if self.bias is None else self.bias * self.bias_gain,
+        )
         return kernels.lrelu(x) if self.lrelu else x
 
     def double_forward(self, x):
@@ -45,13 +49,24 @@ class Linear(nn.Module):
 class Conv2d(nn.Module):
     """Equalized convolution with the discriminator's down=2 (spec §1): FIR first, then stride 2."""
 
-    def __init__(self, in_channels, out_channels, kernel_size, bias=True, lrelu=False, down=1, gain=1.0,
-                 clamp=None):
+    def __init__(
+        self,
+        in_channels,
+        out_channels,
+        kernel_size,
+        bias=True,
+        lrelu=False,
+        down=1,
+        gain=1.0,
+        clamp=None,
+    ):
         super().__init__()
         self.weight = nn.Parameter(torch.randn(out_channels, in_channels, kernel_size, kernel_size))
         self.bias = nn.Parameter(torch.zeros(out_channels)) if bias else None
         self.lrelu, self.down = lrelu, down
-        self.clamp = None if clamp is None else clamp * gain  # spec §1: the bound has the layer's extra gain in it
+        self.clamp = (
+            None if clamp is None else clamp * gain
+        )  # spec §1: the bound has the layer's extra gain in it
         self.bias_gain = gain * (kernels.LRELU_GAIN if lrelu else 1.0)
         self.weight_gain = self.bias_gain / math.sqrt(in_channels * kernel_size**2)
 

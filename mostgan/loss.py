@@ -50,7 +50,9 @@ def r1_penalty(logits_of, frames, transform=None):
         return squared_norm(transform(gradient, True)) + 0 * logits.sum()
     gradient = torch.func.grad(lambda x: logits_of(x).sum())(frames).detach()
     of_unmoved = transform(gradient, True)
-    return squared_norm(of_unmoved) + _zero_with_gradient(logits_of, frames, transform(of_unmoved, False))
+    return squared_norm(of_unmoved) + _zero_with_gradient(
+        logits_of, frames, transform(of_unmoved, False)
+    )
 
 
 def _zero_with_gradient(logits_of, frames, direction):
@@ -112,7 +114,9 @@ def generator_objective(G, D, latents, params, diversity_weight):
     """
     z, t, noise, first_anchor, label = latents
     w = G.content_code(z, label)
-    frames, scores = G.synthesis(G.synthesis.content(w), *G.motion(w, t, noise, first_anchor, label))
+    frames, scores = G.synthesis(
+        G.synthesis.content(w), *G.motion(w, t, noise, first_anchor, label)
+    )
     logits = D(augmented(frames, params), t, label)
     adversarial, diverse = generator_loss(logits), diversity(scores, G.config.num_ws)
     return adversarial + diversity_weight * diverse, adversarial, diverse, logits, frames, w

@@ -44,9 +44,13 @@ class LayerContent(NamedTuple):
 
     raw_weight: torch.Tensor  # [O, I, 3, 3]
     style: torch.Tensor  # content style s, [B, I]
-    weight: torch.Tensor | None  # raw_weight · s, [B, O, I, 3, 3], where it serves more than one window
+    weight: (
+        torch.Tensor | None
+    )  # raw_weight · s, [B, O, I, 3, 3], where it serves more than one window
     demod: torch.Tensor | None  # [B, O], in layers without motion styles
-    style_gain: torch.Tensor | None = None  # [K], where motion styles are scaled by hand (paper B.1)
+    style_gain: torch.Tensor | None = (
+        None  # [K], where motion styles are scaled by hand (paper B.1)
+    )
 
 
 class SynthesisLayer(nn.Module):
@@ -66,18 +70,24 @@ class SynthesisLayer(nn.Module):
         if config.motion_styles and resolution in config.motion_resolutions:
             factors = config.rank * (in_channels + 3 + 3)
             affine = config.hypernetwork == "affine"
-            self.hypernetwork = Linear(config.motion_vector_dim, factors, bias=affine, bias_init=1.0, lrelu=not affine)
+            self.hypernetwork = Linear(
+                config.motion_vector_dim, factors, bias=affine, bias_init=1.0, lrelu=not affine
+            )
 
     @full_precision
     def content(self, w, style_gain=None):
         """What all frames of a clip share in this layer. w: [B, w_dim]; style_gain: as `kernels.mostatt` takes it."""
         weight, style = self.weight, self.affine(w)
         if self.prenorm:
-            weight = weight / (weight.abs().amax(dim=(1, 2, 3), keepdim=True) * math.sqrt(weight[0].numel()))
+            weight = weight / (
+                weight.abs().amax(dim=(1, 2, 3), keepdim=True) * math.sqrt(weight[0].numel())
+            )
             style = style / style.abs().amax(dim=1, keepdim=True)
         content_weight = demod = None
         # In training, many clips share a weight once: MoStAtt then takes weight and s as they are.
-        if len(w) == 1 or (self.hypernetwork is not None and self.content_first and not self.training):
+        if len(w) == 1 or (
+            self.hypernetwork is not None and self.content_first and not self.training
+        ):
             content_weight = weight * style[:, None, :, None, None]
         if self.hypernetwork is None:  # Σ (weight · s)² over inputs and taps is a matrix product
             demod = (style.square() @ weight.square().sum(dim=(2, 3)).t() + 1e-8).rsqrt()
@@ -88,7 +98,9 @@ class SynthesisLayer(nn.Module):
 
         Returns features [N, O, up·H, up·W] and MoStAtt's score [N, O, K], None without motion styles.
         """
-        frames_per_clip = x.shape[0] // len(content.style)  # not len(x): torch.export keeps a shape open
+        frames_per_clip = x.shape[0] // len(
+            content.style
+        )  # not len(x): torch.export keeps a shape open
         score = frame_weight = None
         if self.hypernetwork is None:
             demod = content.demod.repeat_interleave(frames_per_clip, dim=0)
@@ -97,7 +109,9 @@ class SynthesisLayer(nn.Module):
         epilogue = demod, self.bias, self.up, self.clamp
         if frame_weight is not None and not self.demod_only:
             return kernels.conv2d_epilogue(x, frame_weight, *epilogue), score
-        if len(content.style) == 1:  # one clip: s goes into the weight, and no pass over the features is needed
+        if (
+            len(content.style) == 1
+        ):  # one clip: s goes into the weight, and no pass over the features is needed
             x = kernels.conv2d_shared(x, content.weight[0], self.up)
         else:
             style = content.style.repeat_interleave(frames_per_clip, dim=0)[:, :, None, None]
@@ -111,8 +125,14 @@ class SynthesisLayer(nn.Module):
         weight, style = content.weight, None
         if weight is None or not self.content_first:
             weight, style = content.raw_weight.unsqueeze(0), content.style
-        return kernels.mostatt_demod(weight, motion_style, style, want_weight=not self.demod_only,
-                                     style_gain=content.style_gain, content_first=self.content_first)
+        return kernels.mostatt_demod(
+            weight,
+            motion_style,
+            style,
+            want_weight=not self.demod_only,
+            style_gain=content.style_gain,
+            content_first=self.content_first,
+        )
 
 
 class ToRGB(nn.Module):
@@ -135,7 +155,9 @@ class ToRGB(nn.Module):
         """x: [N, I, H, W], weight: [B, 3, I] of `content(w)` → [N, 3, H, W]."""
         clips, (frames, channels, height, width) = len(weight), x.shape
         x = x.permute(0, 2, 3, 1).reshape(clips, -1, channels)  # a view in channels-last memory
-        rgb = torch.baddbmm(self.bias.to(x.dtype).expand(clips, 1, -1), x, weight.to(x.dtype).transpose(1, 2))
+        rgb = torch.baddbmm(
+            self.bias.to(x.dtype).expand(clips, 1, -1), x, weight.to(x.dtype).transpose(1, 2)
+        )
         rgb = rgb.view(frames, height, width, 3).permute(0, 3, 1, 2)
         return rgb if self.clamp is None else rgb.clamp(-self.clamp, self.clamp)
 
@@ -150,7 +172,9 @@ class Block(nn.Module):
             self.const = nn.Parameter(torch.randn(channels, 4, 4))
             self.conv1 = SynthesisLayer(config, channels + config.motion_code_dim, channels, 4)
         else:
-            self.conv0 = SynthesisLayer(config, config.channels(resolution // 2), channels, resolution, up=2)
+            self.conv0 = SynthesisLayer(
+                config, config.channels(resolution // 2), channels, resolution, up=2
+            )
             self.conv1 = SynthesisLayer(config, channels, channels, resolution)
         self.torgb = ToRGB(config, channels)
 
@@ -172,7 +196,10 @@ class Synthesis(nn.Module):
 
     def content(self, w, style_gain=None):
         """Per clip, what every layer needs of w [B, w_dim]: as `layers`, but their contents."""
-        return [([conv.content(w, style_gain) for conv in convs], torgb.content(w)) for convs, torgb in self.layers()]
+        return [
+            ([conv.content(w, style_gain) for conv in convs], torgb.content(w))
+            for convs, torgb in self.layers()
+        ]
 
     def forward(self, content, motion_code, motion_vectors):
         """content: of `content(w)`; motion_code: [N, motion_code_dim]; motion_vectors: [N, K, …] or None.
@@ -188,7 +215,9 @@ class Synthesis(nn.Module):
                 x, score = conv(x, conv_content, motion_vectors)
                 if score is not None:
                     scores.append(score)
-            rgb = torgb(x, rgb_weight).to(motion_code.dtype)  # the image is summed in float32 under autocast too
+            rgb = torgb(x, rgb_weight).to(
+                motion_code.dtype
+            )  # the image is summed in float32 under autocast too
             image = rgb if image is None else kernels.upsample2d(image) + rgb
         return image, scores
 
@@ -234,7 +263,9 @@ class Generator(nn.Module):
         if label is not None:
             label = label.repeat_interleave(rows // len(label), dim=0)
         motion_code = self.motion_codes(t.double().reshape(rows, -1), noise, first_anchor, label)
-        return motion_code, self.motion_network(w, motion_code) if self.motion_network is not None else None
+        return motion_code, self.motion_network(
+            w, motion_code
+        ) if self.motion_network is not None else None
 
     render = render  # generator.render(seed, …): mostgan/render.py
 
@@ -245,9 +276,14 @@ class Generator(nn.Module):
         if motion_code.is_cuda:
             return self.synthesis(content, motion_code, motion_vectors)[0]
         clips = len(content[0][1])
-        pick = [torch.arange(i, len(motion_code), len(motion_code) // clips) for i in range(len(motion_code) // clips)]
+        pick = [
+            torch.arange(i, len(motion_code), len(motion_code) // clips)
+            for i in range(len(motion_code) // clips)
+        ]
         frames = [
-            self.synthesis(content, motion_code[i], None if motion_vectors is None else motion_vectors[i])[0]
+            self.synthesis(
+                content, motion_code[i], None if motion_vectors is None else motion_vectors[i]
+            )[0]
             for i in pick
         ]
         return torch.stack(frames, dim=1).flatten(0, 1)

@@ -22,7 +22,9 @@ def _normal(seed, stream, first, count):
     bits, goes round.
     """
     start, skip = divmod(first, 4)
-    bits = np.random.Philox(key=[seed, stream], counter=start % 2**256).random_raw(-(-(count + skip) // 4) * 4)
+    bits = np.random.Philox(key=[seed, stream], counter=start % 2**256).random_raw(
+        -(-(count + skip) // 4) * 4
+    )
     uniform = ((bits >> np.uint64(11)) + 0.5) * 2.0**-53  # strictly inside (0, 1)
     radius, angle = np.sqrt(-2 * np.log(uniform[0::2])), 2 * np.pi * uniform[1::2]
     normal = np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=1).reshape(-1)
@@ -38,7 +40,9 @@ def _anchor_noise(seed, first, rows, dim, loop):
     """Rows z_j of anchors j = first … first+rows−1: float32 [rows, dim]. loop: z_j is z_{j mod loop}; None: no loop."""
     if loop is None:
         return _normal(seed, _MOTION_STREAM, first * dim, rows * dim).view(rows, dim)
-    return torch.stack([_normal(seed, _MOTION_STREAM, j % loop * dim, dim) for j in range(first, first + rows)])
+    return torch.stack(
+        [_normal(seed, _MOTION_STREAM, j % loop * dim, dim) for j in range(first, first + rows)]
+    )
 
 
 def motion_noise(seeds, t, config, loop=None):
@@ -79,7 +83,9 @@ class MotionCodes(nn.Module):
     def frequencies(self, device):
         """ω in radians per frame, longest period first: float64 [F]. From the config alone, so in full precision."""
         shortest, longest = math.log2(self.shortest_period), math.log2(self.max_period)
-        log_period = torch.linspace(longest, shortest, self.num_frequencies, dtype=torch.float64, device=device)
+        log_period = torch.linspace(
+            longest, shortest, self.num_frequencies, dtype=torch.float64, device=device
+        )
         return 2 * math.pi / torch.exp2(log_period)
 
     def anchor_codes(self, noise):

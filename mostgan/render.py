@@ -17,8 +17,21 @@ from mostgan.motion import content_latent, motion_noise
 FARTHEST = 10**8  # frames from 0, either way: so far float64 tells phases apart to eight digits
 
 
-def render(generator, seed, start=0, frames=16, clips=1, motion_seed=None, label=None, psi=1.0, window=None, step=1,
-           loop=None, content_frames=100, style_gain=None):
+def render(
+    generator,
+    seed,
+    start=0,
+    frames=16,
+    clips=1,
+    motion_seed=None,
+    label=None,
+    psi=1.0,
+    window=None,
+    step=1,
+    loop=None,
+    content_frames=100,
+    style_gain=None,
+):
     """Stream a video: yields uint8 [clips, n, 3, H, W] for consecutive windows of n ≤ window frames.
 
     seed: of the first clip, clip i having seed + i; or a list with, per clip, a seed, or a tuple of seeds through which
@@ -42,12 +55,37 @@ def render(generator, seed, start=0, frames=16, clips=1, motion_seed=None, label
     window = window or choose_window(config, clips, device)
     seeds, motion_seeds = clip_seeds(seed, motion_seed, clips)
     gain = gains(config, style_gain, device)
-    return windows(generator, seeds, motion_seeds, start, step, frames, condition, psi, window, loop, content_frames,
-                   gain)
+    return windows(
+        generator,
+        seeds,
+        motion_seeds,
+        start,
+        step,
+        frames,
+        condition,
+        psi,
+        window,
+        loop,
+        content_frames,
+        gain,
+    )
 
 
 @torch.inference_mode()
-def windows(generator, seeds, motion_seeds, start, step, frames, condition, psi, window, loop, content_frames, gain):
+def windows(
+    generator,
+    seeds,
+    motion_seeds,
+    start,
+    step,
+    frames,
+    condition,
+    psi,
+    window,
+    loop,
+    content_frames,
+    gain,
+):
     """The windows of `render`, from its arguments, checked; start and step are fractions; gain: of `gains`; condition:
     of `conditions`.
     """
@@ -62,7 +100,9 @@ def windows(generator, seeds, motion_seeds, start, step, frames, condition, psi,
         step, anchors = loop_step(config, step, loop)
         period = anchors * config.motion_distance
         content_frames = Fraction(period, stops.shape[1])
-    index = math.floor(start / step)  # of the first frame on the raster of times offset + index · step
+    index = math.floor(
+        start / step
+    )  # of the first frame on the raster of times offset + index · step
     offset = start - index * step
     while frames > 0:
         index = index % loop if loop is not None else index
@@ -71,15 +111,26 @@ def windows(generator, seeds, motion_seeds, start, step, frames, condition, psi,
         t = frame_times(offset, step, index - lead, window, period).expand(clips, -1)
         noise, first_anchor = motion_noise(motion_seeds, t, config, anchors)
         w = content_at(stops, t / float(content_frames)).flatten(0, 1) if moving else stops[:, 0]
-        motion = generator.motion(w, t.to(device), noise.to(device), first_anchor.to(device), condition)
+        motion = generator.motion(
+            w, t.to(device), noise.to(device), first_anchor.to(device), condition
+        )
         wanted = slice(lead, lead + count)
-        made = slice(0, window) if device.type == "cuda" else wanted  # a GPU always renders windows of one shape
+        made = (
+            slice(0, window) if device.type == "cuda" else wanted
+        )  # a GPU always renders windows of one shape
         motion = [pick(of_frames, clips, made) for of_frames in motion]
         if moving:
             rendered = moving_window(generator, pick(w, clips, made), motion, gain, clips)
         else:
             rendered = generator.render_window(content, *motion)
-        yield to_uint8(pick(rendered, clips, slice(wanted.start - made.start, wanted.stop - made.start), flat=False))
+        yield to_uint8(
+            pick(
+                rendered,
+                clips,
+                slice(wanted.start - made.start, wanted.stop - made.start),
+                flat=False,
+            )
+        )
         index, frames = index + count, frames - count
 
 
@@ -93,7 +144,9 @@ def moving_window(generator, w, motion, gain, clips):
     frames = []
     for some in [slice(0, n)] if w.is_cuda else [slice(i, i + 1) for i in range(n)]:
         content = generator.synthesis.content(pick(w, clips, some), gain)
-        rendered = generator.render_window(content, *(pick(of_frames, clips, some) for of_frames in motion))
+        rendered = generator.render_window(
+            content, *(pick(of_frames, clips, some) for of_frames in motion)
+        )
         frames.append(rendered.unflatten(0, (clips, -1)))
     return torch.cat(frames, dim=1).flatten(0, 1)
 
@@ -131,7 +184,9 @@ def loop_step(config, step, loop):
 def frame_times(offset, step, first, count, period=None):
     """Times offset + i · step of frames i = first … first+count−1, modulo period: float64 [count], rounded once."""
     times = [offset + i * step for i in range(first, first + count)]
-    return torch.tensor([float(t if period is None else t % period) for t in times], dtype=torch.float64)
+    return torch.tensor(
+        [float(t if period is None else t % period) for t in times], dtype=torch.float64
+    )
 
 
 # content
@@ -142,10 +197,19 @@ def clip_seeds(seed, motion_seed, clips):
     seeds = [seed + i for i in range(clips)] if isinstance(seed, Integral) else list(seed)
     seeds = [(s,) if isinstance(s, Integral) else tuple(s) for s in seeds]
     motion_seeds = [s[0] for s in seeds if s] if motion_seed is None else motion_seed
-    motion_seeds = [motion_seeds] * clips if isinstance(motion_seeds, Integral) else list(motion_seeds)
-    if len(seeds) != clips or len(motion_seeds) != clips or len({len(s) for s in seeds}) != 1 or not seeds[0]:
-        raise UserError(f"{len(seeds)} content seeds and {len(motion_seeds)} motion seeds for {clips} clips: give one "
-                        "of each per clip, or tuples of content seeds, all equally long")
+    motion_seeds = (
+        [motion_seeds] * clips if isinstance(motion_seeds, Integral) else list(motion_seeds)
+    )
+    if (
+        len(seeds) != clips
+        or len(motion_seeds) != clips
+        or len({len(s) for s in seeds}) != 1
+        or not seeds[0]
+    ):
+        raise UserError(
+            f"{len(seeds)} content seeds and {len(motion_seeds)} motion seeds for {clips} clips: give one "
+            "of each per clip, or tuples of content seeds, all equally long"
+        )
     for s in [s for of_clip in seeds for s in of_clip] + motion_seeds:
         if not 0 <= s < 2**63:
             raise UserError(f"seed {s}: a seed must be 0 or more, and less than 2⁶³")
@@ -165,8 +229,10 @@ def conditions(config, label, clips, device):
         return wanted.to(device, torch.float32).expand(clips, C)
     whole = not is_vector and wanted.dtype != torch.bool and wanted.shape in ((), (1,), (clips,))
     if not whole or not ((0 <= wanted) & (wanted < C)).all():
-        raise UserError(f"the model is conditional: give a label from 0 to {C - 1}, or a vector of {C} numbers, "
-                        f"not {label}")
+        raise UserError(
+            f"the model is conditional: give a label from 0 to {C - 1}, or a vector of {C} numbers, "
+            f"not {label}"
+        )
     return torch.eye(C, device=device)[wanted.reshape(-1)].expand(clips, C)
 
 
@@ -188,8 +254,12 @@ def truncation_center(mapping, condition):
     """
     if condition is None or mapping.class_means is None:
         return mapping.w_avg
-    is_class = ((condition == 0) | (condition == 1)).all(1, keepdim=True) & (condition.sum(1, keepdim=True) == 1)
-    return torch.where(is_class, mapping.class_means.to(mapping.w_avg)[condition.argmax(1)], mapping.w_avg)
+    is_class = ((condition == 0) | (condition == 1)).all(1, keepdim=True) & (
+        condition.sum(1, keepdim=True) == 1
+    )
+    return torch.where(
+        is_class, mapping.class_means.to(mapping.w_avg)[condition.argmax(1)], mapping.w_avg
+    )
 
 
 def content_at(stops, u):
@@ -212,10 +282,16 @@ def gains(config, style_gain, device):
     gain = torch.ones(config.motion_styles, device=device)
     for style, value in style_gain.items():
         if not 0 <= style < config.motion_styles:
-            have = f"has styles 0 to {config.motion_styles - 1}" if config.motion_styles else "has none"
+            have = (
+                f"has styles 0 to {config.motion_styles - 1}"
+                if config.motion_styles
+                else "has none"
+            )
             raise UserError(f"motion style {style}: the model {have}")
         if not math.isfinite(value):
-            raise UserError(f"motion style {style}: its gain is {value}, but must be a finite number")
+            raise UserError(
+                f"motion style {style}: its gain is {value}, but must be a finite number"
+            )
         gain[style] = value
     return gain
 
@@ -232,10 +308,15 @@ def choose_window(config, clips, device):
     short piece of a video must meet the same kernels as the whole, and pays for that with frames that nobody sees.
     """
     if device.type == "cuda":
-        of_layer = [4 * config.channels(r) * (r * r + 9 * config.channels(r)) * 4 for r in config.resolutions]
+        of_layer = [
+            4 * config.channels(r) * (r * r + 9 * config.channels(r)) * 4
+            for r in config.resolutions
+        ]
         limit = min(64, memory_bytes(device) // 4 // (clips * max(of_layer)))
     else:
-        limit = min(max(4, 16 // clips), memory_bytes(device) // 8 // (clips * 3 * 8 * config.resolution**2))
+        limit = min(
+            max(4, 16 // clips), memory_bytes(device) // 8 // (clips * 3 * 8 * config.resolution**2)
+        )
     return 2 ** int(math.log2(max(1, limit)))
 
 
@@ -250,10 +331,14 @@ def check_render(start, step, frames, clips, psi, window, loop, content_frames):
         if value is not None and value < 1:
             raise UserError(f"{name} is {value}, but must be at least 1")
     if step == 0 or content_frames <= 0:
-        raise UserError("a step of no time shows one frame for ever: the speed must not be 0, nor may content_frames")
+        raise UserError(
+            "a step of no time shows one frame for ever: the speed must not be 0, nor may content_frames"
+        )
     if not math.isfinite(psi):
         raise UserError(f"psi is {psi}, but must be a finite number")
     last = start if loop is not None else start + (frames - 1) * step
     if max(abs(start), abs(last)) > FARTHEST:
-        raise UserError(f"start is {float(start):g} and the last frame is at {float(last):g}, but both must be "
-                        "from −10⁸ to 10⁸ frames")
+        raise UserError(
+            f"start is {float(start):g} and the last frame is at {float(last):g}, but both must be "
+            "from −10⁸ to 10⁸ frames"
+        )

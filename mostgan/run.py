@@ -46,7 +46,9 @@ def what_to_resume(out, resume):
     (restarted,) = distributed.any_of(distributed.restarted())
     if not distributed.main():
         found = distributed.from_main("")
-        return Resume(*(Path(path) if path else None for path in found.split("\n"))) if found else None
+        return (
+            Resume(*(Path(path) if path else None for path in found.split("\n"))) if found else None
+        )
     found = _what_to_resume(out, resume, restarted)
     distributed.from_main(f"{found.run}\n{found.checkpoint or ''}" if found else "")
     return found
@@ -61,23 +63,40 @@ def _what_to_resume(out, resume, restarted):
         return None
     if resume and out is not None:
         raise UserError(f"--resume {resume} goes on in that run's own folder: leave out --out")
-    path = out if resume == "" and out is not None else Path(resume) if resume else checkpoint.find(None).parent
+    path = (
+        out
+        if resume == "" and out is not None
+        else Path(resume)
+        if resume
+        else checkpoint.find(None).parent
+    )
     if not (path / "config.json").exists():
         raise UserError(f"there is no run or checkpoint at {path}")
     if (path / "model.safetensors").exists() and not (path / "training.json").exists():
-        raise UserError(f"{path} is an imported checkpoint, not a run to go on with: start a new one from it with: "
-                        f"python train.py --start-from {path}")
+        raise UserError(
+            f"{path} is an imported checkpoint, not a run to go on with: start a new one from it with: "
+            f"python train.py --start-from {path}"
+        )
     if not (path / "model.safetensors").exists() and not path.name.startswith("checkpoint-"):
         return Resume(path, checkpoint.newest_whole(path))
     if wrong := checkpoint.damage(path):
-        raise UserError(f"{path} is damaged: {wrong}; go on from the newest whole one with --resume {path.parent}")
+        raise UserError(
+            f"{path} is damaged: {wrong}; go on from the newest whole one with --resume {path.parent}"
+        )
     return Resume(path.parent, path)
 
 
 def _launched_by(launch, runs="runs"):
     """The newest run that this torchrun started, or None."""
     configs = sorted(Path(runs).glob("*/config.json"), key=lambda path: path.stat().st_mtime)
-    return next((p.parent for p in reversed(configs) if json.loads(p.read_text()).get("torchrun") == launch), None)
+    return next(
+        (
+            p.parent
+            for p in reversed(configs)
+            if json.loads(p.read_text()).get("torchrun") == launch
+        ),
+        None,
+    )
 
 
 def open_run(out, resume, config, clips):
@@ -100,7 +119,9 @@ def start_run(out, config, clips):
         data = config.dataset + ("-builtin" if clips.builtin else "")
         out = runs / f"{max(numbers, default=-1) + 1:05d}-{data}-{config.preset}"
     if (out / "config.json").exists():
-        raise UserError(f"{out} already holds a run: go on with --resume {out}, or choose another --out")
+        raise UserError(
+            f"{out} already holds a run: go on with --resume {out}, or choose another --out"
+        )
     out.mkdir(parents=True, exist_ok=True)
     _write_config(out, config, clips)
     return out
@@ -115,18 +136,30 @@ def continue_run(resume, config, clips):
     described = json.loads((run / "config.json").read_text())
     _check_data(resume, described, clips)
     new = dataclasses.replace(config, data=_data_path(config, clips))
-    before, now = ({name: getattr(c, name) for name in vars(c) if name != "model"}
-                   | {f"model.{name}": value for name, value in vars(c.model).items()} for c in (old, new))
-    changed = {name: f"{name} {before[name]} → {now[name]}" for name in before if before[name] != now[name]}
-    wrong = [text for name, text in changed.items()
-             if name in FIXED or name.startswith("model.") and name != "model.fps"]
+    before, now = (
+        {name: getattr(c, name) for name in vars(c) if name != "model"}
+        | {f"model.{name}": value for name, value in vars(c.model).items()}
+        for c in (old, new)
+    )
+    changed = {
+        name: f"{name} {before[name]} → {now[name]}" for name in before if before[name] != now[name]
+    }
+    wrong = [
+        text
+        for name, text in changed.items()
+        if name in FIXED or name.startswith("model.") and name != "model.fps"
+    ]
     if wrong:
-        raise UserError(f"{run} cannot go on with another {', '.join(wrong)}: leave that out, or start a new run")
+        raise UserError(
+            f"{run} cannot go on with another {', '.join(wrong)}: leave that out, or start a new run"
+        )
     if changed:
         print(f"changed since {run} was started: {', '.join(changed.values())}")
     _write_config(run, config, clips)
     checkpoint.tidy(run)
-    step = -1 if resume.checkpoint is None else int(resume.checkpoint.name.removeprefix("checkpoint-"))
+    step = (
+        -1 if resume.checkpoint is None else int(resume.checkpoint.name.removeprefix("checkpoint-"))
+    )
     for path in checkpoint.set_aside(run, step):
         print(f"{path.name} is not of this course any more: set aside")
 
@@ -138,10 +171,14 @@ def _check_data(resume, described, clips):
         return
     run, path = resume.run, clips.info.get("origin") or clips.path
     if not resume.names_data:
-        raise UserError(f"{run} was trained on other clips than {path} has now ({described.get('clips')} then, "
-                        f"{len(clips)} now): name the data to go on with by --data, or put back the former ones")
-    print(f"warning: {run} goes on with other data than before: {path}, {len(clips)} clips instead of "
-          f"{described.get('clips')}")
+        raise UserError(
+            f"{run} was trained on other clips than {path} has now ({described.get('clips')} then, "
+            f"{len(clips)} now): name the data to go on with by --data, or put back the former ones"
+        )
+    print(
+        f"warning: {run} goes on with other data than before: {path}, {len(clips)} clips instead of "
+        f"{described.get('clips')}"
+    )
 
 
 def _data_path(config, clips):
@@ -164,9 +201,13 @@ def lock(run):
     """Keep other processes from training in a run folder until this one ends. UserError if one does already."""
     handle = os.open(run / ".lock", os.O_CREAT | os.O_WRONLY, 0o644)  # stays open
     try:
-        fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's, not its forked workers' too
+        fcntl.lockf(
+            handle, fcntl.LOCK_EX | fcntl.LOCK_NB
+        )  # unlike flock's, not its forked workers' too
     except BlockingIOError:
-        raise UserError(f"another process is training in {run}: stop it, or choose another --out") from None
+        raise UserError(
+            f"another process is training in {run}: stop it, or choose another --out"
+        ) from None
     except OSError:
         pass  # a file system without locks
 
@@ -177,7 +218,9 @@ def read_config(run):
         values = json.loads((run / "config.json").read_text())
         fields = {field.name for field in dataclasses.fields(TrainConfig)}
         model = ModelConfig(**values["model"])
-        return TrainConfig(**{key: value for key, value in values.items() if key in fields} | {"model": model})
+        return TrainConfig(
+            **{key: value for key, value in values.items() if key in fields} | {"model": model}
+        )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"cannot read {run / 'config.json'}: {error}") from None
 
@@ -235,8 +278,10 @@ class Stats:
         sums = torch.stack([values.nan_to_num(0, 0, 0).sum() for values in stacked])
         finite = torch.stack([values.isfinite().sum() for values in stacked]).float()
         distributed.sum_([sums, finite])
-        return {name: round(total / count, 6) if count else float("nan")
-                for name, total, count in zip(self.values, sums.tolist(), finite.tolist())}
+        return {
+            name: round(total / count, 6) if count else float("nan")
+            for name, total, count in zip(self.values, sums.tolist(), finite.tolist())
+        }
 
     def _append(self):
         size = self.path.stat().st_size if self.path.exists() else 0
@@ -247,7 +292,9 @@ class Stats:
         except OSError as error:
             if self.path.exists():
                 os.truncate(self.path, size)  # no half line
-            self.say(f"warning: could not write {self.path}: {error.strerror}; kept, to be written with the next line")
+            self.say(
+                f"warning: could not write {self.path}: {error.strerror}; kept, to be written with the next line"
+            )
 
     def drop_after(self, frames):
         """Remove lines past `frames`, which a run resumed from there writes again, and what is not a whole line."""
@@ -272,10 +319,15 @@ def save_grids(run, generator, clips, frames_done, fps, say=print):
     label = None
     if generator.config.num_labels:
         classes = clips.labels.ndim == 1
-        label = [i % clips.num_labels if classes else clips.condition(i % len(clips)).tolist() for i in range(count)]
+        label = [
+            i % clips.num_labels if classes else clips.condition(i % len(clips)).tolist()
+            for i in range(count)
+        ]
     moment = f"{frames_done // 1000:06d}k" + (str(frames_done) if 0 < frames_done < 1000 else "")
     for name, motion_seed in (("samples", None), ("shared-motion", SHARED_MOTION_SEED)):
-        windows = generator.render(0, frames=GRID_FRAMES, clips=count, motion_seed=motion_seed, label=label, window=4)
+        windows = generator.render(
+            0, frames=GRID_FRAMES, clips=count, motion_seed=motion_seed, label=label, window=4
+        )
         made, path = torch.cat(list(windows), dim=1), run / f"{name}-{moment}"
         try:
             write_grid(path, made, fps)
@@ -286,18 +338,30 @@ def save_grids(run, generator, clips, frames_done, fps, say=print):
 def save_real_grid(run, clips, fps):
     """The same grid of real clips: their first frames."""
     chosen = np.linspace(0, len(clips) - 1, min(len(clips), GRID_SIDE**2)).astype(int)
-    length = min(GRID_FRAMES, *(int(clips.lengths[i]) for i in chosen)) if len(chosen) > 1 else int(clips.lengths[0])
+    length = (
+        min(GRID_FRAMES, *(int(clips.lengths[i]) for i in chosen))
+        if len(chosen) > 1
+        else int(clips.lengths[0])
+    )
     length = min(length, GRID_FRAMES)
-    write_grid(run / "real", torch.from_numpy(np.stack([clips.frames(i, np.arange(length)) for i in chosen])), fps)
+    write_grid(
+        run / "real",
+        torch.from_numpy(np.stack([clips.frames(i, np.arange(length)) for i in chosen])),
+        fps,
+    )
 
 
 def write_grid(path, clips, fps):
     """uint8 [n, T, 3, H, W] → path.mp4, all clips side by side, and path.png, a row of frames over time per clip."""
     with VideoWriter(path.with_suffix(".mp4"), fps) as video:
         video.write(grid(clips, GRID_SIDE, GRID_SIDE))
-    moments = torch.linspace(0, clips.shape[1] - 1, min(STRIP_FRAMES, clips.shape[1])).round().long()
+    moments = (
+        torch.linspace(0, clips.shape[1] - 1, min(STRIP_FRAMES, clips.shape[1])).round().long()
+    )
     strips = clips[: 2 * GRID_SIDE, moments].flatten(0, 1).unsqueeze(1)
-    write_png(path.with_suffix(".png"), grid(strips, -(-len(strips) // len(moments)), len(moments))[0])
+    write_png(
+        path.with_suffix(".png"), grid(strips, -(-len(strips) // len(moments)), len(moments))[0]
+    )
 
 
 class StopSignal:

@@ -36,13 +36,17 @@ def snapshot(state):
     """Copies on the host: (averaged generator's tensors, all other tensors, JSON values), as checkpoint.save takes."""
     tensors = {}
     for name in ("G", "D"):
-        tensors |= {f"{name}.{key}": value for key, value in getattr(state, name).state_dict().items()}
+        tensors |= {
+            f"{name}.{key}": value for key, value in getattr(state, name).state_dict().items()
+        }
         for i, moments in getattr(state, f"adam_{name}").state_dict()["state"].items():
             tensors |= {f"adam_{name}.{i}.{key}": value for key, value in moments.items()}
     scalars = {key: getattr(state, key) for key in ("step", "frames", "seconds", "ada_p")}
     scalars["ada_sign"] = float(state.ada_sign)
-    copies = [{key: value.detach().to("cpu", copy=True) for key, value in of.items()}
-              for of in (state.ema.state_dict(), tensors)]
+    copies = [
+        {key: value.detach().to("cpu", copy=True) for key, value in of.items()}
+        for of in (state.ema.state_dict(), tensors)
+    ]
     return *copies, scalars
 
 
@@ -51,7 +55,11 @@ def load_state(state, path):
     tensors, scalars = checkpoint.read_training(path)
     checkpoint.load_state(state.ema, checkpoint.read_tensors(path / "model.safetensors"), path)
     for name in ("G", "D"):
-        of = {key.removeprefix(f"{name}."): value for key, value in tensors.items() if key.startswith(f"{name}.")}
+        of = {
+            key.removeprefix(f"{name}."): value
+            for key, value in tensors.items()
+            if key.startswith(f"{name}.")
+        }
         checkpoint.load_state(getattr(state, name), of, path)
         adam = getattr(state, f"adam_{name}")
         moments = {}
@@ -74,12 +82,16 @@ def start_from(state, path):
     states = checkpoint.read_networks(path)
     wrong = [] if _fits(model, states) else _misfits(model, checkpoint.read_config(path), states)
     if wrong:
-        raise UserError(f"{path} has no tensors for {', '.join(wrong)}: leave that out, or train a new model")
+        raise UserError(
+            f"{path} has no tensors for {', '.join(wrong)}: leave that out, or train a new model"
+        )
     checkpoint.load_state(state.ema, states["ema"], path)
     checkpoint.load_state(state.G, states.get("G", states["ema"]), path)
     if "D" in states:
         checkpoint.load_state(state.D, states["D"], path)
-    last = "its generator" if "G" in states else "the generator from its average, for it has no other"
+    last = (
+        "its generator" if "G" in states else "the generator from its average, for it has no other"
+    )
     judge = "its discriminator" if "D" in states else "a new discriminator, for it has none"
     return f"starts from {path}: its average, {last}, {judge}"
 
@@ -87,13 +99,18 @@ def start_from(state, path):
 def _shapes(config):
     with torch.device("meta"):
         networks = {"G": Generator(config), "D": Discriminator(config)}
-    return {name: {key: value.shape for key, value in of.state_dict().items()} for name, of in networks.items()}
+    return {
+        name: {key: value.shape for key, value in of.state_dict().items()}
+        for name, of in networks.items()
+    }
 
 
 def _fits(config, states):
     shapes = _shapes(config)
-    return all({key: value.shape for key, value in of.items()} == shapes["D" if name == "D" else "G"]
-               for name, of in states.items())  # fmt: skip
+    return all(
+        {key: value.shape for key, value in of.items()} == shapes["D" if name == "D" else "G"]
+        for name, of in states.items()
+    )
 
 
 def _misfits(config, stored, states):
@@ -102,7 +119,9 @@ def _misfits(config, stored, states):
     for field in dataclasses.fields(config):
         wanted, has = getattr(config, field.name), getattr(stored, field.name)
         try:
-            alone = wanted == has or _fits(dataclasses.replace(stored, **{field.name: wanted}), states)
+            alone = wanted == has or _fits(
+                dataclasses.replace(stored, **{field.name: wanted}), states
+            )
         except UserError:  # a field that goes with another, such as motion_code_dim
             alone = False
         if not alone:
@@ -118,7 +137,13 @@ class Saver:
     """
 
     def __init__(self, run, saved, minutes, keep, say):
-        self.run, self.saved, self.seconds, self.keep, self.say = run, saved, minutes * 60, keep, say
+        self.run, self.saved, self.seconds, self.keep, self.say = (
+            run,
+            saved,
+            minutes * 60,
+            keep,
+            say,
+        )
         self.thread, self.pending, self.failed = ThreadPoolExecutor(1), None, False
         self.next = time.monotonic() + self.seconds
 
@@ -133,12 +158,16 @@ class Saver:
         if distributed.main():
             self.finish()
             self.next = time.monotonic() + self.seconds
-            self.pending = self.thread.submit(self._write, state.step, state.ema.config, *snapshot(state), metric)
+            self.pending = self.thread.submit(
+                self._write, state.step, state.ema.config, *snapshot(state), metric
+            )
 
     def _write(self, step, config, model, tensors, scalars, metric):
         broken = [name for name, value in (model | tensors).items() if not value.isfinite().all()]
         if broken:
-            raise OSError(f"the state is not finite ({broken[0]})")  # not to be kept in a good checkpoint's place
+            raise OSError(
+                f"the state is not finite ({broken[0]})"
+            )  # not to be kept in a good checkpoint's place
         return checkpoint.save(self.run, step, config, model, tensors, scalars, self.keep, metric)
 
     def finish(self):
@@ -148,8 +177,10 @@ class Saver:
                 self.saved, self.failed = self.pending.result(), False
             except OSError as error:
                 self.failed, self.next = True, time.monotonic() + min(self.seconds, RETRY_SECONDS)
-                self.say(f"warning: could not save: {error}; training goes on and tries again later; "
-                         f"the last checkpoint is {self.saved}")
+                self.say(
+                    f"warning: could not save: {error}; training goes on and tries again later; "
+                    f"the last checkpoint is {self.saved}"
+                )
             self.pending = None
         return not self.failed
 
@@ -161,5 +192,7 @@ class Saver:
             time.sleep(LAST_RETRY_SECONDS)
             self.start(state)
         if not self.finish():
-            raise UserError(f"could not save step {state.step} in {self.run}; its last checkpoint is {self.saved}: "
-                            f"make room and go on with: python train.py --resume {self.run}")
+            raise UserError(
+                f"could not save step {state.step} in {self.run}; its last checkpoint is {self.saved}: "
+                f"make room and go on with: python train.py --resume {self.run}"
+            )

@@ -33,7 +33,12 @@ from PIL import Image
 from mostgan.config import UserError
 
 # swscale's defaults trade chroma resolution and rounding for speed; these flags do not.
-EXACT = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT | Interpolation.FULL_CHR_H_INP
+EXACT = (
+    Interpolation.BICUBIC
+    | Interpolation.ACCURATE_RND
+    | Interpolation.FULL_CHR_H_INT
+    | Interpolation.FULL_CHR_H_INP
+)
 
 
 class VideoWriter:
@@ -54,21 +59,29 @@ class VideoWriter:
         self.crf, self.comment = crf, comment
         self.suffix = self.path.suffix.lower()
         if self.suffix not in SINKS:
-            raise UserError(f"{path}: cannot write '{self.path.suffix}'; use .mp4, .gif, .webp, .npy, or none "
-                            "(a folder of PNGs)")
+            raise UserError(
+                f"{path}: cannot write '{self.path.suffix}'; use .mp4, .gif, .webp, .npy, or none "
+                "(a folder of PNGs)"
+            )
         if self.fps <= 0:
             raise UserError(f"{path}: frames per second must be positive, not {fps}")
         if not 0 <= crf <= 51:
             raise UserError(f"{path}: crf is {crf}, but must be from 0 (best) to 51")
         if self.fps > FASTEST.get(self.suffix, math.inf):
-            raise UserError(f"{path}: {_a(self.suffix)} has at most {FASTEST[self.suffix]} frames per second, "
-                            f"not {float(fps):.10g}")
-        in_the_way = self.path.is_dir() and not (self.suffix == "" and _holds_only_frames(self.path))
+            raise UserError(
+                f"{path}: {_a(self.suffix)} has at most {FASTEST[self.suffix]} frames per second, "
+                f"not {float(fps):.10g}"
+            )
+        in_the_way = self.path.is_dir() and not (
+            self.suffix == "" and _holds_only_frames(self.path)
+        )
         if in_the_way or (self.suffix == "" and self.path.is_file()):
             raise UserError(f"{path} is there already and holds other things; choose another name")
         self.sidecar = Path(f"{path}.json") if self.suffix == ".npy" and comment else None
         if self.sidecar is not None and self.sidecar.is_dir():
-            raise UserError(f"{self.sidecar} is a folder, but {path} needs a file of that name; choose another name")
+            raise UserError(
+                f"{self.sidecar} is a folder, but {path} needs a file of that name; choose another name"
+            )
         self.temporary = self.path.with_name(f".{self.path.name}.partial-{os.getpid()}")
         self.temporary_sidecar = self.temporary.with_name(f"{self.temporary.name}.json")
         self.sink, self.shape, self.count = None, None, 0
@@ -77,8 +90,10 @@ class VideoWriter:
         """Raises UserError if the format has no pictures of so many pixels; `write` asks too, but that may be late."""
         largest = LARGEST.get(self.suffix, math.inf)
         if max(height, width) > largest:
-            raise UserError(f"{self.path}: {_a(self.suffix)} has at most {largest} pixels a side, and the picture "
-                            f"would be {height} high and {width} wide; show fewer clips, or write .npy or PNGs")
+            raise UserError(
+                f"{self.path}: {_a(self.suffix)} has at most {largest} pixels a side, and the picture "
+                f"would be {height} high and {width} wide; show fewer clips, or write .npy or PNGs"
+            )
 
     def __enter__(self):
         return self
@@ -86,20 +101,30 @@ class VideoWriter:
     def write(self, frames):
         """Appends uint8 [n,H,W,3] or [n,3,H,W]; every frame has the size of the first."""
         frames = frames.detach().cpu().numpy() if torch.is_tensor(frames) else np.asarray(frames)
-        if frames.dtype != np.uint8 or frames.ndim != 4 or 3 not in (frames.shape[1], frames.shape[3]):
-            raise ValueError(f"expected uint8 [n,H,W,3] or [n,3,H,W], got {frames.dtype} {list(frames.shape)}")
+        if (
+            frames.dtype != np.uint8
+            or frames.ndim != 4
+            or 3 not in (frames.shape[1], frames.shape[3])
+        ):
+            raise ValueError(
+                f"expected uint8 [n,H,W,3] or [n,3,H,W], got {frames.dtype} {list(frames.shape)}"
+            )
         if frames.shape[3] != 3:
             frames = frames.transpose(0, 2, 3, 1)
         for image in frames:
             if self.shape not in (None, image.shape):
-                raise ValueError(f"frame {self.count} is {image.shape}, the ones before are {self.shape}")
+                raise ValueError(
+                    f"frame {self.count} is {image.shape}, the ones before are {self.shape}"
+                )
             try:
                 if self.sink is None:
                     self.check_size(*image.shape[:2])
                     self.path.parent.mkdir(parents=True, exist_ok=True)
                     self.shape = image.shape
                     sink = SINKS[self.suffix]
-                    self.sink = sink(self.temporary, self.shape[:2], self.fps, self.crf, self.comment)
+                    self.sink = sink(
+                        self.temporary, self.shape[:2], self.fps, self.crf, self.comment
+                    )
                 self.sink.write(np.ascontiguousarray(image))
             except (OSError, av.FFmpegError) as error:
                 raise self._cannot(error) from error
@@ -196,7 +221,11 @@ class _Mp4:
         self.container = av.open(str(path), "w", format="mp4", options={"movflags": "+faststart"})
         self.container.metadata["comment"] = comment
         self.stream = self.container.add_stream("libx264", rate=fps, options={"crf": str(crf)})
-        self.stream.width, self.stream.height, self.stream.pix_fmt = width + width % 2, height + height % 2, "yuv420p"
+        self.stream.width, self.stream.height, self.stream.pix_fmt = (
+            width + width % 2,
+            height + height % 2,
+            "yuv420p",
+        )
         # Convert with the matrix that we tag: players otherwise guess, and colours shift.
         context = self.stream.codec_context
         context.colorspace, context.color_range = Colorspace.ITU709, ColorRange.MPEG
@@ -207,10 +236,14 @@ class _Mp4:
         if any(self.pad[0] + self.pad[1]):
             image = np.pad(image, self.pad, mode="edge")
         frame = self.reformatter.reformat(
-            av.VideoFrame.from_ndarray(image, format="rgb24"), format="yuv420p", interpolation=EXACT,
-            dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG,
-            dst_color_primaries=ColorPrimaries.BT709, dst_color_trc=ColorTrc.BT709,
-        )  # fmt: skip
+            av.VideoFrame.from_ndarray(image, format="rgb24"),
+            format="yuv420p",
+            interpolation=EXACT,
+            dst_colorspace=Colorspace.ITU709,
+            dst_color_range=ColorRange.MPEG,
+            dst_color_primaries=ColorPrimaries.BT709,
+            dst_color_trc=ColorTrc.BT709,
+        )
         frame.pts, frame.time_base = self.count, 1 / self.stream.codec_context.framerate
         self.count += 1
         self.container.mux(self.stream.encode(frame))
@@ -231,10 +264,15 @@ class _Gif:
         self.stream = self.container.add_stream("gif", rate=fps, options={"gifflags": "0"})
         self.stream.width, self.stream.height, self.stream.pix_fmt = width, height, "pal8"
         self.graph, self.time_base, self.count = av.filter.Graph(), 1 / fps, 0
-        source = self.graph.add_buffer(width=width, height=height, format=av.VideoFormat("rgb24"), time_base=1 / fps)
+        source = self.graph.add_buffer(
+            width=width, height=height, format=av.VideoFormat("rgb24"), time_base=1 / fps
+        )
         split = self.graph.add("split")
         palette = self.graph.add("palettegen", "stats_mode=single:reserve_transparent=0")
-        use, sink = self.graph.add("paletteuse", "new=1:dither=sierra2_4a"), self.graph.add("buffersink")
+        use, sink = (
+            self.graph.add("paletteuse", "new=1:dither=sierra2_4a"),
+            self.graph.add("buffersink"),
+        )
         source.link_to(split)
         split.link_to(use, 0, 0)
         split.link_to(palette, 1, 0)
@@ -262,11 +300,15 @@ class _Gif:
             self.graph.push(None)
             self._drain()
             self.container.mux(self.stream.encode(None))
-        if self.comment:  # FFmpeg writes none: a comment extension, in front of the last byte, the trailer
+        if (
+            self.comment
+        ):  # FFmpeg writes none: a comment extension, in front of the last byte, the trailer
             blocks = [self.comment[i : i + 255] for i in range(0, len(self.comment), 255)]
             with open(self.path, "r+b") as file:
                 file.seek(-1, os.SEEK_END)
-                file.write(b"\x21\xfe" + b"".join(bytes([len(b)]) + b for b in blocks) + b"\x00\x3b")
+                file.write(
+                    b"\x21\xfe" + b"".join(bytes([len(b)]) + b for b in blocks) + b"\x00\x3b"
+                )
 
 
 class _Webp:
@@ -281,7 +323,9 @@ class _Webp:
         self.reformatter, self.time_base, self.count = VideoReformatter(), 1 / fps, 0
 
     def write(self, image):
-        frame = self.reformatter.reformat(av.VideoFrame.from_ndarray(image, format="rgb24"), format="bgra")
+        frame = self.reformatter.reformat(
+            av.VideoFrame.from_ndarray(image, format="rgb24"), format="bgra"
+        )
         frame.pts, frame.time_base = self.count, self.time_base
         self.count += 1
         self.container.mux(self.stream.encode(frame))
@@ -294,9 +338,11 @@ class _Webp:
 
     def _add_comment(self):
         """FFmpeg writes none: an XMP chunk at the end, and its flag in the VP8X header, which a still image lacks."""
-        xmp = (f'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">'
-               f'<rdf:Description xmlns:dc="http://purl.org/dc/elements/1.1/"><dc:description>{escape(self.comment)}'
-               f'</dc:description></rdf:Description></rdf:RDF></x:xmpmeta>').encode()  # fmt: skip
+        xmp = (
+            f'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">'
+            f'<rdf:Description xmlns:dc="http://purl.org/dc/elements/1.1/"><dc:description>{escape(self.comment)}'
+            f"</dc:description></rdf:Description></rdf:RDF></x:xmpmeta>"
+        ).encode()
         with open(self.path, "r+b") as file:
             header = file.read(30)
             if header[12:16] != b"VP8X":
@@ -324,7 +370,9 @@ class _Npy:
 
     def _header(self):
         header = {"descr": "|u1", "fortran_order": False, "shape": (self.count, *self.size, 3)}
-        np.lib.format.write_array_header_1_0(self.file, header)  # leaves room for the first number to grow
+        np.lib.format.write_array_header_1_0(
+            self.file, header
+        )  # leaves room for the first number to grow
 
     def write(self, image):
         self.file.write(image.data)
@@ -340,12 +388,18 @@ class _PngFolder:
     def __init__(self, path, size, fps, crf, comment):
         self.path, self.count = path, 0
         text = b"tEXtComment\0" + comment.encode("latin-1", "replace")
-        self.chunk = struct.pack(">I", len(text) - 4) + text + struct.pack(">I", zlib.crc32(text)) if comment else b""
+        self.chunk = (
+            struct.pack(">I", len(text) - 4) + text + struct.pack(">I", zlib.crc32(text))
+            if comment
+            else b""
+        )
         path.mkdir()
 
     def write(self, image):
         data = png(image)
-        (self.path / f"{self.count:06d}.png").write_bytes(data[:33] + self.chunk + data[33:])  # 33: after IHDR
+        (self.path / f"{self.count:06d}.png").write_bytes(
+            data[:33] + self.chunk + data[33:]
+        )  # 33: after IHDR
         self.count += 1
 
     def close(self):

@@ -17,7 +17,10 @@ from kernels import choose
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
-TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 2e-2}  # Hopper's tf32 truncates: gradients are up to 8.5e-3 off
+TOLERANCE = {
+    torch.float32: 1e-6,
+    torch.bfloat16: 2e-2,
+}  # Hopper's tf32 truncates: gradients are up to 8.5e-3 off
 DTYPES = [torch.float32, torch.bfloat16] if GPU else [torch.float32]
 torch.backends.cudnn.allow_tf32 = False  # the twins' own convolutions round to it by default
 fir_module = importlib.import_module("kernels.fir")
@@ -26,7 +29,9 @@ backward_module = importlib.import_module("kernels.mostatt_backward")
 mostatt_module = importlib.import_module("kernels.mostatt")  # `kernels.mostatt` itself is the op
 
 
-if not GPU:  # the interpreter's loop counters are Python's, and meet the constants of a Shape from the left
+if (
+    not GPU
+):  # the interpreter's loop counters are Python's, and meet the constants of a Shape from the left
     tl.constexpr.__rmod__ = lambda constant, number: number % constant.value
     tl.constexpr.__rfloordiv__ = lambda constant, number: number // constant.value
 
@@ -70,7 +75,10 @@ def compare(op, reference, inputs, dtype, outputs, layouts=None):
     refs, outs = ([x] if torch.is_tensor(x) else list(x) for x in (refs, outs))
     for name, out, ref in zip(outputs, outs, refs):
         close(out, ref, TOLERANCE[dtype], name)
-    cotangents = [randn(*ref.shape, seed=100 + i, dtype=dtype) / ref.numel() ** 0.5 for i, ref in enumerate(refs)]
+    cotangents = [
+        randn(*ref.shape, seed=100 + i, dtype=dtype) / ref.numel() ** 0.5
+        for i, ref in enumerate(refs)
+    ]
     wanted = [i for i, x in enumerate(exact) if x is not None]
     grads = torch.autograd.grad(refs, [exact[i] for i in wanted], cotangents)
     cotangents = [c.to(out.dtype) for c, out in zip(cotangents, outs)]
@@ -86,9 +94,14 @@ def channels_last(x):
 
 
 MOSTATT = [  # B, T, O, I, k, K, R
-    (1, 1, 5, 7, 3, 1, 1), (2, 3, 6, 5, 3, 8, 1), (1, 4, 9, 3, 3, 6, 3), (2, 1, 4, 11, 3, 10, 10),
-    (2, 2, 7, 9, 1, 16, 3), (2, 1, 35, 37, 1, 8, 1), (1, 2, 33, 34, 3, 1, 2),
-]  # fmt: skip
+    (1, 1, 5, 7, 3, 1, 1),
+    (2, 3, 6, 5, 3, 8, 1),
+    (1, 4, 9, 3, 3, 6, 3),
+    (2, 1, 4, 11, 3, 10, 10),
+    (2, 2, 7, 9, 1, 16, 3),
+    (2, 1, 35, 37, 1, 8, 1),
+    (1, 2, 33, 34, 3, 1, 2),
+]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -101,9 +114,14 @@ def test_mostatt(B, T, O, I, k, K, R, order, dtype):
     content_style = None if order == "weight_per_clip" else randn(B, I, seed=3, dtype=dtype)
     first = order == "content_first"
     layout = torch.Tensor.contiguous if B == 1 else channels_last
-    compare(lambda *args: mostatt_module.mostatt(*args, content_first=first),
-            lambda *args: twin.mostatt_demod(*args, content_first=first), [weight, style, content_style], dtype,
-            ["weight", "score", "demod"], {0: layout})  # fmt: skip
+    compare(
+        lambda *args: mostatt_module.mostatt(*args, content_first=first),
+        lambda *args: twin.mostatt_demod(*args, content_first=first),
+        [weight, style, content_style],
+        dtype,
+        ["weight", "score", "demod"],
+        {0: layout},
+    )
     out = mostatt_module.mostatt(weight.to(dtype), style.to(dtype))[0]
     assert out.movedim(2, -1).is_contiguous()
 
@@ -111,14 +129,24 @@ def test_mostatt(B, T, O, I, k, K, R, order, dtype):
 def test_mostatt_adds_frames_up_in_groups(monkeypatch):
     """The gradient of the weights where a GPU has too few programs, and each takes a part of the frames."""
     monkeypatch.setattr(backward_module, "frames_of_a_program", lambda frames, programs: 2)
-    weight, style = (randn(*size, seed=1, dtype=torch.float32) for size in ((2, 5, 7, 3, 3), (8, 3, 1, 13)))
-    compare(mostatt_module.mostatt, twin.mostatt_demod, [weight, style], torch.float32, ["weight", "score", "demod"])
+    weight, style = (
+        randn(*size, seed=1, dtype=torch.float32) for size in ((2, 5, 7, 3, 3), (8, 3, 1, 13))
+    )
+    compare(
+        mostatt_module.mostatt,
+        twin.mostatt_demod,
+        [weight, style],
+        torch.float32,
+        ["weight", "score", "demod"],
+    )
 
 
 def test_mostatt_in_the_dtypes_of_training():
     """Weights in float32, styles and W' in bfloat16 or float32, as autocast has them."""
     style_dtype = torch.bfloat16 if GPU else torch.float32  # bfloat16 is garbage in the interpreter
-    weight, s = (randn(*size, seed=1, dtype=torch.float32).float() for size in ((1, 9, 7, 3, 3), (2, 7)))
+    weight, s = (
+        randn(*size, seed=1, dtype=torch.float32).float() for size in ((1, 9, 7, 3, 3), (2, 7))
+    )
     style = randn(6, 8, 1, 13, seed=2, dtype=style_dtype).to(style_dtype)
     outs = mostatt_module.mostatt(weight, style, s, style_dtype, content_first=True)
     refs = twin.mostatt_demod(weight.double(), style.double(), s.double(), content_first=True)
@@ -128,17 +156,30 @@ def test_mostatt_in_the_dtypes_of_training():
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("up, clamp", [(1, None), (2, None), (2, 1.0)])
-@pytest.mark.parametrize("N, C, H, layout", [(2, 3, 5, channels_last), (1, 70, 9, torch.Tensor.contiguous),
-                                             (1, 5, 17, channels_last)])  # fmt: skip
+@pytest.mark.parametrize(
+    "N, C, H, layout",
+    [(2, 3, 5, channels_last), (1, 70, 9, torch.Tensor.contiguous), (1, 5, 17, channels_last)],
+)
 def test_epilogue(N, C, H, layout, up, clamp, dtype):
     x = randn(N, C, H, H + 2, seed=1, dtype=dtype)
     demod = (randn(N, C, seed=2, dtype=dtype).abs() + 0.25).to(dtype).double()
     bias = randn(C, seed=3, dtype=dtype)
-    compare(lambda *a: fir_module.epilogue(*a, up=up, clamp=clamp), lambda *a: twin.epilogue(*a, up=up, clamp=clamp),
-            [x, demod, bias], dtype, ["y"], {0: layout})  # fmt: skip
+    compare(
+        lambda *a: fir_module.epilogue(*a, up=up, clamp=clamp),
+        lambda *a: twin.epilogue(*a, up=up, clamp=clamp),
+        [x, demod, bias],
+        dtype,
+        ["y"],
+        {0: layout},
+    )
 
 
-FIR = {"plain pad 1": (4.0, 1, 1), "plain pad 2": (1.0, 1, 2), "plain pad 0": (1.0, 1, 0), "stride 2": (1.0, 2, 1)}
+FIR = {
+    "plain pad 1": (4.0, 1, 1),
+    "plain pad 2": (1.0, 1, 2),
+    "plain pad 0": (1.0, 1, 0),
+    "stride 2": (1.0, 2, 1),
+}
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -147,7 +188,9 @@ FIR = {"plain pad 1": (4.0, 1, 1), "plain pad 2": (1.0, 1, 2), "plain pad 0": (1
 @pytest.mark.parametrize("N, C, H, W", [(2, 3, 4, 18)])
 def test_fir(N, C, H, W, gain, stride, padding, transposed, dtype):
     def twice(op):
-        def of(x):  # y, and a function of y's gradient: compare's gradient is then a second derivative
+        def of(
+            x,
+        ):  # y, and a function of y's gradient: compare's gradient is then a second derivative
             y = op(x, gain, stride, padding, transposed)
             (grad,) = torch.autograd.grad((y * y * y).sum(), x, create_graph=True)
             return y, grad
@@ -155,7 +198,14 @@ def test_fir(N, C, H, W, gain, stride, padding, transposed, dtype):
         return of
 
     x = randn(N, C, H, W, seed=1, dtype=dtype)
-    compare(twice(fir_module.fir_op), twice(twin._Fir.apply), [x], dtype, ["y", "gradient"], {0: channels_last})
+    compare(
+        twice(fir_module.fir_op),
+        twice(twin._Fir.apply),
+        [x],
+        dtype,
+        ["y", "gradient"],
+        {0: channels_last},
+    )
 
 
 def every_candidate(op, inputs, ref, tolerance):
@@ -166,19 +216,33 @@ def every_candidate(op, inputs, ref, tolerance):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("up", [1, 2])
-@pytest.mark.parametrize("layout", [torch.Tensor.contiguous, channels_last], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize(
+    "layout", [torch.Tensor.contiguous, channels_last], ids=["contiguous", "channels_last"]
+)
 @pytest.mark.parametrize("N, O, I, H, k", [(2, 5, 7, 4, 3), (1, 35, 33, 7, 3), (3, 3, 17, 5, 1)])
 def test_modconv(N, O, I, H, k, layout, up, dtype):
-    x, weight = randn(N, I, H, H + 1, seed=1, dtype=dtype), randn(N, O, I, k, k, seed=2, dtype=dtype)
-    compare(lambda *a: modconv_module.conv2d_per_frame(*a, up=up), lambda *a: twin.conv2d_per_frame(*a, up=up),
-            [x, weight], dtype, ["y"], {0: layout, 1: layout})  # fmt: skip
+    x, weight = (
+        randn(N, I, H, H + 1, seed=1, dtype=dtype),
+        randn(N, O, I, k, k, seed=2, dtype=dtype),
+    )
+    compare(
+        lambda *a: modconv_module.conv2d_per_frame(*a, up=up),
+        lambda *a: twin.conv2d_per_frame(*a, up=up),
+        [x, weight],
+        dtype,
+        ["y"],
+        {0: layout, 1: layout},
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("up", [1, 2])
 @pytest.mark.parametrize("N, O, I, H, k", [(2, 5, 8, 4, 3), (1, 35, 40, 11, 3), (3, 3, 16, 5, 1)])
 def test_modconv_by_every_candidate(N, O, I, H, k, up, dtype):
-    x, weight = randn(N, I, H, H + 1, seed=1, dtype=dtype), randn(N, O, I, k, k, seed=2, dtype=dtype)
+    x, weight = (
+        randn(N, I, H, H + 1, seed=1, dtype=dtype),
+        randn(N, O, I, k, k, seed=2, dtype=dtype),
+    )
     ref = twin.conv2d_per_frame(x, weight, up)
     every_candidate(modconv_module.CONV, (x.to(dtype), weight.to(dtype), up), ref, TOLERANCE[dtype])
 
@@ -187,35 +251,66 @@ def test_modconv_by_every_candidate(N, O, I, H, k, up, dtype):
 @pytest.mark.parametrize("clamp", [None, 1.0])
 @pytest.mark.parametrize("N, O, I, H, k", [(2, 5, 8, 4, 3), (1, 35, 40, 9, 3)])
 def test_modconv_with_its_epilogue(N, O, I, H, k, clamp, dtype):
-    x, weight = randn(N, I, H, H + 1, seed=1, dtype=dtype), randn(N, O, I, k, k, seed=2, dtype=dtype)
+    x, weight = (
+        randn(N, I, H, H + 1, seed=1, dtype=dtype),
+        randn(N, O, I, k, k, seed=2, dtype=dtype),
+    )
     demod = (randn(N, O, seed=3, dtype=dtype).abs() + 0.25).to(dtype).double()
     bias = randn(O, seed=4, dtype=dtype)
 
     def plain(*args):
         return twin.conv2d_epilogue(*args, clamp=clamp)
 
-    compare(lambda *a: modconv_module.conv2d_epilogue(*a, clamp=clamp), plain, [x, weight, demod, bias], dtype, ["y"])
+    compare(
+        lambda *a: modconv_module.conv2d_epilogue(*a, clamp=clamp),
+        plain,
+        [x, weight, demod, bias],
+        dtype,
+        ["y"],
+    )
     inputs = [v.to(dtype) for v in (x, weight, demod, bias)]
     ref = plain(x, weight, demod, bias)
     every_candidate(modconv_module.CONV_EPILOGUE, (*inputs, clamp), ref, TOLERANCE[dtype])
 
 
-OPS = [mostatt_module.MOSTATT, backward_module.BACKWARD, fir_module.EPILOGUE, fir_module.EPILOGUE_BACKWARD,
-       modconv_module.CONV, modconv_module.CONV_EPILOGUE, modconv_module.GRAD_X,
-       modconv_module.GRAD_WEIGHT]  # fmt: skip
+OPS = [
+    mostatt_module.MOSTATT,
+    backward_module.BACKWARD,
+    fir_module.EPILOGUE,
+    fir_module.EPILOGUE_BACKWARD,
+    modconv_module.CONV,
+    modconv_module.CONV_EPILOGUE,
+    modconv_module.GRAD_X,
+    modconv_module.GRAD_WEIGHT,
+]
 
 
 MODEL = dict(
-    resolution=32, channel_base=128, channel_max=8, z_dim=8, w_dim=8, motion_noise_dim=8, motion_code_dim=16,
-    num_frequencies=8, motion_vector_dim=4, motion_styles=3, motion_resolutions=(8, 16),
-)  # fmt: skip
+    resolution=32,
+    channel_base=128,
+    channel_max=8,
+    z_dim=8,
+    w_dim=8,
+    motion_noise_dim=8,
+    motion_code_dim=16,
+    num_frequencies=8,
+    motion_vector_dim=4,
+    motion_styles=3,
+    motion_resolutions=(8, 16),
+)
 RELEASE = dict(
-    modulation_order="motion_first", prenorm_resolutions=(8, 16), motion_demod_only_resolutions=(16,), rank=2,
-)  # fmt: skip
+    modulation_order="motion_first",
+    prenorm_resolutions=(8, 16),
+    motion_demod_only_resolutions=(16,),
+    rank=2,
+)
 
 
-@pytest.mark.parametrize("compiled, variant, t", [(True, {}, [[0, 2.5]]), (False, RELEASE, [[7], [8.5]])],
-                         ids=["compiled", "eager"])  # fmt: skip
+@pytest.mark.parametrize(
+    "compiled, variant, t",
+    [(True, {}, [[0, 2.5]]), (False, RELEASE, [[7], [8.5]])],
+    ids=["compiled", "eager"],
+)
 def test_generator(compiled, variant, t, monkeypatch):
     """Frames, scores and every parameter's gradient, with the kernels in their places: eagerly, or in one graph."""
     from mostgan.config import ModelConfig
@@ -223,14 +318,19 @@ def test_generator(compiled, variant, t, monkeypatch):
 
     torch.manual_seed(0)
     generator = Generator(ModelConfig(**MODEL | variant)).to(DEVICE)
-    z, noise = (randn(*shape, seed=1, dtype=torch.float32) for shape in ((len(t), 8), (len(t), 24, 8)))
+    z, noise = (
+        randn(*shape, seed=1, dtype=torch.float32) for shape in ((len(t), 8), (len(t), 24, 8))
+    )
     t = torch.tensor(t, dtype=torch.float64, device=DEVICE)
 
     def of(x, dtype, function):
         generator.to(dtype)
         frames, scores = function(z.to(dtype), t, noise.to(dtype), None, None, 1.0, True)
         outputs = [frames, *scores]
-        total = sum((out * randn(*out.shape, seed=2 + i, dtype=dtype).to(dtype)).sum() for i, out in enumerate(outputs))
+        total = sum(
+            (out * randn(*out.shape, seed=2 + i, dtype=dtype).to(dtype)).sum()
+            for i, out in enumerate(outputs)
+        )
         return outputs, torch.autograd.grad(total, list(generator.parameters()), allow_unused=True)
 
     outputs, grads = of(z, torch.float64, generator)
@@ -264,21 +364,50 @@ def check_fakes():
     calls = [
         (ops.mostatt, weight, style, content_style, torch.bfloat16, True, True),
         (ops.mostatt, weight, style, None, torch.float32, False, False),
-        (ops.mostatt_backward, of_frames, score, demod, weight, style, content_style, *saved, torch.float32, True),
-        (ops.mostatt_backward, t(0), score, demod, weight, style, None, *saved, torch.float32, False),
+        (
+            ops.mostatt_backward,
+            of_frames,
+            score,
+            demod,
+            weight,
+            style,
+            content_style,
+            *saved,
+            torch.float32,
+            True,
+        ),
+        (
+            ops.mostatt_backward,
+            t(0),
+            score,
+            demod,
+            weight,
+            style,
+            None,
+            *saved,
+            torch.float32,
+            False,
+        ),
         (ops.conv2d_epilogue, x, of_frames[:2], t(2, 5), t(5), None),
-        (ops.fir, x, 1.0, 1, 2, False), (ops.fir, x, 1.0, 1, 2, True), (ops.fir, t(2, 3, 4, 6), 1.0, 2, 1, False),
-        (ops.fir, x, 4.0, 2, 1, True), (ops.epilogue, x, t(2, 7), t(7), 2, None),
-        (ops.epilogue_backward, x, x, t(2, 7), t(7), 2, 1.0), (ops.conv2d_per_frame, x, of_frames[:2], 1),
-        (ops.conv2d_per_frame, x, of_frames[:2], 2), (ops.conv2d_per_frame_grad_x, y, of_frames[:2], 2),
+        (ops.fir, x, 1.0, 1, 2, False),
+        (ops.fir, x, 1.0, 1, 2, True),
+        (ops.fir, t(2, 3, 4, 6), 1.0, 2, 1, False),
+        (ops.fir, x, 4.0, 2, 1, True),
+        (ops.epilogue, x, t(2, 7), t(7), 2, None),
+        (ops.epilogue_backward, x, x, t(2, 7), t(7), 2, 1.0),
+        (ops.conv2d_per_frame, x, of_frames[:2], 1),
+        (ops.conv2d_per_frame, x, of_frames[:2], 2),
+        (ops.conv2d_per_frame_grad_x, y, of_frames[:2], 2),
         (ops.conv2d_per_frame_grad_weight, y, x, 3, 2),
-    ]  # fmt: skip
+    ]
     for op, *args in calls:
         real = op(*args)
         with FakeTensorMode(allow_non_fake_inputs=True) as mode:
             fake = op(*(mode.from_tensor(a) if torch.is_tensor(a) else a for a in args))
         for r, f in zip(*([o] if torch.is_tensor(o) else o for o in (real, fake))):
-            assert (r.shape, r.dtype, r.stride()) == (f.shape, f.dtype, f.stride()), f"{op}: {r.stride()} {f.stride()}"
+            assert (r.shape, r.dtype, r.stride()) == (f.shape, f.dtype, f.stride()), (
+                f"{op}: {r.stride()} {f.stride()}"
+            )
 
 
 if __name__ == "__main__":

@@ -88,9 +88,13 @@ def test_resampling_is_the_specs(pipeline, size):
     assert (off_diagonal < 1e-9).any() and (pipeline == "bgc_noro" or (off_diagonal > 1e-3).any())
     x = images(24, 3, *size)
     params = draw(pipeline, 0.0, 24, *size)._replace(geometry=geometry)
-    torch.testing.assert_close(apply(x, params), literal_resample(x, geometry), rtol=1e-5, atol=1e-5)  # sym6's digits
+    torch.testing.assert_close(
+        apply(x, params), literal_resample(x, geometry), rtol=1e-5, atol=1e-5
+    )  # sym6's digits
     moved = (geometry != torch.eye(3, dtype=torch.float64)).flatten(1).any(1)
-    torch.testing.assert_close(apply(x, params)[moved], literal_resample(x, geometry)[moved], rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(
+        apply(x, params)[moved], literal_resample(x, geometry)[moved], rtol=1e-9, atol=1e-9
+    )
 
 
 @pytest.mark.parametrize("pipeline", PIPELINES)
@@ -102,7 +106,9 @@ def test_p_zero_is_the_identity_bit_for_bit(pipeline):
 def test_untouched_clips_are_bit_exact_beside_transformed_ones():
     x = images(64, 3, 16, 16, dtype=torch.float32)
     params = draw("bgc", 0.1, 64, 16, 16, seeded(0))
-    plain = (params.geometry == torch.eye(3)).flatten(1).all(1) & (params.color == torch.eye(3, 4)).flatten(1).all(1)
+    plain = (params.geometry == torch.eye(3)).flatten(1).all(1) & (
+        params.color == torch.eye(3, 4)
+    ).flatten(1).all(1)
     assert 0 < plain.sum() < 64
     out = apply(x, params)
     assert torch.equal(out[plain], x[plain])
@@ -159,7 +165,9 @@ def test_how_often_the_geometry_applies():
     xx, yy, x, y = g[:, 0, 0], g[:, 1, 1], g[:, 0, 2], g[:, 1, 2]
     assert near((xx < 0).double().mean(), p / 2)  # flips
     assert (yy > 0).all() and not g[:, [0, 1], [1, 0]].any()
-    assert near(((xx.abs() - 1).abs() < 1e-12).double().mean(), (1 - p) ** 2)  # neither scale nor anisotropy
+    assert near(
+        ((xx.abs() - 1).abs() < 1e-12).double().mean(), (1 - p) ** 2
+    )  # neither scale nor anisotropy
     shifted = (x != 0) | (y != 0)  # both integer shifts round to 0 with probability (1/16)^2
     assert near(shifted.double().mean(), 1 - (1 - p) * (1 - p * 255 / 256))
     # In each factor log2 has standard deviation 0.2: over both axes they add up and cancel respectively.
@@ -167,7 +175,9 @@ def test_how_often_the_geometry_applies():
     assert math.isclose(float((xx.abs() / yy).log2().std()), 0.4 * math.sqrt(p), rel_tol=0.1)
 
 
-@pytest.mark.parametrize("pipeline, multiplier, largest", [("bgc", 1.0, math.pi), ("easy", 0.5, 0.2 * math.pi)])
+@pytest.mark.parametrize(
+    "pipeline, multiplier, largest", [("bgc", 1.0, math.pi), ("easy", 0.5, 0.2 * math.pi)]
+)
 def test_how_often_clips_are_rotated(pipeline, multiplier, largest):
     p = 0.4
     g = draw(pipeline, p, N, 64, 64, seeded(0)).geometry
@@ -187,7 +197,10 @@ def test_how_often_colour_applies():
     assert near((m[:, :, 3].abs().amax(1) > 0).double().mean(), p)  # brightness
     assert near(((white.abs() - 1).abs() > 1e-12).double().mean(), p)  # contrast
     linear = m[:, :, :3] / white[:, None, None]
-    assert near(((linear - torch.eye(3)).abs().amax((1, 2)) < 1e-12).double().mean(), (1 - p) ** 2 * (1 - p / 2))
+    assert near(
+        ((linear - torch.eye(3)).abs().amax((1, 2)) < 1e-12).double().mean(),
+        (1 - p) ** 2 * (1 - p / 2),
+    )
     # Grey stays grey through everything.
     torch.testing.assert_close(m[:, :, :3].sum(2), white[:, None].expand(N, 3))
 
@@ -211,7 +224,9 @@ def test_which_pipeline_does_what():
 
 
 def test_easy_leaves_colours_alone():
-    x = images(1, 3, 1, 1, dtype=torch.float32).expand(16, 3, 24, 24)  # one colour; reflection keeps it so
+    x = images(1, 3, 1, 1, dtype=torch.float32).expand(
+        16, 3, 24, 24
+    )  # one colour; reflection keeps it so
     params = draw("easy", 1.0, 16, 24, 24, seeded(0))._replace(noise=None, cutout=None)
     params.geometry[:, :2, 2] *= 0.3  # within reach of the padding
     torch.testing.assert_close(apply(x, params), x.contiguous(), rtol=1e-4, atol=1e-4)
@@ -227,7 +242,9 @@ def test_cutout_is_a_quarter_of_the_image_wide():
 
 
 def test_noise_has_the_drawn_strength():
-    params = draw("easy", 0.0, 2, 64, 64)._replace(noise=torch.tensor([0.0, 0.2], dtype=torch.float64))
+    params = draw("easy", 0.0, 2, 64, 64)._replace(
+        noise=torch.tensor([0.0, 0.2], dtype=torch.float64)
+    )
     out = apply(torch.zeros(2, 9, 64, 64), params, seeded(0))
     assert not out[0].any() and math.isclose(float(out[1].std()), 0.2, rel_tol=0.02)
     assert (out[1, 0] != out[1, 3]).any()  # every frame has its own
@@ -238,7 +255,9 @@ def one_of_each(pipeline: str, size: int):
     params = draw(pipeline, 0.4, 4, size, size, seeded(5))._replace(noise=None)
     params.geometry[0] = torch.eye(3)
     angle = torch.tensor(0.3).cos(), torch.tensor(0.3).sin()
-    params.geometry[1] = torch.tensor([[angle[0], -angle[1], 1.3], [angle[1], angle[0], 0.4], [0, 0, 1]])
+    params.geometry[1] = torch.tensor(
+        [[angle[0], -angle[1], 1.3], [angle[1], angle[0], 0.4], [0, 0, 1]]
+    )
     params.geometry[2] = torch.tensor([[-1.2, 0, 0.7], [0, 0.8, -0.4], [0, 0, 1]])
     return params
 
@@ -262,11 +281,17 @@ def test_r1_through_the_augmentation():
 
     def by_autograd(w):
         inputs = x.clone().requires_grad_()
-        return torch.autograd.grad(logit(apply(inputs, params), w), inputs, create_graph=True)[0].square().sum()
+        return (
+            torch.autograd.grad(logit(apply(inputs, params), w), inputs, create_graph=True)[0]
+            .square()
+            .sum()
+        )
 
     def by_func(w):
         colors = on_device(params, x.shape, x.device, x.dtype)
-        gradient = torch.func.grad(lambda y: logit(recolor(y, colors), w))(resample(x, params.geometry))
+        gradient = torch.func.grad(lambda y: logit(recolor(y, colors), w))(
+            resample(x, params.geometry)
+        )
         return resample(gradient, params.geometry, transposed=True).square().sum()
 
     w = weight.clone().requires_grad_()
@@ -297,7 +322,9 @@ def test_inputs_are_left_alone():
 
 
 def test_unknown_pipeline():
-    with pytest.raises(UserError, match="unknown augmentation pipeline 'gbc'; known: bgc, bgc_noro, easy"):
+    with pytest.raises(
+        UserError, match="unknown augmentation pipeline 'gbc'; known: bgc, bgc_noro, easy"
+    ):
         draw("gbc", 0.5, 1, 8, 8)
 
 

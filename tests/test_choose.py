@@ -61,7 +61,10 @@ BAD = {
     "broken": (broken, "RuntimeError: no such instruction"),
     "wrong": (lambda x: 2.2 * x, "result 0 is wrong by 1.0e-01"),
     "nan": (lambda x: x * float("nan"), "result 0 is wrong by nan"),
-    "one nan": (lambda x: torch.where(x == x.max(), float("nan"), 2 * x), "result 0 is wrong by nan"),
+    "one nan": (
+        lambda x: torch.where(x == x.max(), float("nan"), 2 * x),
+        "result 0 is wrong by nan",
+    ),
     "half": (lambda x: (2 * x).bfloat16(), "has dtype torch.bfloat16"),
     "short": (lambda x: 2 * x[:3], "has shape"),
     "other order": (lambda x: (2 * x).t().contiguous().t(), "has strides"),
@@ -86,7 +89,11 @@ def test_what_is_wrong_is_dropped_and_named_once(name, tmp_path, caplog):
         assert table.of(op, (x,)) == "cuDNN"
     (row,) = table.rows.values()
     assert reason in row["dropped"]["Triton"] and "Triton" not in row["ms"]
-    named = [record for record in caplog.records if "Triton is not used for double 4×3:float32" in record.message]
+    named = [
+        record
+        for record in caplog.records
+        if "Triton is not used for double 4×3:float32" in record.message
+    ]
     assert len(named) == 1 and reason in named[0].message
 
 
@@ -105,9 +112,14 @@ def test_the_twin_serves_where_everything_else_is_wrong(tmp_path):
 
 def test_what_is_not_made_for_a_device_is_not_in_the_log(tmp_path, caplog):
     table = Choices(tmp_path, KEY)
-    assert table.of(Op("double", twin, {"Triton TMA": unsuitable, "Triton": fast}), (x,)) == "Triton"
+    assert (
+        table.of(Op("double", twin, {"Triton TMA": unsuitable, "Triton": fast}), (x,)) == "Triton"
+    )
     (row,) = table.rows.values()
-    assert row["dropped"] == {"Triton TMA": "not suitable: needs another device"} and not caplog.records
+    assert (
+        row["dropped"] == {"Triton TMA": "not suitable: needs another device"}
+        and not caplog.records
+    )
 
 
 def test_deterministic_programs_take_the_first_that_is_right(tmp_path):
@@ -121,7 +133,11 @@ def test_deterministic_programs_take_the_first_that_is_right(tmp_path):
 
 def test_a_second_start_measures_nothing(tmp_path):
     calls = []
-    op = Op("double", counted(twin, calls), {"Triton": counted(fast, calls), "cuDNN": counted(slow, calls)})
+    op = Op(
+        "double",
+        counted(twin, calls),
+        {"Triton": counted(fast, calls), "cuDNN": counted(slow, calls)},
+    )
     first = Choices(tmp_path, KEY)
     assert first.of(op, (x,)) == "Triton" and calls
     assert first.summary() == "1 of 1 Triton (measured now)"
@@ -160,7 +176,11 @@ def test_nothing_that_the_race_allocates_stays(tmp_path):
 
         return call
 
-    op = Op("double", remembered(twin), {"Triton": remembered(fast), "cuDNN": remembered(BAD["wrong"][0])})
+    op = Op(
+        "double",
+        remembered(twin),
+        {"Triton": remembered(fast), "cuDNN": remembered(BAD["wrong"][0])},
+    )
     Choices(tmp_path, KEY).of(op, (x,))
     gc.collect()
     assert len(made) > 5 and not any(reference() is not None for reference in made)
@@ -177,8 +197,18 @@ def saved(folder):
 TABLE = '{"key": {"device": "test"}'
 
 
-@pytest.mark.parametrize("damage", ["", "{", "[]", "\0\0", TABLE + "}", TABLE + ', "rows": [1]}',
-                                    TABLE + ', "rows": {"double 4×3:float32": {"ms": 3}}}'])  # fmt: skip
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "",
+        "{",
+        "[]",
+        "\0\0",
+        TABLE + "}",
+        TABLE + ', "rows": [1]}',
+        TABLE + ', "rows": {"double 4×3:float32": {"ms": 3}}}',
+    ],
+)
 def test_a_damaged_table_is_measured_anew(tmp_path, caplog, damage):
     op = Op("double", twin, {"Triton": fast})
     Choices(tmp_path, KEY).of(op, (x,))
@@ -186,7 +216,9 @@ def test_a_damaged_table_is_measured_anew(tmp_path, caplog, damage):
     path.write_text(damage)
     table = Choices(tmp_path, KEY)
     assert "cannot be read" in caplog.text and table.rows == {}
-    assert table.of(op, (x,)) == "Triton" and saved(tmp_path)[1]["rows"].keys() == whole["rows"].keys()
+    assert (
+        table.of(op, (x,)) == "Triton" and saved(tmp_path)[1]["rows"].keys() == whole["rows"].keys()
+    )
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
 
 
@@ -227,14 +259,21 @@ table = Choices({str(tmp_path)!r}, {{"device": "test"}})
 print(table.of(op, (torch.ones(4, 3),)), table.rows)
 """
     env = os.environ | {"PYTHONPATH": str(ROOT)}
-    first = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=env, capture_output=True, text=True)
+    first = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, env=env, capture_output=True, text=True
+    )
     assert first.returncode < 0
     (row,) = saved(tmp_path)[1]["rows"].values()
     assert row["trying"]["name"] == "Triton TMA"
-    second = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=env, capture_output=True, text=True)
+    second = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, env=env, capture_output=True, text=True
+    )
     assert second.returncode == 0 and "Triton TMA is not used" in second.stderr, second.stderr
     (row,) = saved(tmp_path)[1]["rows"].values()
-    assert row["dropped"] == {"Triton TMA": "the process that tried it ended there"} and "trying" not in row
+    assert (
+        row["dropped"] == {"Triton TMA": "the process that tried it ended there"}
+        and "trying" not in row
+    )
 
 
 def test_what_a_living_process_tries_is_not_dropped(tmp_path):
@@ -267,7 +306,10 @@ def test_a_broken_device_ends_the_program_and_the_next_start_goes_on(tmp_path, m
     (row,) = saved(tmp_path)[1]["rows"].values()
     assert row["trying"]["name"] == "Triton" and row["dropped"] == {}  # cuDNN is not to blame
     table = Choices(tmp_path, KEY)
-    assert table.of(Op("double", twin, {"Triton": fast, "cuDNN": slow}), (x,)) == PLAIN or "Triton" not in table.rows
+    assert (
+        table.of(Op("double", twin, {"Triton": fast, "cuDNN": slow}), (x,)) == PLAIN
+        or "Triton" not in table.rows
+    )
     (row,) = table.rows.values()
     assert row["dropped"] == {"Triton": "the process that tried it ended there"}
 
@@ -276,11 +318,15 @@ def test_python_m_kernels_prints_the_table(tmp_path):
     folder = choose.cache_folder()
     Choices(folder, KEY).of(Op("double", twin, {"Triton": fast, "cuDNN": broken}), (x,))
     (folder / "damaged.json").write_text("{")
-    done = subprocess.run([sys.executable, "-m", "kernels"], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "kernels"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     lines = done.stdout.splitlines()
     assert any("double 4×3:float32" in line for line in lines)
     assert any(line.split()[:2] == ["*", "Triton"] and "error 0.0e+00" in line for line in lines)
-    assert any("cuDNN" in line and "dropped" in line and "no such instruction" in line for line in lines)
+    assert any(
+        "cuDNN" in line and "dropped" in line and "no such instruction" in line for line in lines
+    )
     assert any("damaged.json cannot be read" in line for line in lines)
 
 
@@ -312,19 +358,39 @@ def test_a_generator_with_auto_equals_the_plain_one(compiled, monkeypatch, caplo
     from kernels import modconv
 
     grouped = modconv.CONV.candidates["cuDNN grouped"]
-    monkeypatch.setitem(modconv.CONV.candidates, "cuDNN grouped", lambda *args: 1.1 * grouped(*args))
+    monkeypatch.setitem(
+        modconv.CONV.candidates, "cuDNN grouped", lambda *args: 1.1 * grouped(*args)
+    )
     G = make(motion_styles=3).train().requires_grad_(True)
-    z, noise, t = torch.randn(2, 32), torch.randn(2, 30, 32), torch.tensor([[0.0, 5], [1, 2]], dtype=torch.float64)
+    z, noise, t = (
+        torch.randn(2, 32),
+        torch.randn(2, 30, 32),
+        torch.tensor([[0.0, 5], [1, 2]], dtype=torch.float64),
+    )
     results = []
     for choice in ("reference", "auto"):
         kernels.use(choice)
-        run = torch.compile(G, fullgraph=True, backend="aot_eager") if compiled and choice == "auto" else G
+        run = (
+            torch.compile(G, fullgraph=True, backend="aot_eager")
+            if compiled and choice == "auto"
+            else G
+        )
         frames = run(z, t, noise)
         frames.square().sum().backward()
-        results.append([frames.detach(), *(p.grad.clone() for p in G.parameters() if p.grad is not None)])
+        results.append(
+            [frames.detach(), *(p.grad.clone() for p in G.parameters() if p.grad is not None)]
+        )
         G.zero_grad()
     for ours, plain in zip(*results, strict=True):
         assert (ours - plain).norm() <= 1e-4 * plain.norm() + 1e-7
     names = set(choose.choices().used)
-    assert {name.split()[0] for name in names} >= {"mostatt", "mostatt_backward", "epilogue", "conv2d_per_frame"}
-    assert "cuDNN grouped is not used for conv2d_per_frame" in caplog.text and "wrong by 1.0e-01" in caplog.text
+    assert {name.split()[0] for name in names} >= {
+        "mostatt",
+        "mostatt_backward",
+        "epilogue",
+        "conv2d_per_frame",
+    }
+    assert (
+        "cuDNN grouped is not used for conv2d_per_frame" in caplog.text
+        and "wrong by 1.0e-01" in caplog.text
+    )

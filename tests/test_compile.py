@@ -68,7 +68,9 @@ def run_script(script, tmp_path):
     each; MOSTGAN_COMPILE_BACKEND=inductor takes Inductor."""
     backend = os.environ.get("MOSTGAN_COMPILE_BACKEND", "aot_eager")
     common = COMMON.format(root=str(ROOT), data=str(tmp_path / "sky.clips"), backend=backend)
-    result = subprocess.run([sys.executable, "-c", common + script], capture_output=True, text=True, timeout=1800)
+    result = subprocess.run(
+        [sys.executable, "-c", common + script], capture_output=True, text=True, timeout=1800
+    )
     assert result.returncode == 0, result.stderr[-3000:]
 
 
@@ -76,7 +78,8 @@ def run_script(script, tmp_path):
 def test_three_compiled_steps_equal_eager_ones(tmp_path, shared):
     """Every parameter, against how far it has moved: Adam divides by the gradient's size, so where a gradient is near
     nothing its rounding shows."""
-    run_script(f"""
+    run_script(
+        f"""
 config = dataclasses.replace(config, shared_fakes={shared})
 *_, eager = steps(dataclasses.replace(config, compile=False), 3, lambda step: 0.4)
 *_, compiled = steps(config, 3, lambda step: 0.4)
@@ -86,13 +89,16 @@ for network in ("G", "D"):
     for name in ours:
         moved = (theirs[name] - initial[name]).norm()
         assert moved > 0 and (ours[name] - theirs[name]).norm() < 2e-3 * moved, (network, name)
-""", tmp_path)
+""",
+        tmp_path,
+    )
 
 
 def test_a_step_compiles_once(tmp_path):
     """Three whole graphs, whatever ADA's p, which clips it turns, and the times drawn; and one for a generator, at
     fractional times too."""
-    run_script("""
+    run_script(
+        """
 config = dataclasses.replace(config, batch_split=2, model=dataclasses.replace(model, mbstd_group=2))
 counts = [graphs() for _ in steps(config, 5, lambda step: (0.0, 0.01, 0.5, 1.0, 0.0)[step])]
 assert counts == [3] * 5, counts
@@ -104,12 +110,15 @@ for t in ([[0, 1], [5, 9]], [[0.25, 1.5], [100.75, 101]], [[3, 3], [4, 1e-3]]):
     frames = generator(z, t, noise)
     torch.testing.assert_close(frames, state.G(z, t, noise), rtol=1e-4, atol=1e-5)
 assert graphs() == 4
-""", tmp_path)
+""",
+        tmp_path,
+    )
 
 
 def test_rendering_compiles_once(tmp_path):
     """Windows whole and cut off, at any time and pace, by one graph; and they show what the eager ones do."""
-    run_script("""
+    run_script(
+        """
 G = training.new_state(config, cpu).ema
 ways = dict(start=0, frames=11), dict(start=12345.5, frames=3, step=-0.25), dict(start=0, frames=9, loop=6)
 eager = [torch.cat(list(G.render(3, clips=2, window=4, **way)), dim=1).float() for way in ways]
@@ -117,4 +126,6 @@ G.synthesis.compile(fullgraph=True, dynamic=False, backend=BACKEND)
 for frames, way in zip(eager, ways):
     assert (torch.cat(list(G.render(3, clips=2, window=4, **way)), dim=1) - frames).abs().max() <= 1
 assert graphs() == 1
-""", tmp_path)
+""",
+        tmp_path,
+    )

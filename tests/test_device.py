@@ -30,7 +30,9 @@ def fake_cuda(monkeypatch):
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: Stream(log))
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
-    monkeypatch.setattr(torch, "empty", lambda *size, pin_memory=False, **options: empty(*size, **options))
+    monkeypatch.setattr(
+        torch, "empty", lambda *size, pin_memory=False, **options: empty(*size, **options)
+    )
     return log
 
 
@@ -50,9 +52,16 @@ def test_the_next_window_is_started_before_the_last_is_waited_for(fake_cuda):
     for window in to_host(render(), torch.device("cuda")):
         fake_cuda.append(f"encode {int(window)}")
     assert [line for line in fake_cuda if line != "wait for rendering"] == [
-        "render 0", "render 1", "wait for copy", "encode 0",
-        "render 2", "wait for copy", "encode 1", "wait for copy", "encode 2",
-    ]  # fmt: skip
+        "render 0",
+        "render 1",
+        "wait for copy",
+        "encode 0",
+        "render 2",
+        "wait for copy",
+        "encode 1",
+        "wait for copy",
+        "encode 2",
+    ]
 
 
 def test_on_a_cpu_nothing_is_copied():

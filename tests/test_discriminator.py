@@ -10,7 +10,11 @@ from mostgan.discriminator import Discriminator, minibatch_std
 from mostgan.loss import r1_penalty
 
 TINY = ModelConfig(
-    resolution=32, channel_base=512, channel_max=24, max_num_frames=64, discriminator_hidden_dim=16,
+    resolution=32,
+    channel_base=512,
+    channel_max=24,
+    max_num_frames=64,
+    discriminator_hidden_dim=16,
 )
 
 
@@ -36,11 +40,15 @@ def test_any_number_of_frames(T, difference):
 @pytest.mark.parametrize("resolution, channel_base", [(64, 512), (128, 1024)])
 def test_other_resolutions(resolution, channel_base):
     D = make(resolution=resolution, channel_base=channel_base)
-    assert D(torch.randn(6, 3, resolution, resolution), torch.tensor([[0.0, 1, 2], [0, 4, 8]])).shape == (2,)
+    assert D(
+        torch.randn(6, 3, resolution, resolution), torch.tensor([[0.0, 1, 2], [0, 4, 8]])
+    ).shape == (2,)
 
 
 def test_concatenation_at_the_highest_resolution_but_one():
-    assert make(concat_resolution=8)(torch.randn(6, 3, 32, 32), torch.arange(3.0).repeat(2, 1)).shape == (2,)
+    assert make(concat_resolution=8)(
+        torch.randn(6, 3, 32, 32), torch.arange(3.0).repeat(2, 1)
+    ).shape == (2,)
 
 
 def test_minibatch_std_groups():

@@ -28,8 +28,18 @@ from mostgan.state import Saver
 
 ROOT = Path(__file__).parent.parent
 MODEL = ModelConfig(
-    resolution=32, channel_base=128, channel_max=8, z_dim=16, w_dim=16, motion_noise_dim=16, motion_code_dim=16,
-    num_frequencies=8, motion_vector_dim=8, motion_styles=2, motion_resolutions=(16,), discriminator_hidden_dim=16,
+    resolution=32,
+    channel_base=128,
+    channel_max=8,
+    z_dim=16,
+    w_dim=16,
+    motion_noise_dim=16,
+    motion_code_dim=16,
+    num_frequencies=8,
+    motion_vector_dim=8,
+    motion_styles=2,
+    motion_resolutions=(16,),
+    discriminator_hidden_dim=16,
     mbstd_group=2,
 )
 CPU = torch.device("cpu")
@@ -48,7 +58,10 @@ def quiet(monkeypatch):
     """No grids, which take longer than the training; signal handlers stay pytest's own."""
     monkeypatch.setattr(training, "save_grids", lambda *args: None)
     monkeypatch.setattr(training, "save_real_grid", lambda *args: None)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    handlers = {
+        number: signal.getsignal(number)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    }
     yield
     for number, handler in handlers.items():
         signal.signal(number, handler)
@@ -56,9 +69,22 @@ def quiet(monkeypatch):
 
 def make_config(packed, steps, **changes):
     """A run of `steps` steps of 4 clips × 3 frames, with ADA moving, accumulation and frequent R1."""
-    values = dict(preset="tiny", data=str(packed), batch_clips=4, batch_split=2, precision="float32", compile=False,
-                  workers=0, augment="bgc", ada_kclips=0.1, ada_interval=2, r1_interval=2, total_kframes=0.012 * steps,
-                  log_kframes=0.012, snapshot_kframes=100)
+    values = dict(
+        preset="tiny",
+        data=str(packed),
+        batch_clips=4,
+        batch_split=2,
+        precision="float32",
+        compile=False,
+        workers=0,
+        augment="bgc",
+        ada_kclips=0.1,
+        ada_interval=2,
+        r1_interval=2,
+        total_kframes=0.012 * steps,
+        log_kframes=0.012,
+        snapshot_kframes=100,
+    )
     return dataclasses.replace(TrainConfig(MODEL), **values | changes)
 
 
@@ -71,7 +97,11 @@ def tensors(run):
 
 
 def equal(a, b):
-    return a[1] == b[1] and a[0].keys() == b[0].keys() and all(torch.equal(a[0][key], b[0][key]) for key in a[0])
+    return (
+        a[1] == b[1]
+        and a[0].keys() == b[0].keys()
+        and all(torch.equal(a[0][key], b[0][key]) for key in a[0])
+    )
 
 
 def stats(run):
@@ -110,7 +140,11 @@ def test_any_number_of_stops_gives_the_same_bits(packed, tmp_path, monkeypatch, 
     lines = stats(tmp_path / "stopped")
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6, 7]
     for a, b in zip(lines, stats(tmp_path / "whole")):
-        assert all(a[key] == b[key] for key in a if key not in ("seconds", "frames_per_second", "peak_memory_mb"))
+        assert all(
+            a[key] == b[key]
+            for key in a
+            if key not in ("seconds", "frames_per_second", "peak_memory_mb")
+        )
 
 
 def test_a_killed_run_goes_on_from_its_last_checkpoint(packed, tmp_path, monkeypatch):
@@ -151,19 +185,26 @@ def test_a_run_killed_before_its_first_save_starts_over(packed, tmp_path):
 
 
 def test_resuming_an_older_checkpoint_leaves_the_later_ones_aside(packed, tmp_path, capsys):
-    training.train(make_config(packed, 3, snapshot_kframes=0.012, keep_checkpoints=3), tmp_path / "run")
+    training.train(
+        make_config(packed, 3, snapshot_kframes=0.012, keep_checkpoints=3), tmp_path / "run"
+    )
     later = make_config(packed, 2, generator_lr=0.001)
     training.train(later, None, what_to_resume(None, str(tmp_path / "run" / "checkpoint-000001")))
     out = capsys.readouterr().out
     assert "generator_lr 0.0025 → 0.001" in out and "checkpoint-000003 is not of this course" in out
     assert checkpoint.find(tmp_path / "run").name == "checkpoint-000002"
     assert (tmp_path / "run" / "aside-checkpoint-000003").is_dir()
-    assert json.loads((tmp_path / "run" / "config.json").read_text())["generator_lr"] == 0.001  # kept for the next time
+    assert (
+        json.loads((tmp_path / "run" / "config.json").read_text())["generator_lr"] == 0.001
+    )  # kept for the next time
 
 
 def test_a_config_that_does_not_fit_is_refused_by_field(packed, tmp_path):
     training.train(make_config(packed, 1), tmp_path / "run")
-    resume, model = what_to_resume(tmp_path / "run", ""), dataclasses.replace(MODEL, motion_styles=3)
+    resume, model = (
+        what_to_resume(tmp_path / "run", ""),
+        dataclasses.replace(MODEL, motion_styles=3),
+    )
     wrong = make_config(packed, 2, model=model, seed=1)
     with pytest.raises(UserError, match=r"seed 0 → 1, model.motion_styles 2 → 3") as error:
         continue_run(resume, wrong, Clips(packed))
@@ -202,16 +243,29 @@ def test_two_processes_do_not_train_in_one_folder(packed, tmp_path):
 
 def save(folder, step, **options):
     values = {"a": torch.arange(1000.0) + step}
-    return checkpoint.save(folder, step, MODEL, values, {"b": torch.ones(3)}, {"step": step}, **options)
+    return checkpoint.save(
+        folder, step, MODEL, values, {"b": torch.ones(3)}, {"step": step}, **options
+    )
 
 
 def test_the_last_k_and_the_best_are_kept(tmp_path):
-    for step, score in ((1, None), (2, 60.0), (3, 50.0), (4, 70.0), (5, None), (1000005, float("nan")), (6, None)):
+    for step, score in (
+        (1, None),
+        (2, 60.0),
+        (3, 50.0),
+        (4, 70.0),
+        (5, None),
+        (1000005, float("nan")),
+        (6, None),
+    ):
         save(tmp_path, step, keep=2, metric=score)
     names = sorted(path.name for path in tmp_path.glob("checkpoint-*"))
     assert names == ["checkpoint-000003", "checkpoint-000006", "checkpoint-1000005"]
     assert checkpoint.best_checkpoint(tmp_path).name == "checkpoint-000003"
-    assert json.loads((tmp_path / "best.json").read_text()) == {"checkpoint": "checkpoint-000003", "metric": 50.0}
+    assert json.loads((tmp_path / "best.json").read_text()) == {
+        "checkpoint": "checkpoint-000003",
+        "metric": 50.0,
+    }
     assert checkpoint.find(tmp_path).name == "checkpoint-1000005"  # by number, not by name
     assert checkpoint.mark_best(tmp_path / "checkpoint-000006", 40)
     assert not checkpoint.mark_best(tmp_path / "checkpoint-1000005", 41)
@@ -229,10 +283,15 @@ def flip(path):
 
 
 @pytest.mark.parametrize("file", [*checkpoint.FILES, "checksums.json"])
-@pytest.mark.parametrize("harm", [truncate, flip, os.unlink], ids=["truncated", "flipped byte", "missing"])
+@pytest.mark.parametrize(
+    "harm", [truncate, flip, os.unlink], ids=["truncated", "flipped byte", "missing"]
+)
 def test_a_damaged_checkpoint_is_named_and_passed_over(tmp_path, file, harm):
     old, new = save(tmp_path, 1), save(tmp_path, 2)
-    if (harm, file) == (truncate, "checksums.json"):  # its last byte is a line feed that nothing needs
+    if (harm, file) == (
+        truncate,
+        "checksums.json",
+    ):  # its last byte is a line feed that nothing needs
         truncate(new / file)
     harm(new / file)
     said = []
@@ -295,7 +354,11 @@ def test_a_full_disk_costs_no_line_of_stats(tmp_path):
         stats_.add(x=torch.tensor(float(i)))
         with file_size_limit(100 if i == 1 else 2**30):
             stats_.write(1, step=i, frames=i)
-    assert [line["step"] for line in stats(tmp_path)] == [0, 1, 2] and "could not write" in said[0] and len(said) == 1
+    assert (
+        [line["step"] for line in stats(tmp_path)] == [0, 1, 2]
+        and "could not write" in said[0]
+        and len(said) == 1
+    )
     path.write_text(path.read_text() + '{"frames": 3')
     stats_.drop_after(1)
     assert [line["step"] for line in stats(tmp_path)] == [0, 1]
@@ -343,24 +406,35 @@ class Broken:
 
 
 def broken_training(monkeypatch, phase, *args):
-    monkeypatch.setattr(training, "objectives", lambda config: objectives(config)._replace(
-        **{phase: Broken(getattr(objectives(config), phase), *args)}))
+    monkeypatch.setattr(
+        training,
+        "objectives",
+        lambda config: objectives(config)._replace(
+            **{phase: Broken(getattr(objectives(config), phase), *args)}
+        ),
+    )
 
 
 objectives = training.objectives
 
 
 @pytest.mark.parametrize("phase, network", [("generator", "G"), ("discriminator", "D")])
-def test_a_step_that_is_not_finite_is_left_out_and_counted(packed, tmp_path, monkeypatch, phase, network, capsys):
+def test_a_step_that_is_not_finite_is_left_out_and_counted(
+    packed, tmp_path, monkeypatch, phase, network, capsys
+):
     for name, steps in (("two", 2), ("three", 3)):
         if name == "three":
             broken_training(monkeypatch, phase, [5, 6])  # both pieces of step 3
         training.train(make_config(packed, steps, r1_interval=10), tmp_path / name)
     two, three = (tensors(tmp_path / name)[0] for name in ("two", "three"))
     kept = {key: torch.equal(two[key], three[key]) for key in two}
-    assert all(kept[key] for key in kept if key.startswith((f"{network}.", f"adam_{network}."))), "it was left out"
+    assert all(kept[key] for key in kept if key.startswith((f"{network}.", f"adam_{network}."))), (
+        "it was left out"
+    )
     other = "DG".replace(network, "")
-    assert not any(kept[key] for key in kept if key.startswith(f"adam_{other}.") and key.endswith("step"))
+    assert not any(
+        kept[key] for key in kept if key.startswith(f"adam_{other}.") and key.endswith("step")
+    )
     assert all(value.isfinite().all() for value in three.values())
     lines = stats(tmp_path / "three")
     assert [line["skipped_steps"] for line in lines] == [0, 0, 1]
@@ -396,7 +470,9 @@ def test_too_many_in_a_row_stop_the_run_with_a_diagnosis(packed, tmp_path, monke
 
 def test_out_of_memory_names_the_batch_split_to_use(packed, tmp_path, monkeypatch):
     broken_training(monkeypatch, "generator", [2], torch.OutOfMemoryError("CUDA out of memory"))
-    config = make_config(packed, 4, batch_clips=12, batch_split=1, model=dataclasses.replace(MODEL, mbstd_group=3))
+    config = make_config(
+        packed, 4, batch_clips=12, batch_split=1, model=dataclasses.replace(MODEL, mbstd_group=3)
+    )
     with pytest.raises(UserError, match=r"12 clips at a time; go on with: .*run --batch-split 2$"):
         training.train(config, tmp_path / "run")
     broken_training(monkeypatch, "generator", [2], torch.OutOfMemoryError("CUDA out of memory"))
@@ -457,10 +533,15 @@ def test_a_signal_is_noted(number):
     assert stop.requested
 
 
-@pytest.mark.parametrize("numbers, ended", [
-    ((signal.SIGINT, signal.SIGINT), signal.SIGINT), ((signal.SIGTERM, signal.SIGINT), 0),
-    ((signal.SIGTERM, signal.SIGTERM, signal.SIGUSR1), 0),
-], ids=["Ctrl-C twice", "job's end and Ctrl-C", "job's end, said often"])
+@pytest.mark.parametrize(
+    "numbers, ended",
+    [
+        ((signal.SIGINT, signal.SIGINT), signal.SIGINT),
+        ((signal.SIGTERM, signal.SIGINT), 0),
+        ((signal.SIGTERM, signal.SIGTERM, signal.SIGUSR1), 0),
+    ],
+    ids=["Ctrl-C twice", "job's end and Ctrl-C", "job's end, said often"],
+)
 def test_only_a_second_sigint_ends_the_process_at_once(numbers, ended):
     child = os.fork()
     if child == 0:
@@ -474,14 +555,43 @@ def test_only_a_second_sigint_ends_the_process_at_once(numbers, ended):
 
 
 def command(packed, out, steps):
-    model = [word for name, value in vars(MODEL).items() if value != getattr(ModelConfig(), name)
-             for word in (f"--{name.replace('_', '-')}", *map(str, value if isinstance(value, tuple) else [value]))]
+    model = [
+        word
+        for name, value in vars(MODEL).items()
+        if value != getattr(ModelConfig(), name)
+        for word in (
+            f"--{name.replace('_', '-')}",
+            *map(str, value if isinstance(value, tuple) else [value]),
+        )
+    ]
     config, default = make_config(packed, steps), TrainConfig(preset="tiny")
-    given = ("data", "batch_clips", "batch_split", "augment", "ada_kclips", "ada_interval", "r1_interval",
-             "total_kframes", "log_kframes")
+    given = (
+        "data",
+        "batch_clips",
+        "batch_split",
+        "augment",
+        "ada_kclips",
+        "ada_interval",
+        "r1_interval",
+        "total_kframes",
+        "log_kframes",
+    )
     assert config.dataset == default.dataset
-    options = [word for name in given for word in (f"--{name.replace('_', '-')}", str(getattr(config, name)))]
-    return [str(ROOT / "train.py"), "--preset", "tiny", *options, *model, "--out", str(out), "--resume"]
+    options = [
+        word
+        for name in given
+        for word in (f"--{name.replace('_', '-')}", str(getattr(config, name)))
+    ]
+    return [
+        str(ROOT / "train.py"),
+        "--preset",
+        "tiny",
+        *options,
+        *model,
+        "--out",
+        str(out),
+        "--resume",
+    ]
 
 
 @pytest.mark.slow
@@ -489,8 +599,13 @@ def test_a_second_sigint_stops_at_once_and_a_sigterm_saves(packed, tmp_path):
     arguments = command(packed, tmp_path / "run", 100_000)
 
     def start(*more):
-        process = subprocess.Popen([sys.executable, *arguments, *more], text=True, stdout=subprocess.PIPE,
-                                   stderr=subprocess.STDOUT, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        process = subprocess.Popen(
+            [sys.executable, *arguments, *more],
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
         deadline, lines = time.monotonic() + 60, tmp_path / "run" / "stats.jsonl"
         old = lines.stat().st_mtime if lines.exists() else 0
         while not (lines.exists() and lines.stat().st_mtime > old) and time.monotonic() < deadline:
@@ -510,7 +625,11 @@ def test_a_second_sigint_stops_at_once_and_a_sigterm_saves(packed, tmp_path):
     process.send_signal(signal.SIGINT)
     out, _ = process.communicate(timeout=60)
     if process.returncode != 0:  # else the step was over before the second came
-        assert process.returncode == -signal.SIGINT and "stopped at once" in out and "Traceback" not in out
+        assert (
+            process.returncode == -signal.SIGINT
+            and "stopped at once" in out
+            and "Traceback" not in out
+        )
     assert checkpoint.damage(checkpoint.find(tmp_path / "run")) is None
     assert saved.is_dir() or checkpoint.find(tmp_path / "run") != saved
 
@@ -537,8 +656,12 @@ def test_deterministic_augmentation_is_the_same_augmentation(packed):
 
 def test_a_batch_is_cut_into_pieces_for_every_process(packed, monkeypatch):
     monkeypatch.setattr(distributed, "size", lambda: 4)
-    assert training.with_shares(make_config(packed, 1, batch_clips=16, batch_split=1)).batch_split == 4
-    assert training.with_shares(make_config(packed, 1, batch_clips=16, batch_split=8)).batch_split == 8
+    assert (
+        training.with_shares(make_config(packed, 1, batch_clips=16, batch_split=1)).batch_split == 4
+    )
+    assert (
+        training.with_shares(make_config(packed, 1, batch_clips=16, batch_split=8)).batch_split == 8
+    )
     with pytest.raises(UserError, match="4 processes cannot share a batch of 18"):
         training.with_shares(make_config(packed, 1, batch_clips=18, batch_split=1))
 
@@ -558,18 +681,35 @@ def test_two_processes_make_the_run_of_one(packed, tmp_path, request):
     norm of the difference of a parameter tensor, relative to the tensor's. Biases start at zero, and five steps are all
     that they have: relative to that, rounding is larger. (With two pieces, a + b = b + a: bench/faults.py, same bits.)
     """
-    changes = {"batch_clips": 8, "batch_split": 4, "save_minutes": 10.0, "snapshot_kframes": 0.072,
-               "total_kframes": 0.12, "log_kframes": 0.024}
+    changes = {
+        "batch_clips": 8,
+        "batch_split": 4,
+        "save_minutes": 10.0,
+        "snapshot_kframes": 0.072,
+        "total_kframes": 0.12,
+        "log_kframes": 0.024,
+    }
     arguments = command(packed, tmp_path / "two", 1)
-    arguments += [word for name, value in changes.items() for word in (f"--{name.replace('_', '-')}", str(value))]
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", *arguments], text=True,
-                          capture_output=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    arguments += [
+        word
+        for name, value in changes.items()
+        for word in (f"--{name.replace('_', '-')}", str(value))
+    ]
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", *arguments],
+        text=True,
+        capture_output=True,
+        timeout=300,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("sample with") == 1  # only the first process speaks
     config = dataclasses.replace(training.read_config(tmp_path / "two"), data=str(packed))
     assert config.batch_split == 4
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as the two had: a product over two threads is added up in another order
+    torch.set_num_threads(
+        1
+    )  # as the two had: a product over two threads is added up in another order
     request.addfinalizer(lambda: torch.set_num_threads(threads))
     training.train(config, tmp_path / "one")
     resume = what_to_resume(None, str(tmp_path / "two" / "checkpoint-000003"))

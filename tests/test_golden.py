@@ -46,7 +46,11 @@ def names(prefix):
 
 def cases(prefix):
     """(file, case) of files that hold several cases, each with a prefix of its own on the keys."""
-    return [(name, case) for name in names(prefix) for case in sorted({key.split(".")[0] for key in read(name)[0]})]
+    return [
+        (name, case)
+        for name in names(prefix)
+        for case in sorted({key.split(".")[0] for key in read(name)[0]})
+    ]
 
 
 def test_every_file_is_checked():
@@ -83,7 +87,11 @@ def test_discriminator(name):
     tensors, config = read(name)
     model = Discriminator(config)
     model.load_state_dict(from_released_names(state_of(tensors), discriminator=True), strict=True)
-    frames, t, label = tensors["in.frames"].requires_grad_(), tensors["in.t"], tensors.get("in.label")
+    frames, t, label = (
+        tensors["in.frames"].requires_grad_(),
+        tensors["in.t"],
+        tensors.get("in.label"),
+    )
     logits = model(frames, t, label)
     (frame_grads,) = torch.autograd.grad(logits.sum(), frames)
     penalty = 10 / 2 * r1_penalty(lambda x: model(x, t, label), frames)
@@ -93,7 +101,9 @@ def test_discriminator(name):
 
     penalty.backward()
     parameters = dict(model.named_parameters())
-    for key, reference in from_released_names(state_of(tensors, "r1_grad."), discriminator=True).items():
+    for key, reference in from_released_names(
+        state_of(tensors, "r1_grad."), discriminator=True
+    ).items():
         gradient = parameters[key].grad
         gradient = torch.zeros_like(reference) if gradient is None else gradient
         if reference.norm() > 1e-6:
@@ -109,10 +119,20 @@ def test_mostatt(name, case):
     weight, score = kernels.mostatt(*inputs)
     check(weight, tensors["weight"], FLOAT64, "weight")
     check(diversity([score], 1).view(1), tensors["diversity"], FLOAT64, "diversity")
-    for value, prefix in (((weight * tensors["grad_weight"]).sum(), ""), (diversity([score], 1), "diversity_")):
+    for value, prefix in (
+        ((weight * tensors["grad_weight"]).sum(), ""),
+        (diversity([score], 1), "diversity_"),
+    ):
         gradients = torch.autograd.grad(value, inputs, retain_graph=True)
-        check(gradients[0], tensors[f"{prefix}grad_content_weight"], FLOAT64, f"{prefix}gradient of W")
-        check(gradients[1], tensors[f"{prefix}grad_motion_style"], FLOAT64, f"{prefix}gradient of the motion style")
+        check(
+            gradients[0], tensors[f"{prefix}grad_content_weight"], FLOAT64, f"{prefix}gradient of W"
+        )
+        check(
+            gradients[1],
+            tensors[f"{prefix}grad_motion_style"],
+            FLOAT64,
+            f"{prefix}gradient of the motion style",
+        )
 
 
 @pytest.mark.parametrize("name, case", cases("modconv"))

@@ -13,23 +13,46 @@ import torch
 import kernels
 from kernels import reference
 
-pytest.importorskip("triton", reason="Triton is not installed: CUDA tensors take the plain PyTorch ops")
+pytest.importorskip(
+    "triton", reason="Triton is not installed: CUDA tensors take the plain PyTorch ops"
+)
 ROOT = Path(__file__).parent.parent
 INTERPRET = {} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"}
-SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes of a program: A100, H100, B200
+SHARED_MEMORY = {
+    80: 163 * 1024,
+    90: 227 * 1024,
+    100: 227 * 1024,
+}  # bytes of a program: A100, H100, B200
 
 
 def run(*command, **environment):
     """Run Python in the repository, without the interpreter unless asked for; its output on failure."""
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": str(ROOT)} | environment
-    done = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, env=env, capture_output=True, text=True)
+    env = (
+        {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+        | {"PYTHONPATH": str(ROOT)}
+        | environment
+    )
+    done = subprocess.run(
+        [sys.executable, *map(str, command)], cwd=ROOT, env=env, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     return done.stdout
 
 
 @pytest.mark.parametrize("op", ["mostatt", "epilogue", "fir", "modconv", "generator"])
 def test_kernel_matches_twin(op):
-    run("-m", "pytest", "-q", "-x", "tests/interpreted.py", "-k", f"test_{op}", "-p", "no:cacheprovider", **INTERPRET)
+    run(
+        "-m",
+        "pytest",
+        "-q",
+        "-x",
+        "tests/interpreted.py",
+        "-k",
+        f"test_{op}",
+        "-p",
+        "no:cacheprovider",
+        **INTERPRET,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -70,14 +93,21 @@ def test_use():
 
 def test_cpu_takes_the_twin():
     x, weight = torch.randn(2, 3, 4, 4), torch.randn(2, 5, 3, 3, 3)
-    assert kernels.summary(torch.device("cpu")) == kernels.chosen(torch.device("cpu")) == "reference"
+    assert (
+        kernels.summary(torch.device("cpu")) == kernels.chosen(torch.device("cpu")) == "reference"
+    )
     assert torch.equal(kernels.conv2d_per_frame(x, weight), reference.conv2d_per_frame(x, weight))
     assert torch.equal(kernels.downsample2d(x), reference.downsample2d(x))
 
 
-@pytest.mark.parametrize("shape, style, message", [((1, 4, 3, 3, 3), (2, 17, 1, 9), "at most 16"),
-                                                   ((2, 4, 3, 3, 3), (3, 8, 1, 9), "multiple of B"),
-                                                   ((1, 4, 3, 3, 3), (2, 8, 1, 8), "I \\+ 2k")])  # fmt: skip
+@pytest.mark.parametrize(
+    "shape, style, message",
+    [
+        ((1, 4, 3, 3, 3), (2, 17, 1, 9), "at most 16"),
+        ((2, 4, 3, 3, 3), (3, 8, 1, 9), "multiple of B"),
+        ((1, 4, 3, 3, 3), (2, 8, 1, 8), "I \\+ 2k"),
+    ],
+)
 def test_mostatt_says_what_it_wants(shape, style, message):
     from kernels.mostatt import mostatt
 

@@ -31,9 +31,19 @@ from mostgan.video_writer import VideoWriter
 
 ROOT = Path(__file__).parent.parent
 MODEL = ModelConfig(
-    resolution=32, channel_base=256, channel_max=16, z_dim=16, w_dim=16, motion_noise_dim=16, motion_code_dim=16,
-    num_frequencies=8, motion_vector_dim=8, motion_styles=4, motion_resolutions=(16, 32), motion_distance=16,
-)  # fmt: skip
+    resolution=32,
+    channel_base=256,
+    channel_max=16,
+    z_dim=16,
+    w_dim=16,
+    motion_noise_dim=16,
+    motion_code_dim=16,
+    num_frequencies=8,
+    motion_vector_dim=8,
+    motion_styles=4,
+    motion_resolutions=(16, 32),
+    motion_distance=16,
+)
 CPU = torch.device("cpu")
 SMALL = Protocol(clips=6, frames=16, long_clips=0, batch=4)
 
@@ -50,7 +60,12 @@ def packed(tmp_path_factory):
     """Procedural clips at 32²: nine of 20 frames, two of 130, one of 140."""
     folder = tmp_path_factory.mktemp("data") / "sky.clips"
     lengths = [20] * 9 + [130, 130, 140]
-    pack([sky.SkyClip(i, n) for i, n in enumerate(lengths)], folder, Settings(32, "raw"), about={"builtin": True})
+    pack(
+        [sky.SkyClip(i, n) for i, n in enumerate(lengths)],
+        folder,
+        Settings(32, "raw"),
+        about={"builtin": True},
+    )
     return folder
 
 
@@ -65,8 +80,10 @@ def save(folder, config):
     """A run folder with a checkpoint of an untrained generator, as far as sampling needs one."""
     path = folder / "checkpoint-000007"
     path.mkdir()
-    save_file({name: value.contiguous() for name, value in Generator(config).state_dict().items()},
-              path / "model.safetensors")  # fmt: skip
+    save_file(
+        {name: value.contiguous() for name, value in Generator(config).state_dict().items()},
+        path / "model.safetensors",
+    )
     (path / "config.json").write_text(json.dumps(dataclasses.asdict(config)))
     return folder
 
@@ -74,8 +91,17 @@ def save(folder, config):
 class ToyVideo(torch.nn.Module):
     """Called as I3D is: mean colour, the number of frames, mean square difference of neighbours."""
 
-    def forward(self, x, rescale: bool = False, resize: bool = False, return_features: bool = False):
-        assert rescale and resize and return_features and x.dtype == torch.uint8 and x.ndim == 5 and x.size(1) == 3
+    def forward(
+        self, x, rescale: bool = False, resize: bool = False, return_features: bool = False
+    ):
+        assert (
+            rescale
+            and resize
+            and return_features
+            and x.dtype == torch.uint8
+            and x.ndim == 5
+            and x.size(1) == 3
+        )
         x = x.float()
         frames = torch.full((x.size(0), 1), float(x.size(2)))
         change = (x[:, :, 1:] - x[:, :, :-1]).square().mean(dim=[1, 2, 3, 4]).unsqueeze(1)
@@ -91,7 +117,9 @@ class ToyFrame(torch.nn.Module):
 class Broken(torch.nn.Module):
     """Gives numbers that are none."""
 
-    def forward(self, x, rescale: bool = False, resize: bool = False, return_features: bool = False):
+    def forward(
+        self, x, rescale: bool = False, resize: bool = False, return_features: bool = False
+    ):
         return torch.full((x.size(0), 4), float("nan"))
 
 
@@ -122,11 +150,15 @@ def test_closed_forms():
     turn = np.linalg.qr(rng.normal(size=(20, 20)))[0]
     for q in (np.eye(20), turn):
         pair = [torch.from_numpy(q @ np.diag(v) @ q.T) for v in (a, b)]
-        found = frechet_distance(torch.zeros(20, dtype=torch.float64), pair[0], torch.from_numpy(q @ shift), pair[1])
+        found = frechet_distance(
+            torch.zeros(20, dtype=torch.float64), pair[0], torch.from_numpy(q @ shift), pair[1]
+        )
         assert found == pytest.approx(expected, rel=1e-10)
 
 
-@pytest.mark.parametrize("features, n_1, n_2", [(8, 50, 60), (64, 300, 200), (32, 10, 100), (64, 20, 30), (48, 5, 5)])
+@pytest.mark.parametrize(
+    "features, n_1, n_2", [(8, 50, 60), (64, 300, 200), (32, 10, 100), (64, 20, 30), (48, 5, 5)]
+)
 def test_scipys_matrix_square_root(features, n_1, n_2):
     """Against scipy's sqrtm, to 1e-8, for covariances of full and of lower rank.
 
@@ -134,7 +166,10 @@ def test_scipys_matrix_square_root(features, n_1, n_2):
     taken in coordinates of the range of Σ₁, where the same product is regular.
     """
     rng = np.random.default_rng(features)
-    x, y = rng.normal(size=(n_1, features)), rng.normal(size=(n_2, features)) @ rng.normal(size=(features, features))
+    x, y = (
+        rng.normal(size=(n_1, features)),
+        rng.normal(size=(n_2, features)) @ rng.normal(size=(features, features)),
+    )
     (mean_1, cov_1), (mean_2, cov_2) = gaussian(x), gaussian(y)
     values, vectors = np.linalg.eigh(cov_1.numpy())
     basis = vectors[:, values > 1e-10] * np.sqrt(values[values > 1e-10])
@@ -142,8 +177,12 @@ def test_scipys_matrix_square_root(features, n_1, n_2):
     rest = float((mean_1 - mean_2).square().sum() + cov_1.trace() + cov_2.trace())
     found = frechet_distance(mean_1, cov_1, mean_2, cov_2)
     assert found == pytest.approx(rest - 2 * np.trace(root).real, rel=1e-8)
-    assert found == pytest.approx(rest - 2 * np.trace(scipy.linalg.sqrtm(cov_1.numpy() @ cov_2.numpy())).real, rel=1e-6)
-    centered = (x - x.mean(0)) @ (y - y.mean(0)).T / np.sqrt(n_1 * n_2)  # its singular values are those of Σ₁^½ Σ₂^½
+    assert found == pytest.approx(
+        rest - 2 * np.trace(scipy.linalg.sqrtm(cov_1.numpy() @ cov_2.numpy())).real, rel=1e-6
+    )
+    centered = (
+        (x - x.mean(0)) @ (y - y.mean(0)).T / np.sqrt(n_1 * n_2)
+    )  # its singular values are those of Σ₁^½ Σ₂^½
     assert found == pytest.approx(rest - 2 * np.linalg.norm(centered, "nuc"), rel=1e-10)
 
 
@@ -157,12 +196,17 @@ def test_streamed_statistics_are_those_of_all_at_once():
         mean, covariance = mean_and_covariance(sums, "x")
         assert mean.dtype == covariance.dtype == torch.float64
         np.testing.assert_allclose(mean, features.double().mean(0), rtol=1e-13)
-        np.testing.assert_allclose(covariance, np.cov(features.double().T, bias=True), rtol=1e-9, atol=1e-9)
+        np.testing.assert_allclose(
+            covariance, np.cov(features.double().T, bias=True), rtol=1e-9, atol=1e-9
+        )
 
 
 def test_statistics_of_a_mean_much_larger_than_the_spread():
     """Mean 1000, standard deviation 1e-3: by batches and by processes as in two passes over all."""
-    mix = torch.randn(12, 12, generator=torch.Generator().manual_seed(1), dtype=torch.float64) / 12**0.5
+    mix = (
+        torch.randn(12, 12, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        / 12**0.5
+    )
     normal = torch.randn(2001, 12, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     features = 1000 + 1e-3 * normal @ mix
     expected, batches, shares = np.cov(features.T, bias=True), features.split(8), [{}, {}, {}]
@@ -188,7 +232,11 @@ def test_what_was_collected_merges_with_what_was_not():
     for part in ({}, one, {}, other, other):
         frechet.merge(merged, part)
     assert merged["clips"] == 4 and merged["x.mean"].tolist() == [2, 4] and merged["x.count"] == 2
-    assert merged["x.scatter"].tolist() == [[2, 4], [4, 8]] and set(other) == {"clips"} and other["clips"] == 2
+    assert (
+        merged["x.scatter"].tolist() == [[2, 4], [4, 8]]
+        and set(other) == {"clips"}
+        and other["clips"] == 2
+    )
 
 
 @pytest.mark.parametrize("count", [500, 10])  # more and fewer than features
@@ -198,7 +246,9 @@ def test_equal_sets_and_a_shift(count):
     add_features(sums, "x", features)
     add_features(shifted, "x", features + shift)
     assert 0 <= frechet.distance(sums, sums, "x") < 1e-11
-    assert frechet.distance(sums, shifted, "x") == pytest.approx(float(shift.square().sum()), rel=1e-10)
+    assert frechet.distance(sums, shifted, "x") == pytest.approx(
+        float(shift.square().sum()), rel=1e-10
+    )
 
 
 # ------------------------------------------------------------------------------------------------------- the two sets
@@ -214,16 +264,26 @@ def test_windows_are_one_of_each_clip_that_is_long_enough(packed):
     assert at_16[0] == at_16[1] != at_16[2]
     first_clips = [ClipSet(clips, Protocol(), seed).windows(Window(16))[0] for seed in range(60)]
     assert {first for _, first in first_clips} == set(range(5))  # of 20 frames
-    assert all(first == 0 for _, first in ClipSet(clips, Protocol(), 0, from_start=True).windows(Window(16)))
-    few = [{clip for clip, _ in ClipSet(clips, SMALL, seed).windows(Window(16))} for seed in range(3)]
-    assert all(len(part) == 6 for part in few) and len(set(map(frozenset, few))) > 1  # at most so many, at random
+    assert all(
+        first == 0
+        for _, first in ClipSet(clips, Protocol(), 0, from_start=True).windows(Window(16))
+    )
+    few = [
+        {clip for clip, _ in ClipSet(clips, SMALL, seed).windows(Window(16))} for seed in range(3)
+    ]
+    assert (
+        all(len(part) == 6 for part in few) and len(set(map(frozenset, few))) > 1
+    )  # at most so many, at random
 
 
 @pytest.mark.parametrize("world", [2, 3, 5])
 def test_processes_share_a_set(packed, world):
     """Together, the batches of all processes are those of one, each whole."""
     torch.manual_seed(0)
-    for a_set in (ClipSet(Clips(packed), SMALL, 3), GeneratedSet(Generator(MODEL).eval(), SMALL, 3)):
+    for a_set in (
+        ClipSet(Clips(packed), SMALL, 3),
+        GeneratedSet(Generator(MODEL).eval(), SMALL, 3),
+    ):
         whole = list(a_set.batches(Window(16), 0, 1))
         parts = [list(a_set.batches(Window(16), rank, world)) for rank in range(world)]
         assert [len(batch) for batch in whole] == [4, 2]
@@ -246,7 +306,9 @@ def test_bf16_is_for_rendering_alone():
     torch.manual_seed(0)
     generator, pair = Generator(MODEL).eval(), []
     for precision in ("float32", "bf16"):
-        made = GeneratedSet(generator, dataclasses.replace(SMALL, precision=precision, long_clips=1), 0)
+        made = GeneratedSet(
+            generator, dataclasses.replace(SMALL, precision=precision, long_clips=1), 0
+        )
         clips = []
         for batch in made.batches(Window(16), 0, 1):
             assert not torch.is_autocast_enabled("cpu")
@@ -260,7 +322,13 @@ def test_bf16_is_for_rendering_alone():
 def test_labels_are_drawn_from_the_data():
     torch.manual_seed(0)
     generator = Generator(dataclasses.replace(MODEL, num_labels=3)).eval()
-    one = torch.cat(list(GeneratedSet(generator, SMALL, 0, np.eye(3, dtype=np.float32)[[2]]).batches(Window(16), 0, 1)))
+    one = torch.cat(
+        list(
+            GeneratedSet(generator, SMALL, 0, np.eye(3, dtype=np.float32)[[2]]).batches(
+                Window(16), 0, 1
+            )
+        )
+    )
     alone = torch.cat(list(generator.render(0, 0, 16, clips=4, label=2)), dim=1)
     assert (alone.int() - one[:4].int()).abs().max() <= 1
 
@@ -276,8 +344,13 @@ def test_which_frames_a_detector_sees():
     batch = torch.arange(128, dtype=torch.uint8)[None, :, None, None, None].expand(1, -1, 3, 2, 2)
     for frames in (128, 16, 40):  # there is no metric of clips of 40 frames
         window = Window(frames)
-        sets.add_batch({}, batch[:, :frames], window, Protocol().video_metrics, sets.Detectors(one, one, CPU))
-    videos, frames = [x[0, 0, :, 0, 0].tolist() for x in seen if x.ndim == 5], [x for x in seen if x.ndim == 4]
+        sets.add_batch(
+            {}, batch[:, :frames], window, Protocol().video_metrics, sets.Detectors(one, one, CPU)
+        )
+    videos, frames = (
+        [x[0, 0, :, 0, 0].tolist() for x in seen if x.ndim == 5],
+        [x for x in seen if x.ndim == 4],
+    )
     assert videos == [list(range(128)), list(range(0, 128, 8)), list(range(16))]
     assert [x[:, 0, 0, 0].tolist() for x in frames] == [list(range(16))]
 
@@ -287,43 +360,80 @@ def test_which_frames_a_detector_sees():
 
 def test_a_toy_detector_end_to_end(packed, run_folder, detectors, tmp_path, capsys):
     """Every metric's value against one computed here from the clips; and all that the JSON file must say."""
-    program.run(run_folder, data=packed, detector=detectors / "video.pt", frame_detector=detectors / "frame.pt",
-                protocol=Protocol("ours", clips=5, long_clips=0, batch=4), seed=2, runs=2)  # fmt: skip
+    program.run(
+        run_folder,
+        data=packed,
+        detector=detectors / "video.pt",
+        frame_detector=detectors / "frame.pt",
+        protocol=Protocol("ours", clips=5, long_clips=0, batch=4),
+        seed=2,
+        runs=2,
+    )
     (file,) = run_folder.glob("metrics-*.json")
     said = json.loads(file.read_text())
     file.unlink()
 
     toy, clips, generator = ToyVideo(), Clips(packed), checkpoint.load(run_folder)
     for run, seed in enumerate((2, 3)):
-        made = [torch.cat(list(generator.render((seed << 32) + i, 0, 128, n)), dim=1) for i, n in ((0, 4), (4, 1))]
+        made = [
+            torch.cat(list(generator.render((seed << 32) + i, 0, 128, n)), dim=1)
+            for i, n in ((0, 4), (4, 1))
+        ]
         made = torch.cat(made)
-        for name, length, stride in (("fvd16", 16, 1), ("fvd128", 128, 1), ("fvd128_every8", 128, 8), ("fid", 16, 1)):
+        for name, length, stride in (
+            ("fvd16", 16, 1),
+            ("fvd128", 128, 1),
+            ("fvd128_every8", 128, 8),
+            ("fid", 16, 1),
+        ):
             windows = ClipSet(clips, Protocol(clips=5), seed).windows(Window(length))
-            real = np.stack([clips.frames(clip, np.arange(first, first + length)) for clip, first in windows])
+            real = np.stack(
+                [clips.frames(clip, np.arange(first, first + length)) for clip, first in windows]
+            )
             pair = []
             for videos in (torch.from_numpy(real), made[:, :length]):
                 if name == "fid":
                     rows = ToyFrame()(videos.flatten(0, 1), return_features=True)
                 else:
-                    rows = toy(videos.transpose(1, 2)[:, :, ::stride], rescale=True, resize=True, return_features=True)
+                    rows = toy(
+                        videos.transpose(1, 2)[:, :, ::stride],
+                        rescale=True,
+                        resize=True,
+                        return_features=True,
+                    )
                 pair += gaussian(rows.double().numpy())
-            assert said["results"][name]["runs"][run] == pytest.approx(frechet_distance(*pair), rel=1e-6)
+            assert said["results"][name]["runs"][run] == pytest.approx(
+                frechet_distance(*pair), rel=1e-6
+            )
 
     values = said["results"]["fvd16"]["runs"]
     assert said["results"]["fvd16"]["mean"] == pytest.approx(np.mean(values))
-    assert said["results"]["fvd16"]["std"] == pytest.approx(abs(values[0] - values[1]) / np.sqrt(2)) != 0
+    assert (
+        said["results"]["fvd16"]["std"]
+        == pytest.approx(abs(values[0] - values[1]) / np.sqrt(2))
+        != 0
+    )
     protocol = said["protocol"]
     sha256 = hashlib.sha256((detectors / "video.pt").read_bytes()).hexdigest()
     assert protocol["video_detector"] == {"name": "video.pt", "sha256": sha256, "proxy": False}
-    assert protocol["real"]["checksum"] == sets.data_checksum(clips) and protocol["real"]["total"] == 12
+    assert (
+        protocol["real"]["checksum"] == sets.data_checksum(clips)
+        and protocol["real"]["total"] == 12
+    )
     assert (protocol["seed"], protocol["runs"], protocol["precision"]) == (2, 2, "float32")
     assert said["samples"]["fvd128"] == [3, 5] and said["samples"]["fid"] == [80, 80]
     assert not any("proxy" in key for key in said["results"])
     printed = capsys.readouterr().out
-    assert f"{packed}, 12 clips of 32², 25 frames/s, crop center, no split; of each, n frames at random" in printed
+    assert (
+        f"{packed}, 12 clips of 32², 25 frames/s, crop center, no split; of each, n frames at random"
+        in printed
+    )
     assert f"video.pt, sha256 {sha256[:12]}" in printed and "seeds     2 to 3" in printed
     assert "FVD128, every 8th frame" in printed and "proxy" not in printed
-    assert "3 real clips of 128 frames, not 5" in printed and "FVD16: 5 real and 5 generated samples for 5" in printed
+    assert (
+        "3 real clips of 128 frames, not 5" in printed
+        and "FVD16: 5 real and 5 generated samples for 5" in printed
+    )
     assert "motion is measured in clips of 20 frames" in printed  # the median clip has no more
 
 
@@ -345,7 +455,11 @@ def test_the_proxy_is_the_same_everywhere_and_sees_motion():
     static = clip[:, :, :1].expand(-1, -1, 16, -1, -1)
     assert torch.equal(proxy.features(clip), proxy.features(clip))
     assert (proxy.features(clip) - proxy.features(static)).norm() > 1
-    assert proxy.features(clip).shape == (1, 64) == frechet.frame_detector(None, CPU).features(clip[:, :, 0]).shape
+    assert (
+        proxy.features(clip).shape
+        == (1, 64)
+        == frechet.frame_detector(None, CPU).features(clip[:, :, 0]).shape
+    )
 
 
 def test_two_folders_of_clips(packed, tmp_path, capsys, monkeypatch):
@@ -355,8 +469,12 @@ def test_two_folders_of_clips(packed, tmp_path, capsys, monkeypatch):
     results = json.loads(next(tmp_path.glob("metrics-sky-sky-*.json")).read_text())["results"]
     for name in ("proxy_fvd16", "proxy_fid", "spectrum_distance_db"):
         assert results[name]["mean"] < 1e-9
-    program.run(packed, packed, protocol=Protocol(frames=16), out=tmp_path / "starts.json")  # of the second
-    assert json.loads((tmp_path / "starts.json").read_text())["results"]["proxy_fvd16"]["mean"] > 1e-3
+    program.run(
+        packed, packed, protocol=Protocol(frames=16), out=tmp_path / "starts.json"
+    )  # of the second
+    assert (
+        json.loads((tmp_path / "starts.json").read_text())["results"]["proxy_fvd16"]["mean"] > 1e-3
+    )
     for i in range(3):
         with VideoWriter(tmp_path / "videos" / f"{i}.mp4", 30) as video:
             video.write(sky.make_clip(i, 48, 17))
@@ -372,17 +490,27 @@ def test_runs_of_which_some_lack_a_value():
     """A period is found only where a video repeats: the first run does not decide what is told."""
     skipped = {"fvd128": "too short", "fid": "why"}
     first = program.Scores({"recurrence": 0.5}, skipped, ["a", "b"], {"fvd16": [3, 4]}, {})
-    second = program.Scores({"recurrence": 0.7, "period": 40.0}, {"fvd128": "other"}, ["b", "c"], {"fid": [5, 6]}, {})
+    second = program.Scores(
+        {"recurrence": 0.7, "period": 40.0}, {"fvd128": "other"}, ["b", "c"], {"fid": [5, 6]}, {}
+    )
     third = program.Scores({"recurrence": 0.6, "period": 44.0, "fid": 2.0}, {}, ["a"], {}, {})
     results = program.summarize([first, second, third])
     assert list(results) == ["recurrence", "period", "fid"]
     assert results["period"] == {"mean": 42.0, "std": pytest.approx(8**0.5), "runs": [40.0, 44.0]}
-    assert results["fid"] == {"mean": 2.0, "std": None, "runs": [2.0]} and len(results["recurrence"]["runs"]) == 3
+    assert (
+        results["fid"] == {"mean": 2.0, "std": None, "runs": [2.0]}
+        and len(results["recurrence"]["runs"]) == 3
+    )
     merged = program.merge([first, second, third], results)
-    assert merged.skipped == {"fvd128": "too short"} and merged.samples == {"fvd16": [3, 4], "fid": [5, 6]}
+    assert merged.skipped == {"fvd128": "too short"} and merged.samples == {
+        "fvd16": [3, 4],
+        "fid": [5, 6],
+    }
     assert merged.notes[:3] == ["a", "b", "c"] and len(merged.notes) == 5
     told = program.table(results, merged)
-    assert "note: median period (frames): of 2 of 3 runs" in told and "frames: of 1 of 3 runs" in told
+    assert (
+        "note: median period (frames): of 2 of 3 runs" in told and "frames: of 1 of 3 runs" in told
+    )
 
 
 def test_a_missing_second_set_is_told_before_the_first_is_packed(tmp_path, monkeypatch):
@@ -408,7 +536,9 @@ def test_evaluate_leaves_random_state_alone(packed):
 
 def test_real_statistics_are_kept(packed, run_folder, tmp_path, cache, monkeypatch):
     def scores(**changes):
-        program.run(run_folder, data=packed, out=tmp_path / "s.json", **{"protocol": SMALL} | changes)
+        program.run(
+            run_folder, data=packed, out=tmp_path / "s.json", **{"protocol": SMALL} | changes
+        )
         return json.loads((tmp_path / "s.json").read_text())["results"]
 
     first, files = scores(), sorted(cache.rglob("*"))
@@ -422,7 +552,9 @@ def test_real_statistics_are_kept(packed, run_folder, tmp_path, cache, monkeypat
         file.write_bytes(file.read_bytes()[:-10])
     assert scores() == first  # damaged: measured again
     scores(seed=1)
-    assert len([file for file in cache.rglob("*") if file.is_file()]) > len(made)  # other windows: kept apart
+    assert len([file for file in cache.rglob("*") if file.is_file()]) > len(
+        made
+    )  # other windows: kept apart
 
 
 def test_the_cache_tells_apart_what_changes_the_numbers(packed):
@@ -430,58 +562,108 @@ def test_the_cache_tells_apart_what_changes_the_numbers(packed):
 
     def file(n=16, **changes):
         window = n if n == "long" else Window(n)
-        return sets.cache_file(ClipSet(Clips(packed), dataclasses.replace(SMALL, **changes), 0), window, none)
+        return sets.cache_file(
+            ClipSet(Clips(packed), dataclasses.replace(SMALL, **changes), 0), window, none
+        )
 
     # Another batch changes the last digits.
     assert len({file(), file(batch=3), file(clips=7), file(20), file(protocol="release")}) == 5
-    assert file(precision="bf16") == file(long_clips=3) == file()  # of generated clips; of long ones
+    assert (
+        file(precision="bf16") == file(long_clips=3) == file()
+    )  # of generated clips; of long ones
     assert file("long", batch=3) == file("long") != file("long", long_clips=3)
 
 
-def test_two_processes_give_the_numbers_of_one(packed, run_folder, detectors, tmp_path, monkeypatch):
+def test_two_processes_give_the_numbers_of_one(
+    packed, run_folder, detectors, tmp_path, monkeypatch
+):
     """By torchrun, with gloo: sums in another order, nothing else."""
-    arguments = [run_folder, "--data", packed, "--detector", detectors / "video.pt", "--clips", 5, "--batch", 2,
-                 "--frames", 16, "--long-clips", 1]  # fmt: skip
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    arguments = [
+        run_folder,
+        "--data",
+        packed,
+        "--detector",
+        detectors / "video.pt",
+        "--clips",
+        5,
+        "--batch",
+        2,
+        "--frames",
+        16,
+        "--long-clips",
+        1,
+    ]
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+    ]
     command = [*launch, "-m", "mostgan.metrics", *arguments, "--out", tmp_path / "two.json"]
-    done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
+    done = subprocess.run(
+        list(map(str, command)),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("the whole protocol") == 1
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "another"))
-    monkeypatch.setattr(sys, "argv", list(map(str, ["metrics", *arguments, "--out", tmp_path / "one.json"])))
+    monkeypatch.setattr(
+        sys, "argv", list(map(str, ["metrics", *arguments, "--out", tmp_path / "one.json"]))
+    )
     program.main()
     torch.set_num_threads(threads)
 
     one, two = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "two"))
     assert (one["protocol"]["processes"], two["protocol"]["processes"]) == (1, 2)
-    assert set(one["results"]) == set(two["results"]) >= {"fvd16", "proxy_fid", "recurrence", "real_recurrence"}
+    assert (
+        set(one["results"])
+        == set(two["results"])
+        >= {"fvd16", "proxy_fid", "recurrence", "real_recurrence"}
+    )
     for name, value in one["results"].items():
-        assert two["results"][name]["mean"] == pytest.approx(value["mean"], rel=1e-10, abs=1e-12), name
+        assert two["results"][name]["mean"] == pytest.approx(value["mean"], rel=1e-10, abs=1e-12), (
+            name
+        )
 
 
 # ----------------------------------------------------------------------------------------------------------- bad input
 
 
-@pytest.mark.parametrize("arguments, complaint", [
-    (["RUN", "--data", "DATA", "--detector", "nowhere.pt"], "nowhere.pt is not there"),
-    (["RUN", "--data", "DATA", "--detector", "DETECTORS/text.pt"], "is no TorchScript file"),
-    (["RUN", "--data", "DATA", "--detector", "DETECTORS/frame.pt"], "cannot be called as detector"),
-    (["RUN", "--data", "DATA", "--detector", "DETECTORS/broken.pt"], "not finite"),
-    (["RUN"], "say which real clips with --data"),
-    (["RUN", "--data", "nowhere"], "nowhere does not exist"),
-    (["nowhere", "--data", "DATA"], "nowhere is neither a checkpoint"),
-    (["DATA", "nowhere"], "nowhere does not exist"),
-    (["DATA", "DATA", "--data", "DATA"], "not all of them"),
-    (["DATA", "DATA", "--clips", "1"], "at least 2"),
-    (["DATA", "DATA", "--runs", "0"], "at least 1"),
-    (["DATA", "DATA", "--resolution", "64"], "32 pixels"),
-    (["DATA", "DATA", "--frames", "16", "--out", "nowhere/x.json"], "cannot write nowhere/x.json"),
-])  # fmt: skip
-def test_bad_input_gets_one_line(arguments, complaint, packed, run_folder, detectors, monkeypatch, capsys, tmp_path):
+@pytest.mark.parametrize(
+    "arguments, complaint",
+    [
+        (["RUN", "--data", "DATA", "--detector", "nowhere.pt"], "nowhere.pt is not there"),
+        (["RUN", "--data", "DATA", "--detector", "DETECTORS/text.pt"], "is no TorchScript file"),
+        (
+            ["RUN", "--data", "DATA", "--detector", "DETECTORS/frame.pt"],
+            "cannot be called as detector",
+        ),
+        (["RUN", "--data", "DATA", "--detector", "DETECTORS/broken.pt"], "not finite"),
+        (["RUN"], "say which real clips with --data"),
+        (["RUN", "--data", "nowhere"], "nowhere does not exist"),
+        (["nowhere", "--data", "DATA"], "nowhere is neither a checkpoint"),
+        (["DATA", "nowhere"], "nowhere does not exist"),
+        (["DATA", "DATA", "--data", "DATA"], "not all of them"),
+        (["DATA", "DATA", "--clips", "1"], "at least 2"),
+        (["DATA", "DATA", "--runs", "0"], "at least 1"),
+        (["DATA", "DATA", "--resolution", "64"], "32 pixels"),
+        (
+            ["DATA", "DATA", "--frames", "16", "--out", "nowhere/x.json"],
+            "cannot write nowhere/x.json",
+        ),
+    ],
+)
+def test_bad_input_gets_one_line(
+    arguments, complaint, packed, run_folder, detectors, monkeypatch, capsys, tmp_path
+):
     monkeypatch.chdir(tmp_path)
     places = {"RUN": run_folder, "DATA": packed, "DETECTORS": detectors}
     for name, place in places.items():
@@ -490,13 +672,20 @@ def test_bad_input_gets_one_line(arguments, complaint, packed, run_folder, detec
     with pytest.raises(SystemExit) as stopped:
         program.main()
     error = capsys.readouterr().err
-    assert stopped.value.code == 2 and complaint in error and error.count("\n") == 1 and "Traceback" not in error
+    assert (
+        stopped.value.code == 2
+        and complaint in error
+        and error.count("\n") == 1
+        and "Traceback" not in error
+    )
     assert not list(run_folder.glob("metrics-*"))
 
 
 def test_a_conditional_model_needs_labels(packed, tmp_path):
     save(tmp_path, dataclasses.replace(MODEL, num_labels=2))
-    with pytest.raises(UserError, match="takes 2 numbers as a condition, or as many classes, but .* has no labels"):
+    with pytest.raises(
+        UserError, match="takes 2 numbers as a condition, or as many classes, but .* has no labels"
+    ):
         program.run(tmp_path, data=packed, protocol=SMALL)
 
 
@@ -505,9 +694,20 @@ def test_a_conditional_model_needs_labels(packed, tmp_path):
 
 def training_config(packed, **changes):
     """Steps of 12 frames, evaluated every 24."""
-    values = dict(data=str(packed), batch_clips=4, batch_split=1, precision="float32", compile=False, workers=0,
-                  augment="none", total_kframes=0.048, log_kframes=0.012, snapshot_kframes=100, eval_every=0.024,
-                  eval_clips=4)  # fmt: skip
+    values = dict(
+        data=str(packed),
+        batch_clips=4,
+        batch_split=1,
+        precision="float32",
+        compile=False,
+        workers=0,
+        augment="none",
+        total_kframes=0.048,
+        log_kframes=0.012,
+        snapshot_kframes=100,
+        eval_every=0.024,
+        eval_clips=4,
+    )
     model = dataclasses.replace(MODEL, discriminator_hidden_dim=16)
     return dataclasses.replace(TrainConfig(model), **values | changes)
 
@@ -522,11 +722,17 @@ def test_training_logs_scores_and_resumes_exactly(packed, tmp_path):
     training.train(training_config(packed), tmp_path / "whole")
     training.train(training_config(packed, eval_every=0), tmp_path / "never")
     training.train(training_config(packed, total_kframes=0.024), tmp_path / "parts")
-    training.train(training_config(packed), None, Resume(tmp_path / "parts", checkpoint.find(tmp_path / "parts")))
+    training.train(
+        training_config(packed),
+        None,
+        Resume(tmp_path / "parts", checkpoint.find(tmp_path / "parts")),
+    )
     lines = lines_of(tmp_path / "whole")
     assert ["proxy_fvd16" in line for line in lines] == [False, True, False, True]
     assert lines == lines_of(tmp_path / "parts")
-    states = [checkpoint.find(tmp_path / run) / "model.safetensors" for run in ("whole", "parts", "never")]
+    states = [
+        checkpoint.find(tmp_path / run) / "model.safetensors" for run in ("whole", "parts", "never")
+    ]
     assert len({state.read_bytes() for state in states}) == 1  # to evaluate changes nothing
 
 
@@ -540,9 +746,14 @@ def test_training_keeps_the_best(packed, tmp_path, monkeypatch):
 
 
 def test_a_wrong_detector_stops_training_before_it_starts(packed, detectors, tmp_path):
-    for name, complaint in (("nowhere.pt", "is not there"), ("frame.pt", "cannot be called as detector")):
+    for name, complaint in (
+        ("nowhere.pt", "is not there"),
+        ("frame.pt", "cannot be called as detector"),
+    ):
         with pytest.raises(UserError, match=complaint):
-            training.train(training_config(packed, eval_detector=str(detectors / name)), tmp_path / "run")
+            training.train(
+                training_config(packed, eval_detector=str(detectors / name)), tmp_path / "run"
+            )
     assert not (tmp_path / "run").exists()
 
 
@@ -558,8 +769,12 @@ class Numbered:
     def __init__(self, lengths, names=None):
         self.lengths = np.array(lengths)
         self.names = names or [f"clip {i}" for i in range(len(lengths))]
-        self.info = {"clips": [dict(name=name, start=0, frames=int(n), label=None, crc32=0)
-                               for name, n in zip(self.names, lengths)]}  # fmt: skip
+        self.info = {
+            "clips": [
+                dict(name=name, start=0, frames=int(n), label=None, crc32=0)
+                for name, n in zip(self.names, lengths)
+            ]
+        }
 
     def __len__(self):
         return len(self.lengths)
@@ -579,10 +794,15 @@ def frames_seen(clips, protocol, seed):
         return x[:, 0, :2, 0, 0].float()
 
     one = frechet.Detector("one", "one", False, remember)
-    detectors, found = sets.Detectors(one, one._replace(features=lambda x: x[:, :, 0, 0].float()), CPU), {}
+    detectors, found = (
+        sets.Detectors(one, one._replace(features=lambda x: x[:, :, 0, 0].float()), CPU),
+        {},
+    )
     for window in protocol.video_metrics:
         seen.clear()
-        sets.measure(ClipSet(clips, protocol, seed), [window], detectors, sets.progress("", 1, False))
+        sets.measure(
+            ClipSet(clips, protocol, seed), [window], detectors, sets.progress("", 1, False)
+        )
         found[window] = [list(map(int, numbers)) for numbers in seen]
     return found
 
@@ -627,7 +847,17 @@ def test_which_protocol_is_taken_and_recorded(packed, detectors, tmp_path):
         ("d", ["--protocol", "release"], [], "release"),
     ):
         out = tmp_path / f"{name}.json"
-        arguments = [packed, packed, "--random-windows", "--long-clips", 0, "--out", out, *asked, *detector]
+        arguments = [
+            packed,
+            packed,
+            "--random-windows",
+            "--long-clips",
+            0,
+            "--out",
+            out,
+            *asked,
+            *detector,
+        ]
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(sys, "argv", list(map(str, ["metrics", *arguments])))
             program.main()

@@ -12,8 +12,18 @@ from mostgan.motion import content_latent, motion_noise
 from mostgan.render import to_uint8
 
 TINY = ModelConfig(
-    resolution=32, channel_base=512, channel_max=24, z_dim=32, w_dim=32, motion_noise_dim=32, motion_code_dim=32,
-    num_frequencies=16, max_period=64, motion_distance=16, motion_vector_dim=16, motion_resolutions=(16, 32),
+    resolution=32,
+    channel_base=512,
+    channel_max=24,
+    z_dim=32,
+    w_dim=32,
+    motion_noise_dim=32,
+    motion_code_dim=32,
+    num_frequencies=16,
+    max_period=64,
+    motion_distance=16,
+    motion_vector_dim=16,
+    motion_resolutions=(16, 32),
 )
 
 
@@ -39,23 +49,39 @@ def test_motion_first_is_strategy_two():
     y, _ = layer(x, layer.content(w), vectors)
     style, factors = layer.affine(w), layer.hypernetwork(vectors).view(6, 8, 1, -1)
     for n in range(6):
-        M = torch.einsum("kri,kry,krx->kiyx", factors[n][..., :24], factors[n][..., 24:27], factors[n][..., 27:])
+        M = torch.einsum(
+            "kri,kry,krx->kiyx", factors[n][..., :24], factors[n][..., 24:27], factors[n][..., 27:]
+        )
         score = torch.einsum("oiyx,kiyx->ok", layer.weight, M) / (24 * 9) ** 0.5
         P = torch.einsum("ok,kiyx->oiyx", score.softmax(1), M)
         weight = layer.weight * (1 + torch.nn.functional.leaky_relu(P / P.abs().max(), 0.2))
         weight = weight * style[n // 3].view(1, -1, 1, 1)
         weight = weight * (weight.square().sum(dim=(1, 2, 3), keepdim=True) + 1e-8).rsqrt()
         reference = torch.nn.functional.conv2d(x[n : n + 1], weight, layer.bias, padding=1)
-        assert torch.allclose(y[n : n + 1], torch.nn.functional.leaky_relu(reference, 0.2) * 2**0.5, atol=1e-12)
+        assert torch.allclose(
+            y[n : n + 1], torch.nn.functional.leaky_relu(reference, 0.2) * 2**0.5, atol=1e-12
+        )
     first = make().double().synthesis.b16.conv1
     assert not torch.allclose(y, first(x, first.content(w), vectors)[0], atol=1e-3)
 
 
-@pytest.mark.parametrize("changes", [
-    {}, {"motion_styles": 0}, {"motion_styles": 1}, {"rank": 5}, {"motion_vector_dim": 24}, {"resolution": 64},
-    {"modulation_order": "motion_first"}, {"prenorm_resolutions": (32,)}, {"motion_demod_only_resolutions": (32,)},
-    {"motion_demod_only_resolutions": (16, 32), "modulation_order": "motion_first"}, {"motion_resolutions": (4, 8)},
-], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"motion_styles": 0},
+        {"motion_styles": 1},
+        {"rank": 5},
+        {"motion_vector_dim": 24},
+        {"resolution": 64},
+        {"modulation_order": "motion_first"},
+        {"prenorm_resolutions": (32,)},
+        {"motion_demod_only_resolutions": (32,)},
+        {"motion_demod_only_resolutions": (16, 32), "modulation_order": "motion_first"},
+        {"motion_resolutions": (4, 8)},
+    ],
+    ids=str,
+)
 def test_clips_and_frames_are_independent(changes):
     """A frame does not depend on which frames and clips it is computed with; one frame of one clip works."""
     generator = make(**changes).double()
@@ -86,7 +112,9 @@ def test_a_window_alone_equals_the_longer_render(start):
     whole = torch.cat(list(generator.render(3, start=start, frames=40, clips=2, window=16)), dim=1)
     assert whole.shape == (2, 40, 3, 32, 32) and whole.dtype == torch.uint8
     for first, count, window in ((0, 1, 16), (5, 20, 7), (16, 24, 64)):
-        part = torch.cat(list(generator.render(3, start + first, count, clips=2, window=window)), dim=1)
+        part = torch.cat(
+            list(generator.render(3, start + first, count, clips=2, window=window)), dim=1
+        )
         # The same numbers up to rounding; at the edge between two levels of uint8 that may show.
         difference = (part.int() - whole[:, first : first + count].int()).abs()
         assert difference.max() <= 1 and (difference > 0).float().mean() < 1e-3
@@ -106,7 +134,9 @@ def test_render_is_the_forward_pass():
 
 def test_shared_motion_differs_from_own_motion():
     generator = make()
-    own, shared = (next(generator.render(0, frames=4, clips=2, motion_seed=seed)) for seed in (None, 0))
+    own, shared = (
+        next(generator.render(0, frames=4, clips=2, motion_seed=seed)) for seed in (None, 0)
+    )
     assert torch.equal(own[0], shared[0]) and not torch.equal(own[1], shared[1])
 
 
@@ -127,25 +157,45 @@ def test_parameter_count_is_the_papers():
     assert ModelConfig().num_ws == 14
 
 
-@pytest.mark.parametrize("changes, word", [
-    ({"resolution": 48}, "power of two"), ({"resolution": 16}, "power of two"), ({"resolution": 2048}, "power of two"),
-    ({"motion_styles": -1}, "motion_styles"), ({"rank": 0}, "rank"), ({"motion_resolutions": (20,)}, "powers of two"),
-    ({"num_frequencies": 5}, "motion_code_dim"), ({"modulation_order": "iii"}, "modulation_order"),
-    ({"frames_per_clip": 0}, "frames_per_clip"),
-])
+@pytest.mark.parametrize(
+    "changes, word",
+    [
+        ({"resolution": 48}, "power of two"),
+        ({"resolution": 16}, "power of two"),
+        ({"resolution": 2048}, "power of two"),
+        ({"motion_styles": -1}, "motion_styles"),
+        ({"rank": 0}, "rank"),
+        ({"motion_resolutions": (20,)}, "powers of two"),
+        ({"num_frequencies": 5}, "motion_code_dim"),
+        ({"modulation_order": "iii"}, "modulation_order"),
+        ({"frames_per_clip": 0}, "frames_per_clip"),
+    ],
+)
 def test_impossible_configurations_are_named(changes, word):
     with pytest.raises(UserError, match=word):
         dataclasses.replace(TINY, **changes)
 
 
-@pytest.mark.parametrize("options, word", [
-    ({"start": -2e8}, "start"), ({"start": 2e8}, "start"), ({"frames": 0}, "frames"), ({"clips": 0}, "clips"),
-    ({"start": 1e8, "frames": 2}, "last frame"), ({"step": 0}, "speed"), ({"loop": 0}, "loop"),
-    ({"window": 0}, "window"),
-    ({"seed": -1}, "seed"), ({"motion_seed": 2**63}, "seed"), ({"seed": [1, 2]}, "per clip"),
-    ({"seed": [()]}, "per clip"), ({"content_frames": 0}, "content_frames"), ({"style_gain": {8: 0.0}}, "0 to 7"),
-    ({"style_gain": {0: float("nan")}}, "finite"),
-])
+@pytest.mark.parametrize(
+    "options, word",
+    [
+        ({"start": -2e8}, "start"),
+        ({"start": 2e8}, "start"),
+        ({"frames": 0}, "frames"),
+        ({"clips": 0}, "clips"),
+        ({"start": 1e8, "frames": 2}, "last frame"),
+        ({"step": 0}, "speed"),
+        ({"loop": 0}, "loop"),
+        ({"window": 0}, "window"),
+        ({"seed": -1}, "seed"),
+        ({"motion_seed": 2**63}, "seed"),
+        ({"seed": [1, 2]}, "per clip"),
+        ({"seed": [()]}, "per clip"),
+        ({"content_frames": 0}, "content_frames"),
+        ({"style_gain": {8: 0.0}}, "0 to 7"),
+        ({"style_gain": {0: float("nan")}}, "finite"),
+    ],
+)
 def test_impossible_renders_are_named(options, word):
     with pytest.raises(UserError, match=word):
         next(make().render(**{"seed": 0} | options))

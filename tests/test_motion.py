@@ -8,8 +8,18 @@ from mostgan.model import Generator
 from mostgan.motion import FRAME_ANCHORS, content_latent, motion_noise
 
 CONFIG = ModelConfig(
-    resolution=32, channel_base=512, channel_max=24, z_dim=32, w_dim=32, motion_noise_dim=30, motion_code_dim=32,
-    num_frequencies=16, max_period=64, motion_distance=16, motion_vector_dim=16, motion_resolutions=(16, 32),
+    resolution=32,
+    channel_base=512,
+    channel_max=24,
+    z_dim=32,
+    w_dim=32,
+    motion_noise_dim=30,
+    motion_code_dim=32,
+    num_frequencies=16,
+    max_period=64,
+    motion_distance=16,
+    motion_vector_dim=16,
+    motion_resolutions=(16, 32),
 )
 
 
@@ -34,11 +44,17 @@ def test_noise_is_a_function_of_seed_and_anchor():
         part, first = motion_noise([3], torch.tensor([[float(start), start + 5.0]]), CONFIG)
         assert first.item() == start // 16 and len(part[0]) == FRAME_ANCHORS
         assert torch.equal(part[0], whole[0, first.item() :][:FRAME_ANCHORS])
-    across, first = motion_noise([3], torch.tensor([[-40.0, 30.0]]), CONFIG)  # anchors go on before 0
+    across, first = motion_noise(
+        [3], torch.tensor([[-40.0, 30.0]]), CONFIG
+    )  # anchors go on before 0
     assert first.item() == -3 and torch.equal(across[0, 3:], whole[0, : len(across[0]) - 3])
-    assert torch.equal(motion_noise([3], torch.tensor([[-16.0]]), CONFIG)[0][0], across[0, 2:][:FRAME_ANCHORS])
+    assert torch.equal(
+        motion_noise([3], torch.tensor([[-16.0]]), CONFIG)[0][0], across[0, 2:][:FRAME_ANCHORS]
+    )
     looped, first = motion_noise([3], torch.tensor([[16.0, 60.0]]), CONFIG, loop=5)
-    assert first.item() == 1 and torch.equal(looped[0], whole[0, [j % 5 for j in range(1, 1 + len(looped[0]))]])
+    assert first.item() == 1 and torch.equal(
+        looped[0], whole[0, [j % 5 for j in range(1, 1 + len(looped[0]))]]
+    )
     whole = torch.cat([across[0, :3], whole[0]])[None]
     other, _ = motion_noise([4], torch.zeros(1, 1), CONFIG)
     rows = torch.cat([whole[0], other[0]])
@@ -78,7 +94,14 @@ def test_frames_far_apart_take_noise_per_frame(generator):
     """A clip with frames 10⁸ apart needs the noise of two frames, not of all in between."""
     t = torch.tensor([[3.0, 1e8], [40.0, 5e7]], dtype=torch.float64)
     noise, first_anchor = motion_noise([7, 8], t, CONFIG)
-    assert noise.shape == (4, FRAME_ANCHORS, 30) and first_anchor.tolist() == [0, 6250000, 2, 3125000]
+    assert noise.shape == (4, FRAME_ANCHORS, 30) and first_anchor.tolist() == [
+        0,
+        6250000,
+        2,
+        3125000,
+    ]
     wide = codes(generator, [7, 8], t)
-    alone = torch.cat([codes(generator, [7 + i], t[i : i + 1, j : j + 1]) for i in (0, 1) for j in (0, 1)])
+    alone = torch.cat(
+        [codes(generator, [7 + i], t[i : i + 1, j : j + 1]) for i in (0, 1) for j in (0, 1)]
+    )
     assert torch.allclose(wide, alone, rtol=1e-5, atol=1e-6)

@@ -19,7 +19,9 @@ from mostgan.metrics.motion_statistics import (
 
 
 def noise(*shape, seed=0):
-    return torch.randint(256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+    return torch.randint(
+        256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(seed)
+    )
 
 
 def sums_of(*clips):
@@ -38,7 +40,9 @@ def test_the_spectrum_of_a_ramp():
     """x_t = 2t, so P(τ) = (2τ)²; and its deviation is that of the numbers 0, 2, …, 126."""
     clip = video(2 * torch.arange(64.0))
     power, deviation = lag_power(clip)
-    expected = torch.cat([(2 * torch.arange(1.0, 64)).square(), torch.zeros(1)])  # no lag of 64 in 64 frames
+    expected = torch.cat(
+        [(2 * torch.arange(1.0, 64)).square(), torch.zeros(1)]
+    )  # no lag of 64 in 64 frames
     torch.testing.assert_close(power, expected.double(), rtol=1e-5, atol=1e-3)
     assert float(deviation) == pytest.approx(math.sqrt((64**2 - 1) / 12) * 2, rel=1e-6)
 
@@ -56,17 +60,23 @@ def test_spectrum_distance():
     assert spectrum_distance(real, sums_of(*clips), 64) == 0
     twice = spectrum_distance(real, sums_of(*(2 * clip for clip in clips)), 64)
     assert twice == pytest.approx(20 * math.log10(2), abs=0.01)
-    frozen = spectrum_distance(real, sums_of(*(clip[:1].expand(70, -1, -1, -1) for clip in clips)), 64)
+    frozen = spectrum_distance(
+        real, sums_of(*(clip[:1].expand(70, -1, -1, -1) for clip in clips)), 64
+    )
     assert 20 < frozen < 100  # large, but a number
     # half of the clips frozen: half of the power, at every lag
     halved = sums_of(clips[0], clips[0][:1].expand(70, -1, -1, -1))
-    assert spectrum_distance(sums_of(clips[0]), halved, 64) == pytest.approx(10 * math.log10(2), abs=0.01)
+    assert spectrum_distance(sums_of(clips[0]), halved, 64) == pytest.approx(
+        10 * math.log10(2), abs=0.01
+    )
 
 
 def test_static_clips_are_flagged():
     still = noise(1, 3, 16, 16).expand(20, -1, -1, -1)
     flicker = still.clone()
-    flicker[::2] = (flicker[::2].int() + 1).clamp(max=255).to(torch.uint8)  # half a level about the mean
+    flicker[::2] = (
+        (flicker[::2].int() + 1).clamp(max=255).to(torch.uint8)
+    )  # half a level about the mean
     moving = video(20 + 5 * torch.arange(20.0))
     assert static_rate(sums_of(still)) == 1 == static_rate(sums_of(flicker))
     assert static_rate(sums_of(moving)) == 0
@@ -82,7 +92,9 @@ def test_a_loop_is_found_with_its_period(period, frames):
 
 
 def test_a_swing_is_found_with_its_period():
-    found, recurrence = periodicity(thumbnails(video(128 + 100 * torch.sin(2 * torch.pi / 50 * torch.arange(1024)))))
+    found, recurrence = periodicity(
+        thumbnails(video(128 + 100 * torch.sin(2 * torch.pi / 50 * torch.arange(1024))))
+    )
     assert found == 50 and recurrence > 0.99
 
 
@@ -94,8 +106,14 @@ def test_a_loop_under_noise():
 
 
 def test_what_does_not_repeat():
-    assert periodicity(thumbnails(noise(1, 3, 32, 32).expand(300, -1, -1, -1))) == (0, 0.0)  # static
-    assert periodicity(thumbnails(video(torch.linspace(0, 255, 300)))) == (0, 0.0)  # drifts away for ever
+    assert periodicity(thumbnails(noise(1, 3, 32, 32).expand(300, -1, -1, -1))) == (
+        0,
+        0.0,
+    )  # static
+    assert periodicity(thumbnails(video(torch.linspace(0, 255, 300)))) == (
+        0,
+        0.0,
+    )  # drifts away for ever
     assert periodicity(thumbnails(noise(300, 3, 32, 32)))[1] < 0.1  # never twice alike
     generator = torch.Generator().manual_seed(0)
     walks = [torch.randn(1024, 64, generator=generator).cumsum(0) * 10 for _ in range(8)]

@@ -8,29 +8,47 @@ import kernels
 from kernels import reference
 
 
-@pytest.mark.parametrize("op", [
-    reference.filter2d, reference.downsample2d, reference.upsample2d, lambda x: reference.fir(x, 2),
-    lambda x: reference.fir(x, 1, gain=4.0),
-], ids=["filter", "downsample", "upsample", "fir pad 2", "fir pad 1"])
+@pytest.mark.parametrize(
+    "op",
+    [
+        reference.filter2d,
+        reference.downsample2d,
+        reference.upsample2d,
+        lambda x: reference.fir(x, 2),
+        lambda x: reference.fir(x, 1, gain=4.0),
+    ],
+    ids=["filter", "downsample", "upsample", "fir pad 2", "fir pad 1"],
+)
 def test_fir_differentiates_twice(op):
     x = torch.randn(2, 3, 6, 8, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(op, (x,), check_forward_ad=True) and torch.autograd.gradgradcheck(op, (x,))
+    assert torch.autograd.gradcheck(
+        op, (x,), check_forward_ad=True
+    ) and torch.autograd.gradgradcheck(op, (x,))
 
 
 def test_fir_keeps_a_constant():
     """The filter sums to 1 (4 in upsampling, for the zeros between): away from the border, one color stays."""
     x = torch.ones(1, 2, 16, 16)
-    for op, inner in ((reference.filter2d, 12), (reference.downsample2d, 4), (reference.upsample2d, 26)):
+    for op, inner in (
+        (reference.filter2d, 12),
+        (reference.downsample2d, 4),
+        (reference.upsample2d, 26),
+    ):
         y = op(x)
         border = (y.shape[2] - inner) // 2
         assert torch.allclose(y[..., border:-border, border:-border], torch.ones(()))
 
 
 @pytest.mark.parametrize("up", [1, 2])
-@pytest.mark.parametrize("frames, channels, size", [(1, 5, 8), (3, 5, 8), (20, 7, 9), (2, 512, 8), (2, 24, 32)])
+@pytest.mark.parametrize(
+    "frames, channels, size", [(1, 5, 8), (3, 5, 8), (20, 7, 9), (2, 512, 8), (2, 24, 32)]
+)
 def test_one_kernel_per_frame(frames, channels, size, up):
     """Every way the per-frame convolution is computed in gives what each frame gives alone."""
-    x, weight = torch.randn(frames, channels, size, size).double(), torch.randn(frames, 3, channels, 3, 3).double()
+    x, weight = (
+        torch.randn(frames, channels, size, size).double(),
+        torch.randn(frames, 3, channels, 3, 3).double(),
+    )
     y = reference.conv2d_per_frame(x, weight, up)
     for n in range(frames):
         if up == 2:
@@ -41,7 +59,11 @@ def test_one_kernel_per_frame(frames, channels, size, up):
 
 
 def test_epilogue():
-    x, demod, bias = torch.randn(4, 3, 5, 5).double(), torch.rand(4, 3).double(), torch.randn(3).double()
+    x, demod, bias = (
+        torch.randn(4, 3, 5, 5).double(),
+        torch.rand(4, 3).double(),
+        torch.randn(3).double(),
+    )
     expected = F.leaky_relu(x * demod[:, :, None, None] + bias[:, None, None], 0.2) * 2**0.5
     assert torch.allclose(reference.demod_bias_lrelu(x.clone(), demod, bias), expected)
 
@@ -77,7 +99,9 @@ def test_style_gain_scales_a_share_of_P(rank, styles):
         whole = torch.einsum("nok,nkiyx->noiyx", A, M)
         P = whole + (gain - 1) * torch.einsum("no,niyx->noiyx", A[:, :, 0], M[:, 0])
         P_hat = F.leaky_relu(P / whole.abs().amax(dim=(1, 2, 3, 4), keepdim=True), 0.2)
-        assert torch.allclose(weight, W.repeat_interleave(3, 0) * (1 + P_hat)) and torch.equal(score, same_score)
+        assert torch.allclose(weight, W.repeat_interleave(3, 0) * (1 + P_hat)) and torch.equal(
+            score, same_score
+        )
         assert torch.equal(kernels.mostatt_demod(W, style, style_gain=gains)[0], weight)
     weight, _ = kernels.mostatt(W, style, torch.zeros(styles).double())
     assert torch.equal(weight, W.repeat_interleave(3, 0))
@@ -92,10 +116,15 @@ def agree(ours, exact):
 @pytest.mark.parametrize("rows", [1, 2])
 @pytest.mark.parametrize("k, rank, styles", [(3, 3, 6), (1, 1, 1)])
 def test_gradient_of_mostatt_is_autograds(k, rank, styles, rows, order):
-    weight, motion = torch.randn(rows, 5, 7, k, k).double(), torch.randn(6, styles, rank, 7 + 2 * k).double()
+    weight, motion = (
+        torch.randn(rows, 5, 7, k, k).double(),
+        torch.randn(6, styles, rank, 7 + 2 * k).double(),
+    )
     content = None if order == "no content style" else torch.randn(2, 7).double()
     inputs = [x.requires_grad_() for x in (weight, motion, content) if x is not None]
-    outputs = reference.mostatt_demod(weight, motion, content, content_first=order == "content first")
+    outputs = reference.mostatt_demod(
+        weight, motion, content, content_first=order == "content first"
+    )
     cotangents = [torch.randn_like(out) for out in outputs]
     exact = torch.autograd.grad(outputs, inputs, cotangents)
     _, score, demod = (out.detach() for out in outputs)
@@ -111,9 +140,14 @@ def test_gradients_of_a_convolution_and_its_epilogue_are_autograds(up, clamp):
     inputs = [v.requires_grad_() for v in (x, weight)]
     y = reference.conv2d_per_frame(x, weight, up)
     grad = torch.randn_like(y)
-    ours = reference.conv2d_per_frame_grad_x(grad, weight, up), reference.conv2d_per_frame_grad_weight(grad, x, 3, up)
+    ours = (
+        reference.conv2d_per_frame_grad_x(grad, weight, up),
+        reference.conv2d_per_frame_grad_weight(grad, x, 3, up),
+    )
     agree(ours, torch.autograd.grad(y, inputs, grad))
-    inputs = [v.double().requires_grad_() for v in (y.detach(), torch.rand(3, 2) + 0.5, torch.randn(2))]
+    inputs = [
+        v.double().requires_grad_() for v in (y.detach(), torch.rand(3, 2) + 0.5, torch.randn(2))
+    ]
     z = reference.epilogue(*inputs, up, clamp)
     grad = torch.randn_like(z)
     ours = reference.epilogue_backward(grad, z.detach(), *inputs[1:], up, clamp)

@@ -144,8 +144,12 @@ def test_a_snapshot_of_the_authors_code(tmp_path, half):
 VARIATIONS = {
     "as usual": {},
     "K = 0, StyleGAN-V": dict(
-        motion_styles=0, motion_resolutions=(), motion_demod_only_resolutions=(), motion_difference=False,
-        discriminator_hidden_dim=12, motion_vector_dim=128,
+        motion_styles=0,
+        motion_resolutions=(),
+        motion_demod_only_resolutions=(),
+        motion_difference=False,
+        discriminator_hidden_dim=12,
+        motion_vector_dim=128,
     ),
     "K = 1": dict(motion_styles=1),
     "K = 6": dict(motion_styles=6),
@@ -156,15 +160,25 @@ VARIATIONS = {
         activation_clamp=None, prenorm_resolutions=(), motion_demod_only_resolutions=()
     ),
     "another clamp": dict(activation_clamp=1.5),
-    "64 pixels": dict(resolution=64, motion_resolutions=(16, 32, 64), prenorm_resolutions=(8, 16, 32, 64),
-                      motion_demod_only_resolutions=(16, 32, 64)),
-    "512 pixels": dict(resolution=512, channel_base=1024, channel_max=4, prenorm_resolutions=(64, 128, 256, 512),
-                       motion_demod_only_resolutions=(), concat_resolution=64),
+    "64 pixels": dict(
+        resolution=64,
+        motion_resolutions=(16, 32, 64),
+        prenorm_resolutions=(8, 16, 32, 64),
+        motion_demod_only_resolutions=(16, 32, 64),
+    ),
+    "512 pixels": dict(
+        resolution=512,
+        channel_base=1024,
+        channel_max=4,
+        prenorm_resolutions=(64, 128, 256, 512),
+        motion_demod_only_resolutions=(),
+        concat_resolution=64,
+    ),
     "older layout": dict(hypernetwork="affine"),
     "without condition": dict(time_condition=False),
     "labels": dict(num_labels=5),
     "channels that the maximum cuts everywhere": dict(channel_base=4096),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("changes", VARIATIONS.values(), ids=VARIATIONS.keys())
@@ -528,10 +542,21 @@ def test_starts_that_cannot_be(tmp_path, clips):
     for arguments, words in (
         (["--start-from", path], f"mostgan.checkpoint import {path} runs/released --training"),
         (["--start-from", tmp_path], "neither a checkpoint"),
-        (["--start-from", tmp_path / "released", "--rank", 3, "--motion-styles", 6, "--motion-distance", 32],
-         r"no tensors for motion_styles 6 \(it has 4\), rank 3 \(it has 1\): leave"),
+        (
+            [
+                "--start-from",
+                tmp_path / "released",
+                "--rank",
+                3,
+                "--motion-styles",
+                6,
+                "--motion-distance",
+                32,
+            ],
+            r"no tensors for motion_styles 6 \(it has 4\), rank 3 \(it has 1\): leave",
+        ),
         (["--start-from", tmp_path / "released", "--resolution", 64], "resolution|pixels"),
-    ):  # fmt: skip
+    ):
         with pytest.raises(UserError, match=words):
             train(*some, *arguments)
         assert not (tmp_path / "run").exists()
@@ -553,9 +578,19 @@ def canary(tmp_path, monkeypatch):
 
 def test_tensors_of_every_kind(tmp_path):
     base = torch.arange(24.0).reshape(2, 3, 4)
-    tensors = [base, base.transpose(0, 2), base[1, :, ::2], base.half(), base.bfloat16(), base.long(), base.bool(),
-               base.double().to(memory_format=torch.preserve_format), torch.tensor(3.5), torch.nn.Parameter(base),
-               base.reshape(1, 2, 3, 4).contiguous(memory_format=torch.channels_last)]  # fmt: skip
+    tensors = [
+        base,
+        base.transpose(0, 2),
+        base[1, :, ::2],
+        base.half(),
+        base.bfloat16(),
+        base.long(),
+        base.bool(),
+        base.double().to(memory_format=torch.preserve_format),
+        torch.tensor(3.5),
+        torch.nn.Parameter(base),
+        base.reshape(1, 2, 3, 4).contiguous(memory_format=torch.channels_last),
+    ]
     tensors[3].note = "an attribute"
 
     def check(path, what):
@@ -729,40 +764,72 @@ def hostile():
     bomb = zip_of(b"\0" * 2**27, compression=zipfile.ZIP_DEFLATED)
     return {
         "a name alone": (dict(snapshot(*networks()), callback=os.system), "posix.system"),
-        "giant shape": (with_w_avg(tensor_call((10**6, 10**6), (10**6, 1))), "does not fit its storage"),
-        "giant shape, stride 0": (with_w_avg(tensor_call((10**6, 10**6), (0, 0))), "does not fit its storage"),
+        "giant shape": (
+            with_w_avg(tensor_call((10**6, 10**6), (10**6, 1))),
+            "does not fit its storage",
+        ),
+        "giant shape, stride 0": (
+            with_w_avg(tensor_call((10**6, 10**6), (0, 0))),
+            "does not fit its storage",
+        ),
         "shape beyond integers": (with_w_avg(tensor_call((10**5000,), (0,))), "no proper shape"),
         "negative offset": (with_w_avg(tensor_call((4,), (1,), -1)), "no proper shape"),
         "offset outside": (with_w_avg(tensor_call((4,), (1,), 1)), "does not fit"),
         "negative stride": (with_w_avg(tensor_call((2,), (-1,), 2)), "no proper shape"),
         "no numbers": (with_w_avg(tensor_call((0,), (1,))), "of shape (0,)"),
-        "storage cut short": (with_w_avg(tensor_call((4,), (1,), storage=load_bytes(cut_storage))), "cut short"),
-        "storage of another size": (with_w_avg(tensor_call((4,), (1,), storage=load_bytes(longer))), "storage"),
-        "one storage many times": ({"G_ema": _buffers(**{f"b{i}": _reading(loaded) for i in range(9)})}, "memory"),
-        "state of a function": (b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n}b.", "state of a function"),
+        "storage cut short": (
+            with_w_avg(tensor_call((4,), (1,), storage=load_bytes(cut_storage))),
+            "cut short",
+        ),
+        "storage of another size": (
+            with_w_avg(tensor_call((4,), (1,), storage=load_bytes(longer))),
+            "storage",
+        ),
+        "one storage many times": (
+            {"G_ema": _buffers(**{f"b{i}": _reading(loaded) for i in range(9)})},
+            "memory",
+        ),
+        "state of a function": (
+            b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n}b.",
+            "state of a function",
+        ),
         "a set of sets": (b"\x80\x04\x8f(\x8f\x90.", "damaged"),
         "tensor for a storage": (with_w_avg(tensor_call((4,), (1,), storage=[])), "no storage"),
         "a shape of bytes": (with_w_avg(tensor_call(b"12", (1,), storage=floats)), "shape"),
-        "one memory many times": ({"G_ema": _buffers(**{f"b{i}": big for i in range(9)})}, "overlap"),
+        "one memory many times": (
+            {"G_ema": _buffers(**{f"b{i}": big for i in range(9)})},
+            "overlap",
+        ),
         "module within itself": ({"G_ema": itself}, "contains itself"),
         "dictionary of itself": (cycle, "where a network should be"),
-        "modules 30 deep": ({"G_ema": deep}, "deep"), "modules shared": ({"G_ema": wide}, "2000 modules"),
-        "list": ([1, 2], "no networks by name"), "number": (7, "no networks by name"),
-        "no network": ({"a": 1}, "has no G_ema, only a"), "no state": ({"G_ema": torch.nn.Linear(1, 1)}, "generator"),
+        "modules 30 deep": ({"G_ema": deep}, "deep"),
+        "modules shared": ({"G_ema": wide}, "2000 modules"),
+        "list": ([1, 2], "no networks by name"),
+        "number": (7, "no networks by name"),
+        "no network": ({"a": 1}, "has no G_ema, only a"),
+        "no state": ({"G_ema": torch.nn.Linear(1, 1)}, "generator"),
         "list for a module": ({"G_ema": [1]}, "where a network should be"),
         "control characters": ({"G_ema": _buffers(**{"\x1b[31m\n": big})}, "proper name"),
         "another architecture": (with_buffer("noise_strength", torch.ones(1)), "noise_strength"),
         "numbers that are not finite": (with_w_avg(torch.full((14,), torch.nan)), "not finite"),
-        "another filter": (with_buffer("resample_filter", torch.ones(4, 4)), "resample_filter is not what"),
-        "length of 2⁶²": (huge, "damaged"), "memo of 2³²": (b"\x80\x02]r\xff\xff\xff\xff.", "remembers"),
+        "another filter": (
+            with_buffer("resample_filter", torch.ones(4, 4)),
+            "resample_filter is not what",
+        ),
+        "length of 2⁶²": (huge, "damaged"),
+        "memo of 2³²": (b"\x80\x02]r\xff\xff\xff\xff.", "remembers"),
         "memory by repetition": (amplified, "more memory"),
         "tuples 300,000 deep": (b"\x80\x02)" + b"\x85" * 300_000 + b".", "tuples"),
         "a deep key": (b"\x80\x02})" + b"\x85" * 300_000 + b"Ns.", "tuples"),
-        "extension registry": (b"\x80\x02\x82\x01.", "damaged"), "protocol 0's INST": (b"(ios\nsystem\n.", "os.system"),
-        "persistent id": (b"\x80\x02NQ.", "outside of itself"), "unknown instruction": (b"\x80\x02\xff.", "damaged"),
-        "zip bomb": (bomb, "compressed"), "no zip of ours": (zip_of(b"x", "readme.txt"), "not one of torch.save"),
-        "empty": (b"", "at least one"), "text": (b"<html>not found</html>", "damaged"),
-    }  # fmt: skip
+        "extension registry": (b"\x80\x02\x82\x01.", "damaged"),
+        "protocol 0's INST": (b"(ios\nsystem\n.", "os.system"),
+        "persistent id": (b"\x80\x02NQ.", "outside of itself"),
+        "unknown instruction": (b"\x80\x02\xff.", "damaged"),
+        "zip bomb": (bomb, "compressed"),
+        "no zip of ours": (zip_of(b"x", "readme.txt"), "not one of torch.save"),
+        "empty": (b"", "at least one"),
+        "text": (b"<html>not found</html>", "damaged"),
+    }
 
 
 def _reading(loaded):

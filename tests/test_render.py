@@ -28,11 +28,24 @@ def mean_steps(frames):
 # any stretch
 
 
-@pytest.mark.parametrize("options", [
-    {}, {"start": 10_000_000}, {"start": -20}, {"start": 0.1, "step": 0.7}, {"start": 99.5, "step": -0.25},
-    {"step": 1000.5}, {"loop": 21}, {"loop": 40, "step": -1, "start": 5}, {"seed": [(1, 2, 3), (2, 3, 1)]},
-    {"seed": [(1, 2), (5, 6)], "loop": 30}, {"window": 4}, {"label": 1},
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"start": 10_000_000},
+        {"start": -20},
+        {"start": 0.1, "step": 0.7},
+        {"start": 99.5, "step": -0.25},
+        {"step": 1000.5},
+        {"loop": 21},
+        {"loop": 40, "step": -1, "start": 5},
+        {"seed": [(1, 2, 3), (2, 3, 1)]},
+        {"seed": [(1, 2), (5, 6)], "loop": 30},
+        {"window": 4},
+        {"label": 1},
+    ],
+    ids=str,
+)
 def test_a_stretch_alone_is_the_same_to_the_bit(options):
     """What several machines render in pieces, joined, is what one renders."""
     generator = make(num_labels=2 * ("label" in options))
@@ -44,7 +57,9 @@ def test_a_stretch_alone_is_the_same_to_the_bit(options):
     if "loop" in options:
         step, _ = loop_step(TINY, step, options["loop"])
     for first, count in ((0, 1), (1, 20), (17, 16), (21, 29), (49, 1)):
-        piece = render(generator, frames=count, **options | {"start": exact(options["start"]) + first * step})
+        piece = render(
+            generator, frames=count, **options | {"start": exact(options["start"]) + first * step}
+        )
         assert torch.equal(piece, whole[:, first : first + count])
 
 
@@ -70,8 +85,14 @@ def test_far_frames_match_float64(t):
 
 def test_times_are_decimals_rounded_once():
     start, step = exact(0.1), exact(0.7)
-    assert (start, step) == (Fraction(1, 10), Fraction(7, 10)) and exact(Fraction(1, 3)) == Fraction(1, 3)
-    assert frame_times(start, step, 17, 3).tolist() == [12.0, 12.7, 13.4]  # 0.1 + 17 · 0.7 in floats is 11.999…
+    assert (start, step) == (Fraction(1, 10), Fraction(7, 10)) and exact(
+        Fraction(1, 3)
+    ) == Fraction(1, 3)
+    assert frame_times(start, step, 17, 3).tolist() == [
+        12.0,
+        12.7,
+        13.4,
+    ]  # 0.1 + 17 · 0.7 in floats is 11.999…
     assert frame_times(exact(1e7), -step, 0, 2, period=32).tolist() == [0.0, 31.3]
 
 
@@ -104,7 +125,9 @@ def test_pace():
     plain = render(generator, frames=33, start=8)
     slow = render(generator, frames=65, start=8, step=0.5)
     assert_close(slow[:, ::2], plain)
-    assert (mean_steps(slow) > 0).all() and mean_steps(slow).mean() < 0.75 * mean_steps(plain).mean()
+    assert (mean_steps(slow) > 0).all() and mean_steps(slow).mean() < 0.75 * mean_steps(
+        plain
+    ).mean()
     assert_close(render(generator, frames=11, start=8, step=3), plain[:, ::3][:, :11])
     assert_close(render(generator, frames=33, start=40, step=-1), plain.flip(1))
 
@@ -118,12 +141,25 @@ def test_time_runs_through_zero_without_a_seam():
 # loops
 
 
-@pytest.mark.parametrize("loop, options", [
-    (16, {}), (37, {}), (48, {"step": -0.5}), (5, {"start": 3}), (20, {"start": 1e7}), (33, {"start": -7.5, "step": 2}),
-    (40, {"seed": [(1, 2, 3)] * 2}), (12, {"motion_styles": 0}), (12, {"label": 1}),
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "loop, options",
+    [
+        (16, {}),
+        (37, {}),
+        (48, {"step": -0.5}),
+        (5, {"start": 3}),
+        (20, {"start": 1e7}),
+        (33, {"start": -7.5, "step": 2}),
+        (40, {"seed": [(1, 2, 3)] * 2}),
+        (12, {"motion_styles": 0}),
+        (12, {"label": 1}),
+    ],
+    ids=str,
+)
 def test_a_loop_repeats_to_the_bit_and_has_no_seam(loop, options):
-    generator = make(num_labels=2 * ("label" in options), motion_styles=options.pop("motion_styles", 8))
+    generator = make(
+        num_labels=2 * ("label" in options), motion_styles=options.pop("motion_styles", 8)
+    )
     frames = render(generator, frames=2 * loop + 3, clips=2, loop=loop, **options)
     assert torch.equal(frames[:, loop:], frames[:, : loop + 3])
     # From the last frame to the first is a step like the others: compare with its neighbours' on either side.
@@ -135,7 +171,14 @@ def test_a_loop_repeats_to_the_bit_and_has_no_seam(loop, options):
 def test_a_loop_is_a_path_of_whole_anchors():
     """Every frame of a loop has a motion code at a time within it; paces are chosen as near as can be."""
     D = TINY.motion_distance  # 16
-    for loop, step, anchors in ((16, 1, 1), (5, 1, 1), (24, 1, 2), (100, 1, 6), (100, -0.25, 2), (7, 10, 4)):
+    for loop, step, anchors in (
+        (16, 1, 1),
+        (5, 1, 1),
+        (24, 1, 2),
+        (100, 1, 6),
+        (100, -0.25, 2),
+        (7, 10, 4),
+    ):
         pace, count = loop_step(TINY, exact(step), loop)
         assert count == anchors and pace * loop == anchors * D * (1 if step > 0 else -1)
     generator = make()
@@ -148,7 +191,9 @@ def test_the_seam_would_show_without_periodic_noise(monkeypatch):
     import mostgan.render as module
 
     noise = module.motion_noise
-    monkeypatch.setattr(module, "motion_noise", lambda seeds, t, config, loop: noise(seeds, t, config))
+    monkeypatch.setattr(
+        module, "motion_noise", lambda seeds, t, config, loop: noise(seeds, t, config)
+    )
     steps = mean_steps(render(make(), frames=66, clips=2, loop=64))
     assert steps[63] > 2 * steps[:63].max()
 
@@ -172,7 +217,9 @@ def test_psi_0_is_the_mean_content():
     assert not torch.equal(render(generator, 0, frames=4, motion_seed=1), alike[:1])
 
 
-@pytest.mark.parametrize("changes", [{}, {"num_labels": 2}, {"motion_styles": 0}, {"modulation_order": "motion_first"}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"num_labels": 2}, {"motion_styles": 0}, {"modulation_order": "motion_first"}]
+)
 def test_content_moves_through_its_seeds(changes):
     """At its stops the content is the seed's; between them it moves in steps that are small; and round again."""
     generator = make(**changes)
@@ -182,7 +229,9 @@ def test_content_moves_through_its_seeds(changes):
         still = render(generator, seed, start=12 * k, frames=2, motion_seed=5, **label)
         assert_close(moving[:, 12 * k : 12 * k + 1], still[:, :1])
         assert not torch.equal(moving[:, 12 * k + 1 : 12 * k + 2], still[:, 1:])
-    jump = mean_steps(torch.cat([render(generator, s, frames=1, motion_seed=5, **label) for s in (7, 8)], dim=1))
+    jump = mean_steps(
+        torch.cat([render(generator, s, frames=1, motion_seed=5, **label) for s in (7, 8)], dim=1)
+    )
     assert mean_steps(moving).max() < jump
 
 
@@ -191,7 +240,9 @@ def test_the_way_of_the_content_is_smooth():
     u = torch.linspace(-1, 5, 6001, dtype=torch.float64)[None]
     w = content_at(stops, u)
     velocity = (w[:, 1:] - w[:, :-1]) * 1000
-    assert (velocity[:, 1:] - velocity[:, :-1]).abs().max() < 0.03 * velocity.abs().max()  # no kink at a stop
+    assert (
+        velocity[:, 1:] - velocity[:, :-1]
+    ).abs().max() < 0.03 * velocity.abs().max()  # no kink at a stop
     assert torch.allclose(content_at(stops, u[:, :1] + 4), w[:, :1])
 
 
@@ -208,7 +259,11 @@ def test_style_gains():
     assert 0 < (half.float() - plain.float()).norm() < (without.float() - plain.float()).norm()
     # Without any style, a layer's weight is its content's: the motion of StyleGAN-V remains.
     bare = make(motion_styles=0)
-    bare.load_state_dict({k: v for k, v in generator.state_dict().items() if k in bare.state_dict()})
-    assert_close(render(generator, frames=6, style_gain={k: 0.0 for k in range(8)}), render(bare, frames=6))
+    bare.load_state_dict(
+        {k: v for k, v in generator.state_dict().items() if k in bare.state_dict()}
+    )
+    assert_close(
+        render(generator, frames=6, style_gain={k: 0.0 for k in range(8)}), render(bare, frames=6)
+    )
     with pytest.raises(UserError, match="has none"):
         render(bare, style_gain={0: 0.5})

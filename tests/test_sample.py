@@ -48,7 +48,11 @@ def sample(run, tmp_path):
 
     def call(**options):
         out = tmp_path / "sample.npy"
-        assert program.sample(program.Options(**{"checkpoint": run, "out": out, "force": True, "frames": 20} | options))
+        assert program.sample(
+            program.Options(
+                **{"checkpoint": run, "out": out, "force": True, "frames": 20} | options
+            )
+        )
         return np.load(out)
 
     return call
@@ -68,7 +72,8 @@ def test_defaults(run, tmp_path, monkeypatch, capsys):
     assert len(frames_in(out)) == 256
     printed = capsys.readouterr().out
     assert "256 frames of 1 clip" in printed and all(
-        word in printed for word in ("ms/frame", "rendering", "transfer", "encoding"))
+        word in printed for word in ("ms/frame", "rendering", "transfer", "encoding")
+    )
     with pytest.raises(UserError, match="--force"):
         program.sample(program.Options(run))
 
@@ -76,13 +81,19 @@ def test_defaults(run, tmp_path, monkeypatch, capsys):
 def test_pieces_joined_are_the_whole(sample):
     options = {"grid": "1x2", "rows": "content", "speed": 0.3}
     whole = sample(frames=50, start=7, **options)
-    pieces = [sample(frames=n, start=7 + round(0.3 * first, 6), **options) for first, n in ((0, 13), (13, 30), (43, 7))]
+    pieces = [
+        sample(frames=n, start=7 + round(0.3 * first, 6), **options)
+        for first, n in ((0, 13), (13, 30), (43, 7))
+    ]
     assert np.array_equal(np.concatenate(pieces), whole)
 
 
 def test_a_loop_repeats(sample, capsys):
     frames = sample(frames=47, loop=0.8)  # 20 frames at 25 frames per second
-    assert np.array_equal(frames[20:], frames[:27]) and len(np.unique(frames[:20].reshape(20, -1), axis=0)) == 20
+    assert (
+        np.array_equal(frames[20:], frames[:27])
+        and len(np.unique(frames[:20].reshape(20, -1), axis=0)) == 20
+    )
     said = "a loop of 20 frames (0.8 s) goes through 1 motion anchor, 16 frames apart: speed 0.8"
     assert said in capsys.readouterr().out
     assert len(sample(frames=None, loop=2)) == 50
@@ -129,9 +140,16 @@ def test_a_grid_shows_content_and_motion_apart(sample):
 def test_content_moves_and_styles_are_scaled(sample):
     moving = sample(frames=11, content_seeds=(1, 2), content_seconds=0.4, motion_seed=3)
     for at, seed in ((0, 1), (10, 2)):
-        assert np.abs(moving[at].astype(int) - sample(frames=1, seed=seed, motion_seed=3, start=at)[0]).max() <= 1
+        assert (
+            np.abs(
+                moving[at].astype(int) - sample(frames=1, seed=seed, motion_seed=3, start=at)[0]
+            ).max()
+            <= 1
+        )
     plain, without = sample(frames=4), sample(frames=4, motion_style=("0=0", "3=1.5"))
-    assert not np.array_equal(plain, without) and np.array_equal(sample(frames=4, motion_style=("0=1",)), plain)
+    assert not np.array_equal(plain, without) and np.array_equal(
+        sample(frames=4, motion_style=("0=1",)), plain
+    )
     assert not np.array_equal(sample(frames=4, psi=0.5), plain)
 
 
@@ -141,23 +159,46 @@ def test_labels(tmp_path, sample):
     assert not np.array_equal(*frames)
 
 
-@pytest.mark.parametrize("options, word", [
-    ({"grid": "2"}, "ROWSxCOLUMNS"), ({"grid": "0x3"}, "ROWSxCOLUMNS"), ({"motion_style": ("1:0",)}, "k=GAIN"),
-    ({"motion_style": ("1=x",)}, "k=GAIN"), ({"motion_style": ("9=0",)}, "0 to 7"), ({"speed": 0.0}, "speed"),
-    ({"speed": float("nan")}, "finite"), ({"psi": float("inf")}, "psi"), ({"fps": 0.0}, "--fps"),
-    ({"loop": -1.0}, "--loop"),
-    ({"content_seconds": 0.0}, "--content-seconds"), ({"frames": 0}, "frames"), ({"start": 2e8}, "start"),
-    ({"start": float("nan")}, "finite"), ({"seed": -1}, "seed"), ({"label": 1}, "without labels"), ({"crf": 60}, "crf"),
-    ({"out": Path("a.avi")}, ".avi"), ({"out": Path("a.gif"), "fps": 60.0}, "at most 50"),
-    ({"checkpoint": Path("nowhere")}, "neither a checkpoint"), ({"fps": 1e8}, "at most 1000 frames per second"),
-    ({"loop": 0.5, "speed": 0.0}, "speed"), ({"loop": 0.5, "label": 1}, "without labels"),
-    ({"out": Path("a.webp"), "grid": "7x512"}, "224 high and 16384 wide"), ({"grid": "513x1"}, "at most 16384 pixels"),
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "options, word",
+    [
+        ({"grid": "2"}, "ROWSxCOLUMNS"),
+        ({"grid": "0x3"}, "ROWSxCOLUMNS"),
+        ({"motion_style": ("1:0",)}, "k=GAIN"),
+        ({"motion_style": ("1=x",)}, "k=GAIN"),
+        ({"motion_style": ("9=0",)}, "0 to 7"),
+        ({"speed": 0.0}, "speed"),
+        ({"speed": float("nan")}, "finite"),
+        ({"psi": float("inf")}, "psi"),
+        ({"fps": 0.0}, "--fps"),
+        ({"loop": -1.0}, "--loop"),
+        ({"content_seconds": 0.0}, "--content-seconds"),
+        ({"frames": 0}, "frames"),
+        ({"start": 2e8}, "start"),
+        ({"start": float("nan")}, "finite"),
+        ({"seed": -1}, "seed"),
+        ({"label": 1}, "without labels"),
+        ({"crf": 60}, "crf"),
+        ({"out": Path("a.avi")}, ".avi"),
+        ({"out": Path("a.gif"), "fps": 60.0}, "at most 50"),
+        ({"checkpoint": Path("nowhere")}, "neither a checkpoint"),
+        ({"fps": 1e8}, "at most 1000 frames per second"),
+        ({"loop": 0.5, "speed": 0.0}, "speed"),
+        ({"loop": 0.5, "label": 1}, "without labels"),
+        ({"out": Path("a.webp"), "grid": "7x512"}, "224 high and 16384 wide"),
+        ({"grid": "513x1"}, "at most 16384 pixels"),
+    ],
+    ids=str,
+)
 def test_bad_options_are_named_and_leave_nothing(run, tmp_path, monkeypatch, capsys, options, word):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=word) as caught:
         program.sample(program.Options(**{"checkpoint": run, "out": Path("a.mp4")} | options))
-    assert "\n" not in str(caught.value) and list(tmp_path.iterdir()) == [] and capsys.readouterr().out == ""
+    assert (
+        "\n" not in str(caught.value)
+        and list(tmp_path.iterdir()) == []
+        and capsys.readouterr().out == ""
+    )
 
 
 def test_a_picture_too_large_is_said_before_anything_is_rendered(run, tmp_path, monkeypatch):
@@ -171,7 +212,9 @@ def test_a_picture_too_large_is_said_before_anything_is_rendered(run, tmp_path, 
 
 @pytest.mark.parametrize("name", ["a.mp4", "a.gif", "a.webp", "a.npy", "frames"])
 def test_every_format_has_the_frames_and_says_how_they_were_made(run, tmp_path, sample, name):
-    options = program.Options(run, tmp_path / name, frames=17, seed=4, speed=-0.5, motion_style=("1=0",))
+    options = program.Options(
+        run, tmp_path / name, frames=17, seed=4, speed=-0.5, motion_style=("1=0",)
+    )
     assert program.sample(options)
     frames = frames_in(tmp_path / name)
     assert len(frames) == 17
@@ -182,7 +225,9 @@ def test_every_format_has_the_frames_and_says_how_they_were_made(run, tmp_path, 
     again = sample(**made["options"])
     assert np.array_equal(again, sample(**made["options"]))
     error = np.abs(np.stack(frames).astype(float) - again).mean()
-    assert error < {"a.mp4": 6, "a.gif": 8, "a.webp": 8}.get(name, 1e-9)  # noise-like frames are hard to code
+    assert error < {"a.mp4": 6, "a.gif": 8, "a.webp": 8}.get(
+        name, 1e-9
+    )  # noise-like frames are hard to code
 
 
 def test_force_replaces_and_without_it_the_old_file_stays(run, tmp_path):
@@ -212,7 +257,9 @@ def test_without_force_a_sidecar_stays(run, tmp_path):
 
 def start(run, tmp_path, *args):
     command = [sys.executable, str(ROOT / "sample.py"), "--checkpoint", str(run), *args]
-    return subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
 
 
 @pytest.mark.slow
@@ -226,7 +273,10 @@ def test_stopped_it_leaves_what_was_rendered(run, tmp_path, name, number):
     time.sleep(0.3)
     program.send_signal(number)
     out, errors = program.communicate(timeout=60)
-    assert program.returncode == 1 and errors == "sample.py: interrupted; the video ends with what was rendered\n"
+    assert (
+        program.returncode == 1
+        and errors == "sample.py: interrupted; the video ends with what was rendered\n"
+    )
     count = len(frames_in(tmp_path / name))
     assert 0 < count < 1_000_000 and f"{name}: {count} frames" in out
     assert not list(tmp_path.glob(".*"))
@@ -236,7 +286,11 @@ def test_stopped_it_leaves_what_was_rendered(run, tmp_path, name, number):
 def test_an_error_is_one_line(run, tmp_path):
     program = start(run, tmp_path, "--start", "2e8", "--out", "a.mp4")
     out, errors = program.communicate(timeout=120)
-    assert program.returncode == 2 and errors.startswith("sample.py: start is 2e+08") and errors.count("\n") == 1
+    assert (
+        program.returncode == 2
+        and errors.startswith("sample.py: start is 2e+08")
+        and errors.count("\n") == 1
+    )
     assert out == "" and list(tmp_path.iterdir()) == []
 
 

@@ -35,7 +35,9 @@ def test_clouds_move_a_little_every_frame():
         clip = sky.make_clip(index, 64).astype(float)
         step = np.abs(np.diff(clip, axis=0)).mean((1, 2, 3))
         assert (step > 0.3).all() and (step < 12).all(), index
-        assert np.abs(clip[32] - clip[0]).mean() > 2 * step.mean(), index  # it goes somewhere, it does not jitter
+        assert np.abs(clip[32] - clip[0]).mean() > 2 * step.mean(), (
+            index
+        )  # it goes somewhere, it does not jitter
 
 
 def test_clouds_are_carried_by_the_wind():
@@ -44,7 +46,8 @@ def test_clouds_are_carried_by_the_wind():
         wind = sky._draw_scene(index, 0)["low deck"]["wind"][0] * 64 * 4
         top = luma(sky.make_clip(index, 64, 5))[:, :6]
         errors = [
-            np.abs(top[4][:, 10 + s : 54 + s] - top[0][:, 10:54]).mean() / (1 + np.abs(top[0]).mean())
+            np.abs(top[4][:, 10 + s : 54 + s] - top[0][:, 10:54]).mean()
+            / (1 + np.abs(top[0]).mean())
             for s in range(-10, 11)
         ]
         assert np.sign(np.argmin(errors) - 10) == np.sign(wind), index

@@ -20,8 +20,18 @@ from mostgan.run import Stats, read_config
 
 ROOT = Path(__file__).parent.parent
 MODEL = ModelConfig(
-    resolution=32, channel_base=256, channel_max=16, z_dim=16, w_dim=16, motion_noise_dim=16, motion_code_dim=16,
-    num_frequencies=8, motion_vector_dim=8, motion_styles=4, motion_resolutions=(16, 32), discriminator_hidden_dim=16,
+    resolution=32,
+    channel_base=256,
+    channel_max=16,
+    z_dim=16,
+    w_dim=16,
+    motion_noise_dim=16,
+    motion_code_dim=16,
+    num_frequencies=8,
+    motion_vector_dim=8,
+    motion_styles=4,
+    motion_resolutions=(16, 32),
+    discriminator_hidden_dim=16,
 )
 CPU = torch.device("cpu")
 
@@ -35,21 +45,37 @@ def packed(tmp_path_factory):
 
 
 def make_config(packed, **changes):
-    values = dict(data=str(packed), batch_clips=4, batch_split=1, precision="float32", compile=False, workers=0,
-                  augment="none", total_kframes=0.048, log_kframes=0.012, snapshot_kframes=100)
+    values = dict(
+        data=str(packed),
+        batch_clips=4,
+        batch_split=1,
+        precision="float32",
+        compile=False,
+        workers=0,
+        augment="none",
+        total_kframes=0.048,
+        log_kframes=0.012,
+        snapshot_kframes=100,
+    )
     return dataclasses.replace(TrainConfig(MODEL), **values | changes)
 
 
 def steps(config, packed, count):
     """The state after `count` steps, without a run folder."""
     clips = Clips(packed)
-    state, stats, objective = training.new_state(config, CPU), Stats(Path("."), CPU), training.objectives(config)
+    state, stats, objective = (
+        training.new_state(config, CPU),
+        Stats(Path("."), CPU),
+        training.objectives(config),
+    )
     data = batches(clips, config.batch_clips, config.model.frames_per_clip, config.seed)
     for _ in range(count):
         draw = training.Draws(config, clips, CPU, state)
         real = draw.pieces(next(data))
         fakes = training.generator_step(state, draw, objective.generator, config, stats)
-        training.discriminator_step(state, real, fakes, draw, objective.discriminator, config, stats)
+        training.discriminator_step(
+            state, real, fakes, draw, objective.discriminator, config, stats
+        )
         if state.step % config.r1_interval == 0:
             training.r1_step(state, real, draw, objective.r1, config, stats)
         training.update_ema(state, config)
@@ -104,7 +130,9 @@ def test_batch_split_gives_the_same_gradients(packed):
         for frames, t, label in real:
             loss = generator_loss(state.D(frames, t, label)) / split
             loss.backward(inputs=list(state.D.parameters()))
-        gradients.append(torch.cat([p.grad.flatten() for p in state.D.parameters() if p.grad is not None]))
+        gradients.append(
+            torch.cat([p.grad.flatten() for p in state.D.parameters() if p.grad is not None])
+        )
         training.optimize(state.adam_D, "D", loss.detach(), stats)
     assert (gradients[0] - gradients[1]).norm() < 1e-5 * gradients[0].norm()
 
@@ -126,8 +154,12 @@ def test_ema_halves_the_distance_in_a_half_life(packed):
 def test_adam_has_the_lazy_correction(packed):
     state = training.new_state(make_config(packed), CPU)
     G, D = state.adam_G.param_groups[0], state.adam_D.param_groups[0]
-    assert G["lr"] == pytest.approx(0.0025 * 8 / 9) and G["betas"][1] == pytest.approx(0.99 ** (8 / 9))
-    assert D["lr"] == pytest.approx(0.0025 * 16 / 17) and D["betas"][1] == pytest.approx(0.99 ** (16 / 17))
+    assert G["lr"] == pytest.approx(0.0025 * 8 / 9) and G["betas"][1] == pytest.approx(
+        0.99 ** (8 / 9)
+    )
+    assert D["lr"] == pytest.approx(0.0025 * 16 / 17) and D["betas"][1] == pytest.approx(
+        0.99 ** (16 / 17)
+    )
 
 
 def test_ada_moves_p_by_the_sign(packed):
@@ -142,8 +174,13 @@ def test_ada_moves_p_by_the_sign(packed):
 
 
 def run(*args, cwd):
-    return subprocess.run([sys.executable, str(ROOT / args[0]), *map(str, args[1:])], cwd=cwd, capture_output=True,
-                          text=True, timeout=300)
+    return subprocess.run(
+        [sys.executable, str(ROOT / args[0]), *map(str, args[1:])],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
 
 
 TINY_MODEL = ["--resolution", 32, "--channel-base", 256, "--channel-max", 16, "--motion-styles", 2]
@@ -161,33 +198,64 @@ def test_train_resume_and_sample_from_the_command_line(packed, tmp_path):
         assert result.returncode == 0, result.stderr
     whole, halves = (mostgan.load(tmp_path / name).state_dict() for name in ("whole", "halves"))
     assert all(torch.equal(whole[key], halves[key]) for key in whole)
-    lines = [json.loads(line) for line in (tmp_path / "halves" / "stats.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line) for line in (tmp_path / "halves" / "stats.jsonl").read_text().splitlines()
+    ]
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
-    assert {"loss_G", "loss_D", "D_real", "D_fake", "ada_p", "frames_per_second", "peak_memory_mb",
-            "skipped_steps"} <= set(lines[0]) and "r1" in lines[0]
+    assert {
+        "loss_G",
+        "loss_D",
+        "D_real",
+        "D_fake",
+        "ada_p",
+        "frames_per_second",
+        "peak_memory_mb",
+        "skipped_steps",
+    } <= set(lines[0]) and "r1" in lines[0]
     assert read_config(tmp_path / "whole").model.motion_styles == 2
-    for pattern in ("real.png", "real.mp4", "samples-*.mp4", "samples-*.png", "shared-motion-*.mp4"):
+    for pattern in (
+        "real.png",
+        "real.mp4",
+        "samples-*.mp4",
+        "samples-*.png",
+        "shared-motion-*.mp4",
+    ):
         assert list((tmp_path / "whole").glob(pattern)), pattern
 
-    result = run("sample.py", "--checkpoint", "whole", "--frames", 5, "--grid", "1x3", "--out", "frames", cwd=tmp_path)
+    result = run(
+        "sample.py",
+        "--checkpoint",
+        "whole",
+        "--frames",
+        5,
+        "--grid",
+        "1x3",
+        "--out",
+        "frames",
+        cwd=tmp_path,
+    )
     assert result.returncode == 0, result.stderr
     assert "ms/frame" in result.stdout and len(list((tmp_path / "frames").glob("*.png"))) == 5
 
 
-@pytest.mark.parametrize("args, words", [
-    (["train.py", "--dataset", "mars"], "mars"),
-    (["train.py", "--dataset", "ffs", "--preset", "tiny"], "data/ffs"),
-    (["train.py", "--preset", "huge"], "paper256 or tiny"),
-    (["train.py", "--preset", "tiny", "--data", "nowhere"], "nowhere"),
-    (["train.py", "--preset", "tiny", "--resolution", "100"], "power of two"),
-    (["train.py", "--preset", "tiny", "--batch-clips", "6"], "mbstd_group"),
-    (["train.py", "--preset", "tiny", "--rank", "0"], "rank"),
-    (["train.py", "--preset", "tiny", "--motion-styles", "-1"], "motion_styles"),
-    (["train.py", "--preset", "tiny", "--augment", "all"], "augment"),
-    (["train.py", "--resume", "nowhere"], "nowhere"),
-    (["sample.py"], "python train.py"),
-    (["sample.py", "--checkpoint", "nowhere"], "nowhere"),
-], ids=lambda value: " ".join(value) if isinstance(value, list) else "")
+@pytest.mark.parametrize(
+    "args, words",
+    [
+        (["train.py", "--dataset", "mars"], "mars"),
+        (["train.py", "--dataset", "ffs", "--preset", "tiny"], "data/ffs"),
+        (["train.py", "--preset", "huge"], "paper256 or tiny"),
+        (["train.py", "--preset", "tiny", "--data", "nowhere"], "nowhere"),
+        (["train.py", "--preset", "tiny", "--resolution", "100"], "power of two"),
+        (["train.py", "--preset", "tiny", "--batch-clips", "6"], "mbstd_group"),
+        (["train.py", "--preset", "tiny", "--rank", "0"], "rank"),
+        (["train.py", "--preset", "tiny", "--motion-styles", "-1"], "motion_styles"),
+        (["train.py", "--preset", "tiny", "--augment", "all"], "augment"),
+        (["train.py", "--resume", "nowhere"], "nowhere"),
+        (["sample.py"], "python train.py"),
+        (["sample.py", "--checkpoint", "nowhere"], "nowhere"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
 def test_bad_input_is_one_clear_line(args, words, tmp_path):
     result = run(*args, cwd=tmp_path)
     assert result.returncode != 0
@@ -200,9 +268,20 @@ def test_presets():
         paper, tiny = train_preset("paper256", dataset), train_preset("tiny", dataset)
         assert paper.model.motion_distance == tiny.model.motion_distance == chosen.motion_distance
         assert (paper.augment, tiny.augment) == (chosen.augment, "none")
-    assert paper.model == dataclasses.replace(ModelConfig(), motion_distance=DATASETS["horse"].motion_distance)
-    assert (paper.batch_clips, paper.r1_gamma, paper.generator_lr, paper.shared_fakes) == (64, 10, 0.0025, False)
-    assert tiny.model.channels(64) == 16 and tiny.model.channels(16) == 64 and tiny.frames_per_step == 24
+    assert paper.model == dataclasses.replace(
+        ModelConfig(), motion_distance=DATASETS["horse"].motion_distance
+    )
+    assert (paper.batch_clips, paper.r1_gamma, paper.generator_lr, paper.shared_fakes) == (
+        64,
+        10,
+        0.0025,
+        False,
+    )
+    assert (
+        tiny.model.channels(64) == 16
+        and tiny.model.channels(16) == 64
+        and tiny.frames_per_step == 24
+    )
     with pytest.raises(UserError):
         train_preset("tiny", "mars")
 
@@ -210,11 +289,16 @@ def test_presets():
 @pytest.mark.parametrize("sampling", ["spans", "uniform"])
 def test_generated_times_fit_the_noise(packed, sampling):
     """Whatever the times drawn, the noise covers their anchors."""
-    config = make_config(packed, model=dataclasses.replace(MODEL, motion_distance=16), sampling=sampling)
+    config = make_config(
+        packed, model=dataclasses.replace(MODEL, motion_distance=16), sampling=sampling
+    )
     clips = Clips(packed)
     state = training.new_state(config, CPU)
     for step in range(20):
         state.step = step
         draw = training.Draws(config, clips, CPU, state)
         latents = draw.latents()
-        assert state.G(*latents).shape == (12, 3, 32, 32) and (np.diff(latents.t.numpy(), axis=1) > 0).all()
+        assert (
+            state.G(*latents).shape == (12, 3, 32, 32)
+            and (np.diff(latents.t.numpy(), axis=1) > 0).all()
+        )

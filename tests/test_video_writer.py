@@ -20,18 +20,34 @@ from PIL import Image, ImageSequence
 from mostgan.config import UserError
 from mostgan.video_writer import BackgroundWriter, VideoWriter, grid, write_png
 
-COLORS = [(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255), (0, 0, 0), (128, 128, 128), (200, 30, 90)]
+COLORS = [
+    (255, 0, 0),
+    (0, 255, 0),
+    (0, 0, 255),
+    (255, 255, 255),
+    (0, 0, 0),
+    (128, 128, 128),
+    (200, 30, 90),
+]
 
 
 def solid(height, width, frames_each=2):
-    return np.stack([np.full((height, width, 3), color, np.uint8) for color in COLORS for _ in range(frames_each)])
+    return np.stack(
+        [
+            np.full((height, width, 3), color, np.uint8)
+            for color in COLORS
+            for _ in range(frames_each)
+        ]
+    )
 
 
 def smooth(n=8, size=64, seed=0):
     """Smooth moving frames [n,size,size,3]."""
     phase = np.random.default_rng(seed).uniform(0, 6, (3, 2))
     y, x = np.mgrid[:size, :size] / size
-    channels = [np.sin(5 * x + a + np.arange(n)[:, None, None] / 3) * np.cos(4 * y + b) for a, b in phase]
+    channels = [
+        np.sin(5 * x + a + np.arange(n)[:, None, None] / 3) * np.cos(4 * y + b) for a, b in phase
+    ]
     return (np.stack(channels, -1) * 120 + 128).astype(np.uint8)
 
 
@@ -84,7 +100,9 @@ def test_mp4_frame_count(tmp_path, count):
 def test_mp4_of_the_slowest_and_fastest_rates_plays(tmp_path, fps):
     with VideoWriter(tmp_path / "a.mp4", fps) as video:
         video.write(smooth(3))
-    assert len(list(read_frames(tmp_path / "a.mp4"))) == 3 and frame_rate(tmp_path / "a.mp4") == pytest.approx(fps)
+    assert len(list(read_frames(tmp_path / "a.mp4"))) == 3 and frame_rate(
+        tmp_path / "a.mp4"
+    ) == pytest.approx(fps)
     with av.open(str(tmp_path / "a.mp4")) as container:
         assert container.duration == pytest.approx(3e6 / fps, rel=0.01)  # in microseconds
 
@@ -139,7 +157,9 @@ def test_suffixes_may_be_in_upper_case(tmp_path, name):
         video.write(smooth(3))
     (tmp_path / name).rename(tmp_path / name.lower())
     assert len(frames_in(tmp_path / name.lower())) == 3
-    assert sorted(path.name for path in tmp_path.glob("U*")) == (["UP.NPY.json"] if name == "UP.NPY" else [])
+    assert sorted(path.name for path in tmp_path.glob("U*")) == (
+        ["UP.NPY.json"] if name == "UP.NPY" else []
+    )
 
 
 def test_writer_errors_are_the_users_to_mend(tmp_path):
@@ -174,7 +194,9 @@ def test_the_largest_pictures(tmp_path, name, largest):
         assert len(frames_in(tmp_path / name)) == 1
         (tmp_path / name).unlink()
     for size in ((largest + 1, 1), (2, largest + 1)):
-        with pytest.raises(UserError, match=f"at most {largest} pixels a side.* {size[0]} high and {size[1]} wide"):
+        with pytest.raises(
+            UserError, match=f"at most {largest} pixels a side.* {size[0]} high and {size[1]} wide"
+        ):
             with VideoWriter(tmp_path / name, 25) as video:
                 video.write(np.zeros((1, *size, 3), np.uint8))
     assert list(tmp_path.iterdir()) == []
@@ -184,7 +206,9 @@ def test_the_largest_pictures(tmp_path, name, largest):
 def test_an_npy_never_lacks_its_sidecar(tmp_path, monkeypatch):
     """Names appear in order, sidecar first; a sidecar that cannot be written leaves an older npy as it was."""
     named, replace = [], os.replace
-    monkeypatch.setattr(os, "replace", lambda old, new: (named.append(Path(new).name), replace(old, new)))
+    monkeypatch.setattr(
+        os, "replace", lambda old, new: (named.append(Path(new).name), replace(old, new))
+    )
     path = tmp_path / "a.npy"
     with VideoWriter(path, 25, comment="first") as video:
         video.write(smooth(2))
@@ -197,7 +221,11 @@ def test_an_npy_never_lacks_its_sidecar(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="cannot write .*No space left"):
         with VideoWriter(path, 25, comment="second") as video:
             video.write(smooth(3))
-    assert len(np.load(path)) == 2 and comment_in(path) == "first" and len(list(tmp_path.iterdir())) == 2
+    assert (
+        len(np.load(path)) == 2
+        and comment_in(path) == "first"
+        and len(list(tmp_path.iterdir())) == 2
+    )
     (tmp_path / "b.npy.json").mkdir()
     with pytest.raises(UserError, match="b.npy.json is a folder"):
         VideoWriter(tmp_path / "b.npy", 25, comment="third")
@@ -218,7 +246,9 @@ def test_write_png_and_grid(tmp_path):
 def webp_frames(path):
     """An animated WebP, which FFmpeg does not read: frames (uint8 [H,W,3]), their milliseconds, and other chunks."""
     data, frames, durations, others = path.read_bytes(), [], [], {}
-    assert data[:4] + data[8:12] == b"RIFFWEBP" and struct.unpack("<I", data[4:8])[0] == len(data) - 8
+    assert (
+        data[:4] + data[8:12] == b"RIFFWEBP" and struct.unpack("<I", data[4:8])[0] == len(data) - 8
+    )
     at = 12
     while at < len(data):
         kind, size = data[at : at + 4], struct.unpack("<I", data[at + 4 : at + 8])[0]
@@ -273,7 +303,9 @@ def test_every_format_has_every_frame_true_colors_and_the_comment(tmp_path, name
         for chunk in np.array_split(frames, min(count, 4)):
             video.write(chunk)
     written = frames_in(tmp_path / name)
-    assert len(written) == count and error_to(written, frames) <= (0 if name in ("a.npy", "frames") else 2)
+    assert len(written) == count and error_to(written, frames) <= (
+        0 if name in ("a.npy", "frames") else 2
+    )
     assert comment_in(tmp_path / name) == comment
 
 
@@ -288,7 +320,9 @@ def test_webp_keeps_time(tmp_path, fps):
     assert 10 * np.log10(255**2 / error) > 35
 
 
-@pytest.mark.parametrize("name", ["a.gif", "a.npy"])  # not mp4: x264's code for small frames varies from run to run
+@pytest.mark.parametrize(
+    "name", ["a.gif", "a.npy"]
+)  # not mp4: x264's code for small frames varies from run to run
 def test_a_background_writer_writes_the_same_and_does_not_run_ahead(tmp_path, name):
     chunks = np.array_split(smooth(40), 10)
     with VideoWriter(tmp_path / name, 25) as video:
@@ -306,7 +340,9 @@ def test_errors_of_the_background_come_forward_and_leave_nothing(tmp_path):
     with pytest.raises(ValueError, match="are"):
         with BackgroundWriter(VideoWriter(tmp_path / "a.mp4", 25)) as video:
             video.write(smooth(2))
-            for _ in range(20):  # more than it could hold: it does not wait for a thread that has ended
+            for _ in range(
+                20
+            ):  # more than it could hold: it does not wait for a thread that has ended
                 video.write(smooth(2, size=32))
     with pytest.raises(UserError, match="no frames"):
         with BackgroundWriter(VideoWriter(tmp_path / "a.mp4", 25)):
@@ -354,5 +390,7 @@ for name in ("a.mp4", "a.gif", "a.webp", "a.npy", "frames"):
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0 and "Traceback" not in done.stderr
     lines = done.stdout.splitlines()
-    assert len(lines) == 5 and all(line.startswith("cannot write ") and "large" in line for line in lines)
+    assert len(lines) == 5 and all(
+        line.startswith("cannot write ") and "large" in line for line in lines
+    )
     assert list(tmp_path.iterdir()) == []

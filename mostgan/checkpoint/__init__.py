@@ -25,8 +25,16 @@ from mostgan.config import ModelConfig, UserError
 from mostgan.discriminator import Discriminator
 from mostgan.model import Generator
 
-__all__ = ["find", "from_released_names", "load", "load_discriminator", "load_state", "read_tensors", "read_training",
-           "save"]  # fmt: skip
+__all__ = [
+    "find",
+    "from_released_names",
+    "load",
+    "load_discriminator",
+    "load_state",
+    "read_tensors",
+    "read_training",
+    "save",
+]
 
 CHECKPOINT_NAME = "checkpoint-{:06d}"
 MODEL_FILES = ("config.json", "model.safetensors")

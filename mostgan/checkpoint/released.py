@@ -567,8 +567,10 @@ def _periods(freqs):
     if not len(freqs) or not ((freqs > 1e-6) & (freqs < 7)).all():
         raise UserError(f"its {_FREQUENCIES} are no frequencies")
     longest, shortest = (round(2 * math.pi / float(freqs[i]), 3) for i in (0, -1))
-    near = {period: round(period) if math.isclose(period, round(period), rel_tol=1e-4) else period
-            for period in (longest, shortest)}  # fmt: skip
+    near = {
+        period: round(period) if math.isclose(period, round(period), rel_tol=1e-4) else period
+        for period in (longest, shortest)
+    }
     return dict(shortest_period=near[shortest], max_period=near[longest])
 
 

@@ -29,12 +29,20 @@ from mostgan.metrics.sets import (
 __all__ = ["Scores", "evaluate", "in_a_line", "label", "open_detectors", "score"]
 
 LABELS = {
-    "fvd16": "FVD16", "fvd128": "FVD128", "fvd128_every8": "FVD128, every 8th frame", "fid": "FID of FVD16's frames",
-    "spectrum_distance_db": "temporal spectrum distance (dB)", "static_rate": "static clips",
-    "real_static_rate": "  of the real", "repeating_rate": "long videos that repeat", "recurrence": "mean recurrence",
-    "period": "  median period (frames)", "real_repeating_rate": "real long videos that repeat",
-    "real_recurrence": "  mean recurrence", "real_period": "  median period (frames)",
-}  # fmt: skip
+    "fvd16": "FVD16",
+    "fvd128": "FVD128",
+    "fvd128_every8": "FVD128, every 8th frame",
+    "fid": "FID of FVD16's frames",
+    "spectrum_distance_db": "temporal spectrum distance (dB)",
+    "static_rate": "static clips",
+    "real_static_rate": "  of the real",
+    "repeating_rate": "long videos that repeat",
+    "recurrence": "mean recurrence",
+    "period": "  median period (frames)",
+    "real_repeating_rate": "real long videos that repeat",
+    "real_recurrence": "  mean recurrence",
+    "real_period": "  median period (frames)",
+}
 
 
 class Scores(NamedTuple):

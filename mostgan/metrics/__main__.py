@@ -110,8 +110,10 @@ def protocol_lines(protocol):
             text += f" from {described['times']}, in {protocol['precision']}; sha256 {described['sha256'][:12]}"
         lines.append(f"{which:10}{text}")
     for which in ("video", "frame"):
-        lines.append(f"{which:10}{protocol[which + '_detector']['name']}, sha256 "
-                     f"{protocol[which + '_detector']['sha256'][:12]}")  # fmt: skip
+        lines.append(
+            f"{which:10}{protocol[which + '_detector']['name']}, sha256 "
+            f"{protocol[which + '_detector']['sha256'][:12]}"
+        )
     lines.append(f"protocol  {protocol['protocol']}: {PROTOCOLS[protocol['protocol']]}")
     lines.append(f"seeds     {protocol['seed']} to {protocol['seed'] + protocol['runs'] - 1}")
     return "\n".join(lines)
@@ -125,21 +127,37 @@ def report(runs, results, merged: Scores, sets, protocol, detectors: Detectors, 
     """All that the JSON file says: the results and the whole protocol."""
     cuda = detectors.device.type == "cuda"
     return {
-        "format": "mostgan-metrics", "version": 1, "date": datetime.date.today().isoformat(),
-        "results": results, "not_measured": merged.skipped, "notes": merged.notes, "samples": merged.samples,
+        "format": "mostgan-metrics",
+        "version": 1,
+        "date": datetime.date.today().isoformat(),
+        "results": results,
+        "not_measured": merged.skipped,
+        "notes": merged.notes,
+        "samples": merged.samples,
         "temporal_spectra": [run.spectra for run in runs],
-        "protocol": asdict(protocol) | {
-            "real": sets[0].describe(), "generated": sets[1].describe(), "runs": len(runs), "seed": seed,
+        "protocol": asdict(protocol)
+        | {
+            "real": sets[0].describe(),
+            "generated": sets[1].describe(),
+            "runs": len(runs),
+            "seed": seed,
             "seeds": "run r draws windows, latents and labels anew, keyed by seed + r",
-            "windows": {name: {"frames": window.frames, "stride": window.stride, "frame_stride": stride}
-                        for window, names in protocol.video_metrics.items() for name, stride in names.items()},
-            "video_detector": describe_detector(detectors.video), "frame_detector": describe_detector(detectors.frame),
-            "detector_precision": "float32", "statistics_precision": "float64", "covariance": "population",
+            "windows": {
+                name: {"frames": window.frames, "stride": window.stride, "frame_stride": stride}
+                for window, names in protocol.video_metrics.items()
+                for name, stride in names.items()
+            },
+            "video_detector": describe_detector(detectors.video),
+            "frame_detector": describe_detector(detectors.frame),
+            "detector_precision": "float32",
+            "statistics_precision": "float64",
+            "covariance": "population",
             "tf32_convolutions": cuda and torch.backends.cudnn.allow_tf32,
-            "device": torch.cuda.get_device_name() if cuda else "cpu", "processes": distributed.size(),
+            "device": torch.cuda.get_device_name() if cuda else "cpu",
+            "processes": distributed.size(),
             "torch": torch.__version__,
         },
-    }  # fmt: skip
+    }
 
 
 # ------------------------------------------------------------------------------------------------------- command line
@@ -229,8 +247,11 @@ def run(
         folder, name = Path("."), f"{first.resolve().stem}-{second.resolve().stem}"
     scores = []
     for number in range(seed, seed + runs):
-        made = (GeneratedSet(generator, protocol, number, conditions) if second is None
-                else ClipSet(other, protocol, number, from_start=not random_windows))  # fmt: skip
+        made = (
+            GeneratedSet(generator, protocol, number, conditions)
+            if second is None
+            else ClipSet(other, protocol, number, from_start=not random_windows)
+        )
         sets = ClipSet(clips, protocol, number), made
         scores.append(score(*sets, protocol, detectors))
     if not distributed.main():

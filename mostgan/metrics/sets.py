@@ -118,8 +118,10 @@ class ClipSet:
             ]
         elif len(usable) > self.protocol.clips:
             usable = np.random.default_rng(key).permutation(usable)[: self.protocol.clips]
-        starts = [0 if self.from_start else np.random.default_rng([*key, clip]).integers(spare + 1)
-                  for clip, spare in zip(usable, self.clips.lengths[usable] - window.span)]  # fmt: skip
+        starts = [
+            0 if self.from_start else np.random.default_rng([*key, clip]).integers(spare + 1)
+            for clip, spare in zip(usable, self.clips.lengths[usable] - window.span)
+        ]
         return list(zip(usable.tolist(), map(int, starts)))
 
     def batches(self, window, rank, world):
@@ -148,10 +150,18 @@ class ClipSet:
 
     def describe(self):
         settings = self.clips.info.get("settings", {})
-        return {"data": str(self.clips.path), "checksum": data_checksum(self.clips), "total": len(self.clips),
-                "resolution": self.clips.resolution, "fps": self.clips.fps, "builtin": self.clips.builtin,
-                "crop": settings.get("crop", "center"), "split": settings.get("split"), "settings": settings,
-                "window": "its first n frames" if self.from_start else "n frames at random"}  # fmt: skip
+        return {
+            "data": str(self.clips.path),
+            "checksum": data_checksum(self.clips),
+            "total": len(self.clips),
+            "resolution": self.clips.resolution,
+            "fps": self.clips.fps,
+            "builtin": self.clips.builtin,
+            "crop": settings.get("crop", "center"),
+            "split": settings.get("split"),
+            "settings": settings,
+            "window": "its first n frames" if self.from_start else "n frames at random",
+        }
 
 
 @dataclass(frozen=True)

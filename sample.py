@@ -1,12 +1,13 @@
-"""Sample video from a checkpoint, streamed in constant memory. Options that fit together may be combined.
+"""Sample video from a checkpoint, streamed in constant memory. Options that fit together may be
+combined.
 
-python sample.py --frames 1024                      # the newest run's newest checkpoint → samples/<run>-seed0.mp4
-python sample.py --start 10000000 --frames 256      # a stretch of an endless video, rendered alone
-python sample.py --loop 10 --out loop.gif           # 10 seconds that repeat without a seam
-python sample.py --start 500 --speed -0.25          # from frame 500 backwards, in slow motion
-python sample.py --grid 4x4 --rows motion --columns content         # all of a column look, of a row move alike
-python sample.py --content-seeds 1 2 3 --motion-seed 7              # content changes while the motion runs on
-python sample.py --motion-style 0=0 3=2             # without style 0, style 3 twice as strong
+python sample.py --frames 1024                  # the newest run → samples/<run>-seed0.mp4
+python sample.py --start 10000000 --frames 256  # a stretch of an endless video, rendered alone
+python sample.py --loop 10 --out loop.gif       # 10 seconds that repeat without a seam
+python sample.py --start 500 --speed -0.25      # from frame 500 backwards, in slow motion
+python sample.py --grid 4x4 --rows motion --columns content   # a row moves, a column looks alike
+python sample.py --content-seeds 1 2 3 --motion-seed 7        # content changes, motion runs on
+python sample.py --motion-style 0=0 3=2         # without style 0, style 3 twice as strong
 """
 
 import dataclasses
@@ -41,7 +42,9 @@ class Options:
     checkpoint: Path | None = None
     """a run folder or one checkpoint in it; default: the newest checkpoint in runs/"""
     out: Path | None = None
-    """.mp4, .gif, .webp, .npy, or no suffix for a folder of PNGs; default samples/<run>-seed<seed>.mp4"""
+    """.mp4, .gif, .webp, .npy, or no suffix for a folder of PNGs; default
+    samples/<run>-seed<seed>.mp4
+    """
     force: bool = False
     """write over a file that is there"""
     crf: int = 17
@@ -81,13 +84,19 @@ class Options:
     precision: Literal["bf16", "float32"] = "bf16" if torch.cuda.is_available() else "float32"
     """of the convolutions"""
     compile: bool = torch.cuda.is_available()
-    """torch.compile the synthesis network: a minute or so before the first frame, and faster from there on"""
+    """torch.compile the synthesis network: a minute or so before the first frame, and faster from
+    there on
+    """
     kernels: Literal["auto", "triton", "reference"] = "auto"
-    """what the ops of kernels/ run as on a GPU: auto is the fastest that agrees with plain PyTorch, measured once"""
+    """what the ops of kernels/ run as on a GPU: auto is the fastest that agrees with plain PyTorch,
+    measured once
+    """
 
 
 def sample(options: Options):
-    """Render and write a video. Returns whether it is complete: Ctrl-C ends it early. Raises UserError."""
+    """Render and write a video. Returns whether it is complete: Ctrl-C ends it early. Raises
+    UserError.
+    """
     stop = stop_signal()
     path = checkpoint.find(options.checkpoint)
     name = (
@@ -149,10 +158,12 @@ def sample(options: Options):
     seconds = time.perf_counter() - started
     per_frame = 1000 / (done * rows * columns)
     print(
-        f"{out}: {done} frame{'s' * (done > 1)} of {rows * columns} clip{'s' * (rows * columns > 1)} from {path}"
+        f"{out}: {done} frame{'s' * (done > 1)} of {rows * columns} "
+        f"clip{'s' * (rows * columns > 1)} from {path}"
     )
     print(
-        f"{seconds * per_frame:.2f} ms/frame: rendering and transfer {rendering * per_frame:.2f}, and beside them "
+        f"{seconds * per_frame:.2f} ms/frame: rendering and transfer {rendering * per_frame:.2f}, "
+        "and beside them "
         f"encoding {writer.seconds * per_frame:.2f}; "
         f"peak memory {peak_memory_mb(device):.0f} MB, on {device}, {options.precision}, "
         f"{'compiled' if options.compile else 'not compiled'}, kernels: {kernels.summary(device)}"
@@ -161,7 +172,9 @@ def sample(options: Options):
 
 
 def stop_signal():
-    """An event that Ctrl-C or SIGTERM sets. A second one is a KeyboardInterrupt, which leaves no video."""
+    """An event that Ctrl-C or SIGTERM sets. A second one is a KeyboardInterrupt, which leaves no
+    video.
+    """
     stop = threading.Event()
 
     def handle(number, frame):
@@ -175,7 +188,9 @@ def stop_signal():
 
 
 def way_through_time(options, rate):
-    """--speed, --fps, --loop → (frames per second, frames in all, render's step and loop). rate: the dataset's fps."""
+    """--speed, --fps, --loop → (frames per second, frames in all, render's step and loop). rate:
+    the dataset's fps.
+    """
     for name in ("fps", "loop", "content_seconds"):
         value = getattr(options, name)
         if value is not None and not 0 < value < 1e9:
@@ -189,8 +204,10 @@ def way_through_time(options, rate):
 def print_loop(config, fps, rate, step, loop):
     pace, anchors = loop_step(config, step, loop)
     print(
-        f"a loop of {loop} frame{'s' * (loop > 1)} ({float(loop / fps):g} s) goes through {anchors} motion "
-        f"anchor{'s' * (anchors > 1)}, {config.motion_distance} frames apart: speed {float(pace * fps / rate):.4g}"
+        f"a loop of {loop} frame{'s' * (loop > 1)} ({float(loop / fps):g} s) goes through "
+        f"{anchors} motion "
+        f"anchor{'s' * (anchors > 1)}, {config.motion_distance} frames apart: speed "
+        f"{float(pace * fps / rate):.4g}"
     )
 
 
@@ -240,7 +257,8 @@ def parse_gains(texts):
 
 
 def describe(options, path, fps):
-    """What the file remembers of its making: the checkpoint's name and hash, and every option that decides a frame.
+    """What the file remembers of its making: the checkpoint's name and hash, and every option that
+    decides a frame.
 
     fps: that of the video, for which the options may hold None.
     """
@@ -262,7 +280,9 @@ def describe(options, path, fps):
 
 
 def dataset_fps(path):
-    """Frames per second of a checkpoint's data; of an older one, the preset's of its run, else 25."""
+    """Frames per second of a checkpoint's data; of an older one, the preset's of its run, else
+    25.
+    """
     fps = checkpoint.read_config(path).fps
     if fps is not None:
         return fps
@@ -281,7 +301,8 @@ if __name__ == "__main__":
         sys.exit(2)
     except torch.OutOfMemoryError:
         sys.exit(
-            "sample.py: the GPU's memory is too small for so many clips at once: choose a smaller --grid"
+            "sample.py: the GPU's memory is too small for so many clips at once: choose a smaller "
+            "--grid"
         )
     except KeyboardInterrupt:
         sys.exit("sample.py: interrupted; nothing was written")

@@ -1,10 +1,11 @@
-"""Train MoStGAN-V. Read this first, top to bottom: data → G step → D step → R1 → EMA → ADA → log → save (spec §8).
+"""Train MoStGAN-V. Read this first, top to bottom: data → G step → D step → R1 → EMA → ADA → log →
+save (spec §8).
 
-python train.py --dataset sky                       # data/sky if it is there, else the built-in procedural sky
+python train.py --dataset sky                   # data/sky, or without it the built-in sky
 python train.py --dataset ffs --data faces.zip --rank 3
-python train.py --resume runs/00000-sky-builtin-tiny        # go on where it stopped
-python train.py --data clips --start-from runs/released     # fine-tune a checkpoint on other clips
-torchrun --nproc_per_node=8 train.py --dataset sky  # the same run on eight GPUs
+python train.py --resume runs/00000-sky-builtin-tiny     # go on where it stopped
+python train.py --data clips --start-from runs/released  # fine-tune a checkpoint on other clips
+torchrun --nproc_per_node=8 train.py --dataset sky       # the same run on eight GPUs
 """
 
 import argparse
@@ -52,7 +53,9 @@ LONGEST_SPAN = 32  # frames of a clip lie at most this far apart (spec §8)
 
 
 def train(config: TrainConfig, out: Path | None = None, resume: Resume | None = None):
-    """Train to the end, or to a signal. out: the folder of a new run; resume: the run to go on with, and from where."""
+    """Train to the end, or to a signal. out: the folder of a new run; resume: the run to go on
+    with, and from where.
+    """
     if config.deterministic:
         make_deterministic()
     device, main = pick_device(), distributed.main()
@@ -106,7 +109,8 @@ def train(config: TrainConfig, out: Path | None = None, resume: Resume | None = 
     saver = Saver(run, saved, config.save_minutes, config.keep_checkpoints, bar.write)
     started = time.perf_counter() - state.seconds
     gc.collect()
-    gc.freeze()  # what exists now lives to the end: Python's garbage collector need not look at it every step
+    # what exists now lives to the end: Python's garbage collector need not look at it every step
+    gc.freeze()
     atexit.register(gc.unfreeze)
     stopping = False
     while state.frames < total and not stopping:
@@ -127,7 +131,8 @@ def train(config: TrainConfig, out: Path | None = None, resume: Resume | None = 
         if main and device.type == "cuda" and state.frames - first == config.frames_per_step:
             bar.write(f"kernels: {kernels.summary(device)}")
         state.seconds = time.perf_counter() - started
-        # Read once, and the same in every process: a signal after this line waits for the next step to be saved.
+        # Read once, and the same in every process: a signal after this line waits for the next step
+        # to be saved.
         stopping, overdue = distributed.any_of(stop.requested, saver.due())
         shown = passes(state, config, config.snapshot_kframes) or state.frames >= total
         scores = {}
@@ -154,7 +159,8 @@ def train(config: TrainConfig, out: Path | None = None, resume: Resume | None = 
             )
             if line["skipped_steps"] and main:
                 bar.write(
-                    f"warning: {line['skipped_steps']} optimizer steps before step {state.step} were left out: "
+                    f"warning: {line['skipped_steps']} optimizer steps before step {state.step} "
+                    "were left out: "
                     "a loss or gradient was not finite"
                 )
             stats.skips.check(
@@ -185,7 +191,9 @@ def train(config: TrainConfig, out: Path | None = None, resume: Resume | None = 
 
 
 class Objectives(NamedTuple):
-    """The functions of loss.py that a step differentiates; each compiled as one graph if the config says so."""
+    """The functions of loss.py that a step differentiates; each compiled as one graph if the config
+    says so.
+    """
 
     generator: Callable
     discriminator: Callable
@@ -206,7 +214,8 @@ def objectives(config, backend="inductor"):
 def generator_step(state, draw, objective, config, stats):
     """Make D take generated clips for real ones, and motion styles differ (paper 3.4).
 
-    Returns, per piece of the batch, what the D step needs of its generated clips: see `discriminator_step`.
+    Returns, per piece of the batch, what the D step needs of its generated clips: see
+    `discriminator_step`.
     """
     G, D, fakes, total, w_mean = state.G, state.D, [], 0.0, 0.0
     keeps_graph = config.shared_fakes and not config.compile
@@ -251,8 +260,9 @@ def discriminator_step(state, real, fakes, draw, objective, config, stats):
 
 
 def r1_step(state, real, draw, objective, config, stats):
-    """R1, lazily: every r1_interval steps and that many times as strong. In float32, for its gradients are small
-    (a GPU's convolutions round to tf32, as is PyTorch's default)."""
+    """R1, lazily: every r1_interval steps and that many times as strong. In float32, for its
+    gradients are small (a GPU's convolutions round to tf32, as is PyTorch's default).
+    """
     D, total = state.D, 0.0
     for _, piece in zip(draw.shares("R1"), real):
         penalty = objective(D, piece, draw.augmentation())
@@ -264,7 +274,9 @@ def r1_step(state, real, draw, objective, config, stats):
 
 
 class Draws:
-    """Everything that one step draws at random, from streams keyed by (seed, step, phase, piece of the batch)."""
+    """Everything that one step draws at random, from streams keyed by (seed, step, phase, piece of
+    the batch).
+    """
 
     def __init__(self, config, clips, device, state):
         self.config, self.clips, self.device, self.ada_p = config, clips, device, state.ada_p
@@ -273,15 +285,20 @@ class Draws:
         self.start("G", 0)
 
     def start(self, phase, piece):
-        """Start the streams of a piece, numbered in the whole batch, in a phase of the step: "G", "D" or "R1"."""
-        # The 2 keeps them apart from the loader's streams; numpy takes a key [a, b] for the same as [a, b, 0].
+        """Start the streams of a piece, numbered in the whole batch, in a phase of the step: "G",
+        "D" or "R1".
+        """
+        # The 2 keeps them apart from the loader's streams; numpy takes a key [a, b] for the same as
+        # [a, b, 0].
         key = [self.config.seed, 2, self.step, ("G", "D", "R1").index(phase), piece]
         self.rng = np.random.default_rng(key)
         for generator, seed in zip((self.host, self.on_device), self.rng.integers(2**62, size=2)):
             generator.manual_seed(int(seed))
 
     def shares(self, phase):
-        """The pieces of the batch that are this process's, by number; their streams start as they come."""
+        """The pieces of the batch that are this process's, by number; their streams start as they
+        come.
+        """
         count = self.config.batch_split // distributed.size()
         for piece in range(distributed.rank() * count, (distributed.rank() + 1) * count):
             self.start(phase, piece)
@@ -293,7 +310,9 @@ class Draws:
         )
 
     def pieces(self, real):
-        """This process's real clips in pieces of (frames float [N, 3, H, W], t [B, T], label or None)."""
+        """This process's real clips in pieces of (frames float [N, 3, H, W], t [B, T], label or
+        None).
+        """
         frames = real.frames.float() / 127.5 - 1
         conditional = self.config.model.num_labels > 0
         return [
@@ -332,7 +351,9 @@ class Draws:
         return Latents(z, torch.from_numpy(t).to(device), noise, first_anchor, label)
 
     def augmentation(self):
-        """ADA's transforms of a piece, one per clip, or None. Drawn at p = 0 too: a compiled step never changes."""
+        """ADA's transforms of a piece, one per clip, or None. Drawn at p = 0 too: a compiled step
+        never changes.
+        """
         if self.config.augment == "none":
             return None
         size, T = self.config.model.resolution, self.config.model.frames_per_clip
@@ -343,16 +364,20 @@ class Draws:
 
 
 def make_adam(module, lr, interval):
-    """Adam with the lazy-regularization correction: one step in `interval` + 1 is the regularizer's (spec §8)."""
+    """Adam with the lazy-regularization correction: one step in `interval` + 1 is the regularizer's
+    (spec §8).
+    """
     c = interval / (interval + 1)
     return torch.optim.Adam(module.parameters(), lr * c, betas=(0.0, 0.99**c), eps=1e-8, fused=True)
 
 
 def optimize(adam, phase, loss, stats, *also):
-    """An Adam step by the gradients of all processes; left out, and counted, if the loss or a gradient is not finite.
+    """An Adam step by the gradients of all processes; left out, and counted, if the loss or a
+    gradient is not finite.
 
-    loss, also: float32 tensors, added up over all processes together with the gradients. Returns 1.0 if left out, else
-    0.0, as a tensor: nothing waits for it, since fused Adam itself does nothing where found_inf is 1.
+    loss, also: float32 tensors, added up over all processes together with the gradients. Returns
+    1.0 if left out, else 0.0, as a tensor: nothing waits for it, since fused Adam itself does
+    nothing where found_inf is 1.
     """
     parameters = [p for group in adam.param_groups for p in group["params"]]
     distributed.sum_([*(p.grad for p in parameters if p.grad is not None), loss, *also])
@@ -397,10 +422,13 @@ def passes(state, config, kframes):
 
 
 def with_data(config, clips):
-    """The configuration with what the data decides: the size of a clip's condition, and the frame rate."""
+    """The configuration with what the data decides: the size of a clip's condition, and the frame
+    rate.
+    """
     if config.conditional and not clips.num_labels:
         raise UserError(
-            f"--conditional needs labels, but {clips.path} has none: leave it out, or add a dataset.json"
+            f"--conditional needs labels, but {clips.path} has none: leave it out, or add a "
+            "dataset.json"
         )
     model = dataclasses.replace(
         config.model,
@@ -425,7 +453,8 @@ def with_shares(config):
     )
     if split != config.batch_split:
         distributed.say(
-            f"batch_split is {split} instead of {config.batch_split}, for {processes} processes to share"
+            f"batch_split is {split} instead of {config.batch_split}, for {processes} processes to "
+            "share"
         )
     return dataclasses.replace(config, batch_split=split)
 
@@ -447,11 +476,13 @@ def print_start(config, clips, run, device, state):
         else f"CPU, {torch.get_num_threads()} threads"
     )
     distributed.say(
-        f"{run}: preset {config.preset}, {config.model.resolution}², on {where}, {config.precision}, "
+        f"{run}: preset {config.preset}, {config.model.resolution}², on {where}, "
+        f"{config.precision}, "
         f"{'compiled' if config.compile else 'not compiled'}, kernels: {kernels.chosen(device)}"
     )
     distributed.say(
-        f"data: {clips.path}, {len(clips)} clips of {clips.lengths.min()} to {clips.lengths.max()} frames"
+        f"data: {clips.path}, {len(clips)} clips of {clips.lengths.min()} to {clips.lengths.max()} "
+        "frames"
     )
     if clips.builtin:
         distributed.say(
@@ -460,17 +491,21 @@ def print_start(config, clips, run, device, state):
         )
     distributed.say(
         f"generator {millions[0]:.1f} M parameters, discriminator {millions[1]:.1f} M; "
-        f"{config.total_kframes:g} k frames in steps of {config.batch_clips} clips × {config.model.frames_per_clip}"
+        f"{config.total_kframes:g} k frames in steps of {config.batch_clips} clips × "
+        f"{config.model.frames_per_clip}"
     )
     if config.preset == "tiny":
         minutes = max(1, round((config.total_kframes - state.frames / 1000) / 5))
         distributed.say(
-            f"the tiny preset takes about {minutes} min for this on two cores; Ctrl-C saves and stops"
+            f"the tiny preset takes about {minutes} min for this on two cores; Ctrl-C saves and "
+            "stops"
         )
 
 
 def fine_tuning(config, path):
-    """config with the model of the checkpoint at path, and with an average that keeps what the checkpoint's has."""
+    """config with the model of the checkpoint at path, and with an average that keeps what the
+    checkpoint's has.
+    """
     if Path(path).is_file() and not path.endswith((".json", ".safetensors")):
         raise UserError(
             f"{path} is a file, and a checkpoint is a folder. Import a released snapshot with: "
@@ -488,11 +523,15 @@ class Options:
     out: Path | None = None
     """run folder; default runs/<n>-<dataset>-<preset>"""
     resume: Path | None = None
-    """go on with this run, or from this checkpoint; alone: with the run in --out or a new one there, else the newest"""
+    """go on with this run, or from this checkpoint; alone: with the run in --out or a new one
+    there, else the newest
+    """
 
 
 def parse(args):
-    """Command line → Options and Resume or None: a preset, or the resumed run's config, with any field overridden."""
+    """Command line → Options and Resume or None: a preset, or the resumed run's config, with any
+    field overridden.
+    """
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("--preset", default="paper256" if torch.cuda.is_available() else "tiny")
     early.add_argument("--dataset", default="sky")

@@ -22,9 +22,9 @@ import torch
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # before this folder's kernels.py
-from mostgan import frechet  # noqa: E402
 from mostgan.config import UserError  # noqa: E402
 from mostgan.data import Clips  # noqa: E402
+from mostgan.metrics import frechet  # noqa: E402
 from mostgan.prepare import prepare  # noqa: E402
 
 FRAMES, SPLITS = 16, 8

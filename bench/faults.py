@@ -1,11 +1,13 @@
-"""Is anything lost? Kills, full disks, damaged checkpoints, signals and a killed process, on a tiny run.
+"""Is anything lost? Kills, full disks, damaged checkpoints, signals and a killed process, on a tiny
+run.
 
     python bench/faults.py [--kills 30 …] [--out bench/results/faults-cpu.json]
 
-A drill whose number is 0 is left out, and what the file already holds of it is kept.
-Each time the same command is started again until the run is finished; its parameters and the whole training state must
-then have the bits of a run that was never interrupted, and stats.jsonl one line per step. Then: what checkpoints cost
-the preset `tiny`. Runs on CPUs, one thread a process, in a temporary folder; takes about half an hour.
+A drill whose number is 0 is left out, and what the file already holds of it is kept. Each time the
+same command is started again until the run is finished; its parameters and the whole training state
+must then have the bits of a run that was never interrupted, and stats.jsonl one line per step.
+Then: what checkpoints cost the preset `tiny`. Runs on CPUs, one thread a process, in a temporary
+folder; takes about half an hour.
 """
 
 import argparse
@@ -40,13 +42,17 @@ ROOT = Path(__file__).resolve().parents[1]
 STEPS, CLIPS, FRAMES = 60, 4, 3
 PATIENCE = 1800  # seconds, on a machine that others use too
 MODEL = (
-    "--resolution 32 --channel-base 128 --channel-max 8 --z-dim 16 --w-dim 16 --motion-noise-dim 16 "
-    "--motion-code-dim 16 --num-frequencies 8 --motion-vector-dim 8 --motion-styles 2 --motion-resolutions 16 "
+    "--resolution 32 --channel-base 128 --channel-max 8 --z-dim 16 --w-dim 16 --motion-noise-dim "
+    "16 "
+    "--motion-code-dim 16 --num-frequencies 8 --motion-vector-dim 8 --motion-styles 2 "
+    "--motion-resolutions 16 "
     "--discriminator-hidden-dim 16 --mbstd-group 2"
 )
 RUN = (
-    f"--preset tiny {MODEL} --batch-clips {CLIPS} --batch-split 2 --augment bgc --ada-kclips 0.5 --r1-interval 4 "
-    f"--log-kframes {CLIPS * FRAMES / 1000} --save-minutes 0.01 --total-kframes {{kframes}} --out {{out}} --resume"
+    f"--preset tiny {MODEL} --batch-clips {CLIPS} --batch-split 2 --augment bgc --ada-kclips 0.5 "
+    "--r1-interval 4 "
+    f"--log-kframes {CLIPS * FRAMES / 1000} --save-minutes 0.01 --total-kframes {{kframes}} --out "
+    f"{{out}} --resume"
 )
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--max-restarts=3"]
 
@@ -97,7 +103,9 @@ class Run:
         return any(self.out.glob(".saving-*"))
 
     def wait(self, process, until, seconds=PATIENCE):
-        """Wait until until() or the process's end, whichever is first. Returns whether it still runs."""
+        """Wait until until() or the process's end, whichever is first. Returns whether it still
+        runs.
+        """
         deadline = time.monotonic() + seconds
         while process.poll() is None and not until():
             if time.monotonic() > deadline:
@@ -121,12 +129,15 @@ class Run:
         steps = [json.loads(line)["step"] for line in self.text("stats.jsonl").splitlines()]
         if differ or steps != list(range(1, self.steps + 1)):
             raise Failed(
-                f"{self.out}: {len(differ)} tensors and values differ ({differ[:3]}); steps logged: {steps}"
+                f"{self.out}: {len(differ)} tensors and values differ ({differ[:3]}); steps "
+                f"logged: {steps}"
             )
 
 
 def kills(folder, rng, count, reference):
-    """SIGKILL at random moments from the start of the process on, every other one aimed at a save."""
+    """SIGKILL at random moments from the start of the process on, every other one aimed at a
+    save.
+    """
     inside, lost, runs, done = 0, 0, 0, 0
     run = Run(folder / "killed-0")
     while done < count:
@@ -162,7 +173,9 @@ def kills(folder, rng, count, reference):
 
 
 def full_disks(folder, rng, count, reference):
-    """Files may not grow beyond 100 kB from the first checkpoint on: until a save has failed, or until the end."""
+    """Files may not grow beyond 100 kB from the first checkpoint on: until a save has failed, or
+    until the end.
+    """
     to_the_end = 0
     for i in range(count):
         run = Run(folder / f"full-{i}")
@@ -233,9 +246,11 @@ def signals(folder, rng, count, reference):
 
 
 def killed_ranks(folder, rng, count, reference):
-    """SIGKILL of one of two processes under torchrun, which restarts them; nobody starts anything again.
+    """SIGKILL of one of two processes under torchrun, which restarts them; nobody starts anything
+    again.
 
-    The reference is the run of one process: with two pieces of a batch in all, the bits are the same.
+    The reference is the run of one process: with two pieces of a batch in all, the bits are the
+    same.
     """
     redone = 0
     for i in range(count):
@@ -271,8 +286,10 @@ def workers(parent):
 
 
 def cost(folder):
-    """What share of a run of the preset `tiny` its checkpoints take at the default interval, upper bound: the time that
-    training waits, and the time that the writing thread takes, as if it all were taken from training."""
+    """What share of a run of the preset `tiny` its checkpoints take at the default interval, upper
+    bound: the time that training waits, and the time that the writing thread takes, as if it all
+    were taken from training.
+    """
     torch.set_num_threads(1)
     config = dataclasses.replace(train_preset("tiny", "sky"), total_kframes=0.96)
     training.train(config, folder / "cost")

@@ -1,17 +1,19 @@
-"""The measurements that need a GPU, in parts: `bash bench/gpu.sh` runs this with its caches in one folder.
+"""The measurements that need a GPU, in parts: `bash bench/gpu.sh` runs this with its caches in one
+folder.
 
     sample    ms per frame, and frames brought to host memory
     train     a training step, phase by phase, R1 last
     tests     every kernel against its plain PyTorch twin, in parallel processes
     kernels   every op at the paper's shapes, beside its floor
 
-Without names all parts run, in this order. Each has a limit of at most 8 minutes, all together of 24. A part writes
-<out>/<part>.json row by row and <out>/<part>.log, so that being cut off loses one row. It needs torch, triton, numpy,
-safetensors and pytest. Parts that have run are gathered in <out>/<device>.json, and a table compares what was reached
-with the target, and with the floor that the same run measured.
+Without names all parts run, in this order. Each has a limit of at most 8 minutes, all together of
+24. A part writes <out>/<part>.json row by row and <out>/<part>.log, so that being cut off loses one
+row. It needs torch, triton, numpy, safetensors and pytest. Parts that have run are gathered in
+<out>/<device>.json, and a table compares what was reached with the target, and with the floor that
+the same run measured.
 
---dry-run runs all of it on a CPU in tiny shapes, with torch.compile's aot_eager backend, and without the packages that
-a bare machine lacks: only to find mistakes in these programs.
+--dry-run runs all of it on a CPU in tiny shapes, with torch.compile's aot_eager backend, and
+without the packages that a bare machine lacks: only to find mistakes in these programs.
 """
 
 import argparse
@@ -86,7 +88,9 @@ def run_command(command, log, limit):
 
 
 def run_tests(out, log, limit, dry):
-    """Runs all test processes at once; writes a row as each of them ends. Returns what failed, or None."""
+    """Runs all test processes at once; writes a row as each of them ends. Returns what failed, or
+    None.
+    """
     chosen = {"choose": [*TESTS["choose"], "-k", "wrong or fastest"]} if dry else TESTS
     running, rows = {}, []
     for name, arguments in chosen.items():

@@ -1,16 +1,20 @@
-"""Each kernel at the paper's 256² shapes: Triton, compiled and eager reference, and how far from the device's limits.
+"""Each kernel at the paper's 256² shapes: Triton, compiled and eager reference, and how far from
+the device's limits.
 
-    python bench/kernels.py [--frames 1 16 64 192] [--dtype bfloat16] [--compile-at 64] [--only mostatt] [--out FILE]
+    python bench/kernels.py [--frames 1 16 64 192] [--dtype bfloat16] [--compile-at 64]
+                            [--only mostatt] [--out FILE]
     python bench/kernels.py --aot [--quick] [--out FILE] [--readme kernels/README.md]
 
-A row is an op of one layer on the frames of one clip. Floor: the larger of its bytes (each tensor once) at the rate of
-a large copy and its arithmetic (twice the multiply-adds) at that of a large matrix product, both measured in the same
-run. "conv" is the convolution with one kernel per frame; eagerly that is one grouped cuDNN convolution, and "unfolded"
-is the same by batched matrix products. Times are medians with the second-level cache emptied. Compiling takes seconds a
-shape, so the compiled one is timed at --compile-at frames only.
+A row is an op of one layer on the frames of one clip. Floor: the larger of its bytes (each tensor
+once) at the rate of a large copy and its arithmetic (twice the multiply-adds) at that of a large
+matrix product, both measured in the same run. "conv" is the convolution with one kernel per frame;
+eagerly that is one grouped cuDNN convolution, and "unfolded" is the same by batched matrix
+products. Times are medians with the second-level cache emptied. Compiling takes seconds a shape, so
+the compiled one is timed at --compile-at frames only.
 
-On a CPU there is no Triton: the reference alone runs, at two small shapes. --aot needs no GPU: it compiles what every
-launcher launches for A100, H100 and B200 (sm_80, sm_90, sm_100) and prints registers, shared memory and spills.
+On a CPU there is no Triton: the reference alone runs, at two small shapes. --aot needs no GPU: it
+compiles what every launcher launches for A100, H100 and B200 (sm_80, sm_90, sm_100) and prints
+registers, shared memory and spills.
 """
 
 import argparse
@@ -38,7 +42,7 @@ AOT_LAYERS = [
     (torch.bfloat16, 128, 1, 8),
     (torch.bfloat16, 16, 10, 10),
     (torch.float32, 16, 1, 8),
-]  # fmt: skip  dtype, resolution, rank, K
+]
 
 
 def channels(resolution):
@@ -49,11 +53,13 @@ def channels(resolution):
 BACKWARD_BYTES = {"mostatt": 1, "conv": 2, "epilogue": 1.5}  # of the forward's; the linear ops': 1
 
 
-# -------------------------------------------------------------------------------------------------------------- cases
+# -------------------------------------------------------------------------------------------- cases
 
 
 def cases(frames, resolutions, dtype, device):
-    """(op, shape, inputs, triton and reference as functions of them, bytes, flop) of every op, layer by layer."""
+    """(op, shape, inputs, triton and reference as functions of them, bytes, flop) of every op,
+    layer by layer.
+    """
 
     def t(*shape, dtype=dtype, last=True):
         x = torch.randn(shape, device=device, dtype=dtype)
@@ -154,7 +160,7 @@ def backward(op):
     return of
 
 
-# ------------------------------------------------------------------------------------------------------------- timing
+# ------------------------------------------------------------------------------------------- timing
 
 
 def milliseconds(run, device):
@@ -184,7 +190,9 @@ def ceilings(dtype, device):
 
 
 def choose_mode(device):
-    """The Triton kernels on a GPU, whatever else would be faster: they are what the table is about."""
+    """The Triton kernels on a GPU, whatever else would be faster: they are what the table is
+    about.
+    """
     kernels.use("triton" if device == "cuda" else "reference")
 
 
@@ -252,7 +260,9 @@ def measure(args, dtype, device, result):
 
 
 def show(row):
-    """One line of the table: rates and the fraction of the floor are of Triton's time, or else of the eager one."""
+    """One line of the table: rates and the fraction of the floor are of Triton's time, or else of
+    the eager one.
+    """
     times = (row["triton_ms"], row["compiled_ms"], row["eager_ms"])
     cells = "".join(f"{'–':>10}" if ms is None else f"{ms:10.4f}" for ms in times)
     ms = row["triton_ms"] or row["eager_ms"]
@@ -264,13 +274,14 @@ def show(row):
     print(f"{row['op']:22}{row['layer']:>20}{row['frames']:>7}{cells}{rates}", flush=True)
 
 
-# ------------------------------------------------------------------------------------------- ahead-of-time compilation
+# ------------------------------------------------------------------------ ahead-of-time compilation
 
 
 class CompileOnly:
     """Stands in for Triton's driver: launches compile for another architecture, and nothing runs.
 
-    Inside `with CompileOnly(90) as rows`, launchers are given tensors on `meta`; rows has a line per program.
+    Inside `with CompileOnly(90) as rows`, launchers are given tensors on `meta`; rows has a line
+    per program.
     """
 
     def __init__(self, arch):
@@ -327,7 +338,9 @@ class CompileOnly:
 
 
 def resources(compiled):
-    """Shared memory of a program in bytes; registers, and bytes of stack (what it spills), of a thread."""
+    """Shared memory of a program in bytes; registers, and bytes of stack (what it spills), of a
+    thread.
+    """
     import triton
 
     cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -352,8 +365,11 @@ def show_resources(row):
 
 
 def compile_all(quick=False):
-    """Every launcher on meta tensors at the paper's shapes, for all architectures; quick: at one shape."""
-    from kernels import fir, modconv, mostatt, mostatt_backward  # noqa: F401  functions, where an op has the name
+    """Every launcher on meta tensors at the paper's shapes, for all architectures; quick: at one
+    shape.
+    """
+    # Functions, where an op has the name:
+    from kernels import fir, modconv, mostatt, mostatt_backward  # noqa: F401
 
     names = ("fir", "modconv", "mostatt", "mostatt_backward")
     module = {name: sys.modules[f"kernels.{name}"] for name in names}
@@ -370,7 +386,8 @@ def compile_all(quick=False):
 def launch_all(module, dtype, r, rank, K, N=64, orders=3):
     """Launch every kernel for conv0 of the block at resolution r, forward and backward.
 
-    As training has them: weights, content styles, scores and demodulation in float32, the rest in dtype.
+    As training has them: weights, content styles, scores and demodulation in float32, the rest in
+    dtype.
     """
 
     def t(*shape, dtype=dtype):
@@ -408,7 +425,9 @@ MARK = "<!-- made by bench/kernels.py --aot; what follows is overwritten -->\n"
 
 
 def write_report(path, rows):
-    """Puts the table of resources behind the mark in a README: of each kernel, the hungriest program."""
+    """Puts the table of resources behind the mark in a README: of each kernel, the hungriest
+    program.
+    """
     import triton
 
     most = {}
@@ -417,8 +436,10 @@ def write_report(path, rows):
         most[key] = max(row, most.get(key, row), key=lambda row: row["registers"])
     spilled = sum(row["spilled"] > 0 for row in rows)
     lines = [
-        f"{len(rows)} programs, Triton {triton.__version__}, {date.today()}; {spilled} of them spill.",
-        "A cell is shared memory of a program and registers of a thread, of the program of a kernel that",
+        f"{len(rows)} programs, Triton {triton.__version__}, {date.today()}; {spilled} of them "
+        "spill.",
+        "A cell is shared memory of a program and registers of a thread, of the program of a "
+        "kernel that",
         "needs most registers.",
         "",
         "| kernel | dtype | tile | warps, stages | "

@@ -1,17 +1,20 @@
-"""ms per generated frame at the paper's 256² configuration: eager, compiled, and with the Triton kernels.
+"""ms per generated frame at the paper's 256² configuration: eager, compiled, and with the Triton
+kernels.
 
-    python bench/ms_per_frame.py [--frames 1 16 64] [--variants eager compiled triton ...] [--out results.json]
+    python bench/ms_per_frame.py [--frames 1 16 64] [--variants eager compiled triton ...]
+                                 [--out results.json]
 
-A row renders windows of so many frames of one clip. Its floor is the larger of a frame's arithmetic (30.8 GFLOP, spec
-§11: twice the multiply-adds of convolutions and matrix products) at the rate of a large matrix product, and its memory
-traffic (100 MB, the lower estimate of the performance plan) at that of a large copy, both measured in this run, so that
-the fraction does not depend on how fast the machine is today. Weights are random: speed does not depend on them.
+A row renders windows of so many frames of one clip. Its floor is the larger of a frame's arithmetic
+(30.8 GFLOP, spec §11: twice the multiply-adds of convolutions and matrix products) at the rate of a
+large matrix product, and its memory traffic (100 MB, the lower estimate of the performance plan) at
+that of a large copy, both measured in this run, so that the fraction does not depend on how fast
+the machine is today. Weights are random: speed does not depend on them.
 
-"on host": the same with every frame brought to host memory. On a GPU in bfloat16, and all variants by
-default; on a CPU in float32, and eager: compiling takes minutes there.
+"on host": the same with every frame brought to host memory. On a GPU in bfloat16, and all variants
+by default; on a CPU in float32, and eager: compiling takes minutes there.
 
-Below the rows: a video by the fastest of them, from the first latent to the finished mp4, written as sample.py writes
-it, beside the same frames rendered only.
+Below the rows: a video by the fastest of them, from the first latent to the finished mp4, written
+as sample.py writes it, beside the same frames rendered only.
 """
 
 import argparse
@@ -80,7 +83,9 @@ def measure(variant, frames, device, dtype, repeats, config):
 
 
 def end_to_end(variant, window, device, dtype, repeats, config):
-    """A video of four windows (a GPU: of 1,024 frames at least), rendered only and to a finished mp4, in turn."""
+    """A video of four windows (a GPU: of 1,024 frames at least), rendered only and to a finished
+    mp4, in turn.
+    """
     from mostgan.video_writer import (
         BackgroundWriter,
         VideoWriter,
@@ -149,7 +154,8 @@ def main():
         resolution=args.resolution, dtype=str(dtype).removeprefix("torch.")
     )
     print(
-        f"MoStGAN-V {args.resolution}², one clip, {result['dtype']}, {result['device']}, torch {result['torch']}"
+        f"MoStGAN-V {args.resolution}², one clip, {result['dtype']}, {result['device']}, torch "
+        f"{result['torch']}"
     )
     print(
         f"{'variant':32}{'frames':>7}{'ms/frame':>10}{'on host':>10}{'GFLOP/s':>10}{'peak MB':>9}"
@@ -207,13 +213,16 @@ def main():
         )
         result["end_to_end"] = video
         print(
-            f"{video['frames']} frames to a finished mp4, {video['variant']}: {video['mp4_fps']:.2f} frames/s, "
-            f"rendered only {video['render_fps']:.2f}; encoding {video['encoding_ms_per_frame']:.2f} ms/frame"
+            f"{video['frames']} frames to a finished mp4, {video['variant']}: "
+            f"{video['mp4_fps']:.2f} frames/s, "
+            f"rendered only {video['render_fps']:.2f}; encoding "
+            f"{video['encoding_ms_per_frame']:.2f} ms/frame"
         )
     else:
         print("PyAV is not installed: nothing is written to an mp4")
     print(
-        f"matrix product {result['matmul_gflop_per_s']:.0f} GFLOP/s, copy {bandwidth / 1e9:.0f} GB/s"
+        f"matrix product {result['matmul_gflop_per_s']:.0f} GFLOP/s, copy {bandwidth / 1e9:.0f} "
+        "GB/s"
     )
     write(args.out, result)
     if "fraction_of_matmul_rate" in measured[-1]:

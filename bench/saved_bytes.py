@@ -1,10 +1,12 @@
-"""Bytes that the compiled objectives of a training step keep for the backward pass, and their graph breaks.
+"""Bytes that the compiled objectives of a training step keep for the backward pass, and their graph
+breaks.
 
     python bench/saved_bytes.py [--ops] [--clips 4] [--out FILE]
 
-At 256² with a quarter of the paper's channels, on a CPU, with torch.compile's aot_eager backend: counted by autograd's
-saved-tensor hooks, each storage once, parameters and inputs left out. --ops takes the registered ops (their plain
-twins, on a CPU), as on a GPU; without it the ops are plain PyTorch that the compiler sees through.
+At 256² with a quarter of the paper's channels, on a CPU, with torch.compile's aot_eager backend:
+counted by autograd's saved-tensor hooks, each storage once, parameters and inputs left out. --ops
+takes the registered ops (their plain twins, on a CPU), as on a GPU; without it the ops are plain
+PyTorch that the compiler sees through.
 """
 
 import argparse

@@ -1,4 +1,6 @@
-"""What the benchmarks share: the device's name, seconds of a call, and its ceilings measured in the same run."""
+"""What the benchmarks share: the device's name, seconds of a call, and its ceilings measured in the
+same run.
+"""
 
 import importlib.abc
 import importlib.machinery
@@ -44,7 +46,9 @@ def seconds(run, device, repeats, warmups=1):
 
 
 def write(path, result):
-    """Write a result to a JSON file, if a path was given; again after every row, so that a run cut off leaves some."""
+    """Write a result to a JSON file, if a path was given; again after every row, so that a run cut
+    off leaves some.
+    """
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(result, indent=1) + "\n")
@@ -56,7 +60,9 @@ def synchronize(device):
 
 
 def matmul_rate(device, dtype, repeats=5):
-    """Arithmetic ceiling, flop/s: of a square matrix product (2048 wide on a CPU, 8192 on a GPU)."""
+    """Arithmetic ceiling, flop/s: of a square matrix product (2048 wide on a CPU, 8192 on a
+    GPU).
+    """
     n = 8192 if device.type == "cuda" else 2048
     a, b = torch.randn(2, n, n, device=device, dtype=dtype)
     return 2 * n**3 / seconds(lambda: a @ b, device, repeats)
@@ -92,8 +98,9 @@ class _Absent(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 
 def do_without(*names):
-    """Let `import` succeed for packages that are not installed and that a benchmark imports but does not use: a machine
-    lent for an hour may have PyTorch and little else."""
+    """Let `import` succeed for packages that are not installed and that a benchmark imports but
+    does not use: a machine lent for an hour may have PyTorch and little else.
+    """
     bare = "MOSTGAN_BENCH_BARE" in os.environ  # to try how it is without them
     missing = [name for name in names if bare or importlib.util.find_spec(name) is None]
     sys.meta_path.insert(0, _Absent(missing))

@@ -1,6 +1,8 @@
-"""Training speed: frames/s, memory, and where a step's time goes (data, G, D, R1, EMA, ADA), with random clips.
+"""Training speed: frames/s, memory, and where a step's time goes (data, G, D, R1, EMA, ADA), with
+random clips.
 
-    python bench/train_step.py [--preset paper256] [--kernels triton] [--no-compile] [--batch-split 4] [--out FILE]
+    python bench/train_step.py [--preset paper256] [--kernels triton]
+                               [--no-compile] [--batch-split 4] [--out FILE]
 
 The phases are timed one by one, each waited for, R1 last, for it takes longest to compile.
 "frames/s" is of steps one after another, nothing waiting in between, with R1's share added.
@@ -101,7 +103,9 @@ class Step:
 
 
 def measure(config, device, steps, result, backend):
-    """A row of the table, entered into `result` phase by phase, so that being cut off leaves what was measured."""
+    """A row of the table, entered into `result` phase by phase, so that being cut off leaves what
+    was measured.
+    """
     started = time.perf_counter()
     step = Step(config, device, backend)
     row = {
@@ -202,11 +206,13 @@ def main():
         preset=args.preset, dtype=config.precision, matmul_flop_per_s=rate, rows=[]
     )
     print(
-        f"{args.preset}, steps of {config.frames_per_step} frames, {config.precision}, {result['device']}, "
+        f"{args.preset}, steps of {config.frames_per_step} frames, {config.precision}, "
+        f"{result['device']}, "
         f"torch {result['torch']}"
     )
     print(
-        f"{'kernels':12}{'compiled':>9}{'frames/s':>10}{'ms/step':>9}{'MFU':>6}{'peak MB':>9}   phases, ms a step"
+        f"{'kernels':12}{'compiled':>9}{'frames/s':>10}{'ms/step':>9}{'MFU':>6}{'peak MB':>9}   "
+        "phases, ms a step"
     )
     for choice in args.kernels:
         rows = measure(

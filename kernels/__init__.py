@@ -1,8 +1,10 @@
 """The ops of MoStGAN-V's hot path, as plain functions of tensors. `reference.py` explains each.
 
-CPU tensors, and float64 anywhere, take the plain PyTorch of `reference.py`. On a GPU, `use` says what runs:
+CPU tensors, and float64 anywhere, take the plain PyTorch of `reference.py`. On a GPU, `use` says
+what runs:
 
-    auto       the fastest implementation that agrees with the plain one there: `choose.py` measures it (the default)
+    auto       the fastest implementation that agrees with the plain one there, as `choose.py`
+               measures it (the default)
     triton     the Triton kernels, unmeasured
     reference  the plain PyTorch
 
@@ -22,7 +24,9 @@ from kernels.reference import (
     normalize,
 )
 
-try:  # ahead of the ops of the same names: `kernels.mostatt` and `kernels.fir` are to be functions, not modules
+# ahead of the ops of the same names: `kernels.mostatt` and `kernels.fir` are to be functions, not
+# modules
+try:
     from kernels import fir as _fir
     from kernels import modconv as _modconv
     from kernels import mostatt as _mostatt
@@ -58,10 +62,11 @@ __all__ = [
 
 
 def use(choice):
-    """Which implementations CUDA tensors take: "auto", "triton" or "reference". Returns the choice before.
+    """Which implementations CUDA tensors take: "auto", "triton" or "reference". Returns the choice
+    before.
 
-    Without Triton, "auto" is "reference". Raises ValueError for another word, ImportError for triton where it is not
-    installed.
+    Without Triton, "auto" is "reference". Raises ValueError for another word, ImportError for
+    triton where it is not installed.
     """
     if choice not in ("auto", "triton", "reference"):
         raise ValueError(f"kernels: {choice!r} is none of auto, triton and reference")
@@ -77,7 +82,9 @@ def chosen(device):
 
 
 def summary(device):
-    """One line on what the ops have run as so far, such as '11 of 13 Triton, 2 cuDNN (measured now)'."""
+    """One line on what the ops have run as so far, such as '11 of 13 Triton, 2 cuDNN (measured
+    now)'.
+    """
     return choose.choices().summary() if chosen(device) == "auto" else chosen(device)
 
 
@@ -89,15 +96,18 @@ def _by_op(x):
 
 @torch.compiler.assume_constant_result
 def _in_transform():
-    """Whether torch.func differentiates what runs now (or is traced now): registered ops cannot be part of that."""
+    """Whether torch.func differentiates what runs now (or is traced now): registered ops cannot be
+    part of that.
+    """
     return torch._C._functorch.maybe_current_level() is not None
 
 
 def _fir_by_op(x):
     """Whether a filter by itself runs as a registered op.
 
-    So it does in compiled functions, on a CPU too: Inductor would split it into several passes that keep what lies
-    between them. Not in an exported program, which has PyTorch's own operations only.
+    So it does in compiled functions, on a CPU too: Inductor would split it into several passes that
+    keep what lies between them. Not in an exported program, which has PyTorch's own operations
+    only.
     """
     if torch.compiler.is_exporting() or not _HAS_TRITON or _in_transform():
         return False
@@ -105,7 +115,9 @@ def _fir_by_op(x):
 
 
 def _working_dtype(x):
-    """The dtype in which convolutions of x run: autocast's where it is on, as PyTorch's own would."""
+    """The dtype in which convolutions of x run: autocast's where it is on, as PyTorch's own
+    would.
+    """
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 

@@ -1,7 +1,9 @@
-"""python -m kernels: prints the tables of choices that are kept on this machine, one for each device and version.
+"""python -m kernels: prints the tables of choices that are kept on this machine, one for each
+device and version.
 
-Each line is an op with its shapes and one implementation of it: its time, its relative error against the plain PyTorch
-twin, and whether it is the one in use (marked by *) or why it was dropped.
+Each line is an op with its shapes and one implementation of it: its time, its relative error
+against the plain PyTorch twin, and whether it is the one in use (marked by *) or why it was
+dropped.
 """
 
 import argparse
@@ -20,7 +22,8 @@ def main():
     tables = sorted(cache_folder().glob("*.json"))
     if not tables:
         print(
-            f"{cache_folder()} is empty: train.py and sample.py fill it when they first run on a GPU"
+            f"{cache_folder()} is empty: train.py and sample.py fill it when they first run on a "
+            "GPU"
         )
     for path in tables:
         try:

@@ -1,13 +1,16 @@
-"""Which implementation of an op runs: each is compared with the op's plain PyTorch twin, timed, and remembered.
+"""Which implementation of an op runs: each is compared with the op's plain PyTorch twin, timed, and
+remembered.
 
-At the first call of an op with new shapes, its candidates are run on the call's own tensors. A candidate that raises,
-runs out of memory, gives another shape, dtype or memory layout than the twin, or differs from the twin by more than
-`TOLERANCE` is dropped and named in the log. The fastest of the rest serves this call and all later ones. Where PyTorch
-is told to be deterministic, the first correct candidate serves, so that no clock decides about bits.
+At the first call of an op with new shapes, its candidates are run on the call's own tensors. A
+candidate that raises, runs out of memory, gives another shape, dtype or memory layout than the
+twin, or differs from the twin by more than `TOLERANCE` is dropped and named in the log. The fastest
+of the rest serves this call and all later ones. Where PyTorch is told to be deterministic, the
+first correct candidate serves, so that no clock decides about bits.
 
-The table of choices lies in the user's cache folder, in one file for each device and set of versions. A candidate is
-noted there before its first launch, because one that reads outside its memory takes the process down: the next start
-then drops it. Of several processes (torchrun's RANK) only the first writes.
+The table of choices lies in the user's cache folder, in one file for each device and set of
+versions. A candidate is noted there before its first launch, because one that reads outside its
+memory takes the process down: the next start then drops it. Of several processes (torchrun's RANK)
+only the first writes.
 """
 
 import contextlib
@@ -37,11 +40,15 @@ devices = {"cuda"}  # where candidates run at all; on other devices the twin doe
 
 
 class Unsuitable(Exception):
-    """Raised by a candidate that is not made for these shapes or this device. It is dropped without a warning."""
+    """Raised by a candidate that is not made for these shapes or this device. It is dropped without
+    a warning.
+    """
 
 
 class Op(NamedTuple):
-    """An op: `twin` and every candidate are functions of the same arguments, with the same results."""
+    """An op: `twin` and every candidate are functions of the same arguments, with the same
+    results.
+    """
 
     name: str
     twin: object
@@ -96,8 +103,9 @@ def results(out):
 class Choices:
     """The table of choices: `rows` maps an op with its shapes to what was measured.
 
-    A row is {"chosen": name, "ms": {name: …}, "error": {name: …}, "dropped": {name: why}}; while it is measured it
-    has no "chosen", and "trying" is the candidate at work and the process that runs it.
+    A row is {"chosen": name, "ms": {name: …}, "error": {name: …}, "dropped": {name: why}}; while it
+    is measured it has no "chosen", and "trying" is the candidate at work and the process that runs
+    it.
     """
 
     def __init__(self, folder=None, key=None):
@@ -109,7 +117,9 @@ class Choices:
         self._read()
 
     def of(self, op, args):
-        """The name of the implementation for these arguments; measures it if it is not known yet."""
+        """The name of the implementation for these arguments; measures it if it is not known
+        yet.
+        """
         text = describe(op, args)
         if text not in self.used:
             row = self.rows.get(text, {})
@@ -122,9 +132,11 @@ class Choices:
         return self.used[text]
 
     def race(self, op, args, dropped):
-        """Compares and times all candidates on these arguments. Returns the row, which is also kept and saved.
+        """Compares and times all candidates on these arguments. Returns the row, which is also kept
+        and saved.
 
-        dropped: candidates that an earlier process has dropped. Nothing that is allocated here stays.
+        dropped: candidates that an earlier process has dropped. Nothing that is allocated here
+        stays.
         """
         text = describe(op, args)
         row = {"ms": {}, "error": {}, "dropped": dict(dropped)}
@@ -183,16 +195,21 @@ class Choices:
             log.warning("kernels: %s is not used for %s: %s", name, text, problem)
 
     def _require_device(self, name, text):
-        """An illegal address leaves a device on which nothing runs any more; the table still says what was tried."""
+        """An illegal address leaves a device on which nothing runs any more; the table still says
+        what was tried.
+        """
         try:
             synchronize()
         except Exception as reason:
             raise RuntimeError(
-                f"kernels: {name} broke the device at {text}; start the program again: it leaves this one out"
+                f"kernels: {name} broke the device at {text}; start the program again: it leaves "
+                "this one out"
             ) from reason
 
     def summary(self):
-        """Such as '11 of 13 Triton, 2 cuDNN (measured now)': the ops that this process has run, by kind."""
+        """Such as '11 of 13 Triton, 2 cuDNN (measured now)': the ops that this process has run, by
+        kind.
+        """
         if not self.used:
             return "plain PyTorch"
         kinds = [next(k for k in KINDS if name.startswith(k)) for name in self.used.values()]
@@ -288,7 +305,9 @@ def _runs(name):
 
 
 def compare(out, wanted):
-    """(largest relative error, None) of a candidate's results, or (None, what is wrong with them)."""
+    """(largest relative error, None) of a candidate's results, or (None, what is wrong with
+    them).
+    """
     worst = 0.0
     for i, (ours, twins) in enumerate(zip(out, wanted, strict=True)):
         for what in ("shape", "dtype"):

@@ -1,16 +1,19 @@
-"""The low-pass filter of spec §1, plain, up and down; and what follows a synthesis convolution (spec §6), in one pass:
+"""The low-pass filter of spec §1, plain, up and down; and what follows a synthesis convolution
+(spec §6), in one pass:
 
-    u = fir(x) after a transposed convolution, else x,   z = u · demod + bias,   y = clamp(√2 · leaky_relu(z))
+    u = fir(x) after a transposed convolution, else x
+    z = u · demod + bias,   y = clamp(√2 · leaky_relu(z))
 
-The filter is the outer product of (1,3,3,1)/8 with itself. Resampling is linear: its gradient is the same op
-transposed, to any order. The epilogue's gradient needs y, but neither x nor u:
+The filter is the outer product of (1,3,3,1)/8 with itself. Resampling is linear: its gradient is
+the same op transposed, to any order. The epilogue's gradient needs y, but neither x nor u:
 
     ∂z = ∂y · y/z (0 where clamped),   ∂x = firᵀ(∂z · demod)
     ∂bias = Σ ∂z,   ∂demod = Σ ∂z u = (Σ ∂z z − bias Σ ∂z) / demod
 
-That is one pass as well. A program filters a strip of columns downwards, reads every row once (four shifted loads,
-three of them from the cache) and keeps the last four filtered rows in registers. Memory is channels last; sums are
-float32, first in a strip and then over strips, so runs repeat exactly.
+That is one pass as well. A program filters a strip of columns downwards, reads every row once (four
+shifted loads, three of them from the cache) and keeps the last four filtered rows in registers.
+Memory is channels last; sums are float32, first in a strip and then over strips, so runs repeat
+exactly.
 """
 
 import math
@@ -24,15 +27,15 @@ from torch import Tensor
 from kernels import reference
 from kernels.choose import Op
 
-# Pixels across, channels and rows of a strip; pixels and channels of a resampled tile; warps. Chosen from the resource
-# report of `bench/kernels.py --aot`; not yet timed.
+# Pixels across, channels and rows of a strip; pixels and channels of a resampled tile; warps.
+# Chosen from the resource report of `bench/kernels.py --aot`; not yet timed.
 STRIP, TILE, WARPS = (16, 64, 16), (32, 64), 8
 GAIN, SLOPE = tl.constexpr(math.sqrt(2)), tl.constexpr(0.2)
 
 
 class Filter(NamedTuple):
-    """What the kernels know of a call. Their inputs are [N, H, W, C], their results [N, H_OUT, W_OUT, C]; the backward
-    kernel's the other way round.
+    """What the kernels know of a call. Their inputs are [N, H, W, C], their results [N, H_OUT,
+    W_OUT, C]; the backward kernel's the other way round.
     """
 
     H: int
@@ -61,7 +64,9 @@ def _inside(y, x, c, H, W, C):
 
 @triton.jit
 def _filtered(x_ptr, y, x, c, S):
-    """Row y filtered across, times 8: Σ_d (1,3,3,1)[d] x[y, x + d − PAD, c] → [len(x), len(c)]. Zero outside."""
+    """Row y filtered across, times 8: Σ_d (1,3,3,1)[d] x[y, x + d − PAD, c] → [len(x), len(c)].
+    Zero outside.
+    """
     h = tl.zeros([x.shape[0], c.shape[0]], tl.float32)
     for d in tl.static_range(4):
         at = x + d - S.PAD
@@ -93,7 +98,9 @@ def activated(v, demod, bias, S):
 
 @triton.jit
 def _epilogue_kernel(x_ptr, demod_ptr, bias_ptr, y_ptr, S):
-    """Filter with gain SCALE, activation, or both. Grid: blocks of columns × channels, strips of rows, frames."""
+    """Filter with gain SCALE, activation, or both. Grid: blocks of columns × channels, strips of
+    rows, frames.
+    """
     n = tl.program_id(2).to(tl.int64)
     c = tl.program_id(0) % tl.cdiv(S.C, S.BLOCK_C) * S.BLOCK_C + tl.arange(0, S.BLOCK_C)
     x = tl.program_id(0) // tl.cdiv(S.C, S.BLOCK_C) * S.BLOCK_X + tl.arange(0, S.BLOCK_X)
@@ -124,7 +131,9 @@ def _epilogue_kernel(x_ptr, demod_ptr, bias_ptr, y_ptr, S):
 
 @triton.jit
 def _resample_kernel(x_ptr, y_ptr, S):
-    """Filter and keep every second pixel; or UP, its transpose. Grid: blocks of pixels, of channels, frames."""
+    """Filter and keep every second pixel; or UP, its transpose. Grid: blocks of pixels, of
+    channels, frames.
+    """
     n = tl.program_id(2).to(tl.int64)
     pixel = tl.program_id(0) * S.BLOCK_X + tl.arange(0, S.BLOCK_X)
     c = tl.program_id(1) * S.BLOCK_C + tl.arange(0, S.BLOCK_C)
@@ -151,7 +160,7 @@ def _resample_kernel(x_ptr, y_ptr, S):
     tl.store(y_ptr + address, (total * S.SCALE).to(y_ptr.dtype.element_ty), mask=inside)
 
 
-# ---------------------------------------------------------------------------------------------------------- backward
+# ----------------------------------------------------------------------------------------- backward
 
 
 @triton.jit
@@ -169,7 +178,9 @@ def _gradient_of_z(grad_ptr, out_ptr, y, x, c, S):
 
 @triton.jit
 def _filtered_gradient(grad_ptr, out_ptr, y, x, c, S):
-    """`_filtered` of ∂z, padded by 2 as the transpose of padding by 1 is; and ∂z and ∂z · z of the row itself."""
+    """`_filtered` of ∂z, padded by 2 as the transpose of padding by 1 is; and ∂z and ∂z · z of the
+    row itself.
+    """
     h = tl.zeros([x.shape[0], c.shape[0]], tl.float32)
     own, own_z = h, h
     for d in tl.static_range(4):
@@ -182,7 +193,8 @@ def _filtered_gradient(grad_ptr, out_ptr, y, x, c, S):
 
 @triton.jit
 def _epilogue_backward_kernel(grad_ptr, out_ptr, demod_ptr, grad_x_ptr, sums_ptr, S):
-    """∂y [H_OUT, W_OUT] → ∂x [H, W], and Σ ∂z, Σ ∂z z of the strip → sums [2, N, strips, C]. Grid: as forward.
+    """∂y [H_OUT, W_OUT] → ∂x [H, W], and Σ ∂z, Σ ∂z z of the strip → sums [2, N, strips, C]. Grid:
+    as forward.
 
     Sums count the strip's own pixels, which its window reads anyway.
     """
@@ -221,11 +233,13 @@ def _epilogue_backward_kernel(grad_ptr, out_ptr, demod_ptr, grad_x_ptr, sums_ptr
     tl.store(sums_ptr + address, tl.sum(total_z, axis=0), mask=c < S.C)
 
 
-# --------------------------------------------------------------------------------------------- launchers, registration
+# -------------------------------------------------------------------------- launchers, registration
 
 
 def _channels_last(x):
-    """[N, C, H, W] → contiguous [N, H, W, C]: nothing to do for a tensor in channels-last memory."""
+    """[N, C, H, W] → contiguous [N, H, W, C]: nothing to do for a tensor in channels-last
+    memory.
+    """
     return x.permute(0, 2, 3, 1).contiguous()
 
 
@@ -304,8 +318,8 @@ def epilogue_backward_launch(grad, y, demod, bias, up, clamp):
 
 
 def float32_twin(function):
-    """A plain function as the twin of an op: computed in float32, results in the first argument's dtype and in
-    channels-last memory.
+    """A plain function as the twin of an op: computed in float32, results in the first argument's
+    dtype and in channels-last memory.
     """
 
     def twin(*args):
@@ -323,7 +337,9 @@ FIR = Op("fir", float32_twin(reference.fir_filter), {"Triton": fir_launch})
 
 @torch.library.custom_op("mostgan::fir", mutates_args=())
 def fir_op(x: Tensor, gain: float, stride: int, padding: int, transposed: bool) -> Tensor:
-    """`reference.fir_filter` as an op of PyTorch's: filter and keep every stride-th pixel, or the transpose of that."""
+    """`reference.fir_filter` as an op of PyTorch's: filter and keep every stride-th pixel, or the
+    transpose of that.
+    """
     return FIR(x, gain, stride, padding, transposed)
 
 
@@ -396,9 +412,11 @@ epilogue_op.register_autograd(_epilogue_backward, setup_context=_save_epilogue)
 
 
 def epilogue(x, demod, bias, up=1, clamp=None):
-    """What follows a synthesis convolution: √2 · leaky_relu(fir(x) · demod + bias), clamped to ±clamp if given.
+    """What follows a synthesis convolution: √2 · leaky_relu(fir(x) · demod + bias), clamped to
+    ±clamp if given.
 
-    x: [N, C, H, W] in any layout; with up=2, of the transposed convolution: filtered with gain 4 to H-1 × W-1.
+    x: [N, C, H, W] in any layout; with up=2, of the transposed convolution: filtered with gain 4 to
+    H-1 × W-1.
     demod: [N, C], bias: [C]. Returns y in x's dtype, channels-last memory. Differentiable once.
     """
     return epilogue_op(x, demod, bias, up, None if clamp is None else float(clamp))

@@ -1,19 +1,25 @@
-"""Convolution with one kernel per frame (spec §6), stride 1 or transposed with stride 2, as implicit matrix products:
+"""Convolution with one kernel per frame (spec §6), stride 1 or transposed with stride 2, as
+implicit matrix products:
 
-    same:  y[n, q, o] = Σ_a,i x[n, q + a − k//2, i] W[n, o, a, i]     p, q, a: row and column, of pixels and of kernels
+    same:  y[n, q, o] = Σ_a,i x[n, q + a − k//2, i] W[n, o, a, i]
     up:    y[n, 2p + a, o] = Σ_i x[n, p, i] W[n, o, a, i]             → 2H + k − 2 rows
 
-A program makes a tile of (pixels, output channels) of one frame, adding up products of tiles over taps and input
-channels: the unfolded input is never in memory. Pixels and kernels are channels last, so every tap reads channels side
-by side. With "up", output pixels of one parity share their taps, and a tile is of one parity: no zero is multiplied.
-In a layer without FIR, the epilogue (fir.py) is done on the tile before it is stored.
+where p and q are the row and column of a pixel, and a those of a kernel's tap.
 
-There are two kernels for the same. One computes addresses; the other leaves that, and the padding with zeros, to the
-tensor memory accelerator (TMA) of Hopper and later GPUs: its tile is a rectangle of pixels.
+A program makes a tile of (pixels, output channels) of one frame, adding up products of tiles over
+taps and input channels: the unfolded input is never in memory. Pixels and kernels are channels
+last, so every tap reads channels side by side. With "up", output pixels of one parity share their
+taps, and a tile is of one parity: no zero is multiplied. In a layer without FIR, the epilogue
+(fir.py) is done on the tile before it is stored.
 
-The gradient to the input is such a convolution again, O and I swapped: that of `same` has its taps flipped, that of
-`up` is the ordinary convolution of stride 2 ("down"). The gradient to the kernels is a product over pixels, tap by
-tap. Sums are float32 and have one order: runs repeat exactly. Differentiable once.
+There are two kernels for the same. One computes addresses; the other leaves that, and the padding
+with zeros, to the tensor memory accelerator (TMA) of Hopper and later GPUs: its tile is a rectangle
+of pixels.
+
+The gradient to the input is such a convolution again, O and I swapped: that of `same` has its taps
+flipped, that of `up` is the ordinary convolution of stride 2 ("down"). The gradient to the kernels
+is a product over pixels, tap by tap. Sums are float32 and have one order: runs repeat exactly.
+Differentiable once.
 """
 
 from typing import NamedTuple
@@ -28,8 +34,9 @@ from kernels import reference
 from kernels.choose import Op, Unsuitable
 from kernels.fir import EPILOGUE, activated, epilogue_backward_op, float32_twin, of_channels
 
-# Tile of (pixels, output channels, inner dimension), warps, stages, by dtype: convolution, and gradient to the kernels
-# (there output channels, input channels, pixels). Chosen from the report of `bench/kernels.py --aot`; not yet timed.
+# Tile of (pixels, output channels, inner dimension), warps, stages, by dtype: convolution, and
+# gradient to the kernels (there output channels, input channels, pixels). Chosen from the report of
+# `bench/kernels.py --aot`; not yet timed.
 CONFIGS = {
     torch.float32: {"conv": (32, 32, 32, 4, 2), "weight": (32, 32, 32, 4, 2)},
     torch.bfloat16: {"conv": (128, 128, 64, 8, 3), "weight": (128, 128, 64, 8, 3)},
@@ -41,7 +48,9 @@ tma_anywhere = False  # for Triton's interpreter, which has no compute capabilit
 
 
 class Convolution(NamedTuple):
-    """What the kernels know of a call. MODE: same, flipped (its transpose), up, down (its transpose)."""
+    """What the kernels know of a call. MODE: same, flipped (its transpose), up, down (its
+    transpose).
+    """
 
     H: int
     W: int
@@ -66,7 +75,8 @@ class Convolution(NamedTuple):
 
 @triton.jit
 def _conv_kernel(x_ptr, weight_ptr, demod_ptr, bias_ptr, y_ptr, S):
-    """x [N, H, W, I] → y [N, H_OUT, W_OUT, O]; weight [N, O, k·k, I], or [N, I, k·k, O] in the transposed modes.
+    """x [N, H, W, I] → y [N, H_OUT, W_OUT, O]; weight [N, O, k·k, I], or [N, I, k·k, O] in the
+    transposed modes.
 
     Grid: blocks of pixels (with up, of each parity), blocks of o, frames.
     """
@@ -75,7 +85,8 @@ def _conv_kernel(x_ptr, weight_ptr, demod_ptr, bias_ptr, y_ptr, S):
     x_ptr += n * S.H * S.W * S.I
     weight_ptr += n * S.O * S.I * S.SIDE * S.SIDE
     if S.MODE == "up":
-        # Pixel q of parity (py, px) is pixel 2q + (py, px) of y, its taps are (py, px) + 2a: p = q − a.
+        # Pixel q of parity (py, px) is pixel 2q + (py, px) of y, its taps are (py, px) + 2a: p = q
+        # − a.
         block, py, px = tl.program_id(0) // 4, tl.program_id(0) // 2 % 2, tl.program_id(0) % 2
         across = (S.W_OUT + 1 - px) // 2
         rows, columns = (S.SIDE + 1 - py) // 2, (S.SIDE + 1 - px) // 2
@@ -117,10 +128,11 @@ def _conv_kernel(x_ptr, weight_ptr, demod_ptr, bias_ptr, y_ptr, S):
 
 @triton.jit
 def _conv_tma_kernel(x_desc, weight_desc, demod_ptr, bias_ptr, y_ptr, S):
-    """`_conv_kernel` in the modes same and up by tensor descriptors: x [N, H, W, I], weight [N · O, k·k, I].
+    """`_conv_kernel` in the modes same and up by tensor descriptors: x [N, H, W, I], weight [N · O,
+    k·k, I].
 
-    What lies outside of x is read as 0; outputs beyond O are of the next frame's kernels, and are not stored.
-    Grid: blocks of pixels (with up, of each parity), blocks of o, frames.
+    What lies outside of x is read as 0; outputs beyond O are of the next frame's kernels, and are
+    not stored. Grid: blocks of pixels (with up, of each parity), blocks of o, frames.
     """
     n = tl.program_id(2)
     first_o = tl.program_id(1) * S.BLOCK_O
@@ -159,7 +171,9 @@ def _conv_tma_kernel(x_desc, weight_desc, demod_ptr, bias_ptr, y_ptr, S):
 
 @triton.jit
 def _grad_weight_kernel(grad_ptr, x_ptr, grad_weight_ptr, S):
-    """∂y [N, H_OUT, W_OUT, O], x [N, H, W, I] → ∂W [N, O, k·k, I]. Grid: blocks of o × of i, taps, frames."""
+    """∂y [N, H_OUT, W_OUT, O], x [N, H, W, I] → ∂W [N, O, k·k, I]. Grid: blocks of o × of i, taps,
+    frames.
+    """
     n = tl.program_id(2).to(tl.int64)
     blocks = tl.cdiv(S.I, S.BLOCK_I)
     o = tl.program_id(0) // blocks * S.BLOCK_O + tl.arange(0, S.BLOCK_O)
@@ -189,12 +203,12 @@ def _grad_weight_kernel(grad_ptr, x_ptr, grad_weight_ptr, S):
     tl.store(grad_weight_ptr + address, total.to(grad_weight_ptr.dtype.element_ty), mask=inside)
 
 
-# --------------------------------------------------------------------------------------------- launchers, registration
+# -------------------------------------------------------------------------- launchers, registration
 
 
 def _launch(name, x, sizes, side, mode, *tile_of, clamp=None, activate=False):
-    """The kernels' description of a call, and its warps and stages. sizes: H, W, H_OUT, W_OUT, I, O; tile_of: what the
-    configuration's tile is cut to.
+    """The kernels' description of a call, and its warps and stages. sizes: H, W, H_OUT, W_OUT, I,
+    O; tile_of: what the configuration's tile is cut to.
     """
     *tile, warps, stages = CONFIGS[x.dtype][name]
     edges = [max(16, min(most, triton.next_power_of_2(n))) for most, n in zip(tile, tile_of)]
@@ -213,12 +227,15 @@ def _check(x, weight):
         )
     if len(x) != len(weight) or x.shape[1] != weight.shape[2]:
         raise ValueError(
-            f"x {list(x.shape)} and weight {list(weight.shape)}: want [N, I, H, W] and [N, O, I, k, k]"
+            f"x {list(x.shape)} and weight {list(weight.shape)}: want [N, I, H, W] and [N, O, I, "
+            "k, k]"
         )
 
 
 def _channels_last(x):
-    """[.., C, H, W] → contiguous [.., H, W, C]: nothing to do for a tensor in channels-last memory."""
+    """[.., C, H, W] → contiguous [.., H, W, C]: nothing to do for a tensor in channels-last
+    memory.
+    """
     return x.movedim(-3, -1).contiguous()
 
 
@@ -231,7 +248,8 @@ def _or(tensor, other):
 
 
 def conv_launch(x, weight, mode, demod=None, bias=None, clamp=None):
-    """x [N, C, H, W] through weight [N, O, I, k, k] in a mode of `_conv_kernel`, in channels-last memory.
+    """x [N, C, H, W] through weight [N, O, I, k, k] in a mode of `_conv_kernel`, in channels-last
+    memory.
 
     demod, bias, clamp: of the epilogue of a layer without FIR, or None.
     """
@@ -256,7 +274,9 @@ def conv_launch(x, weight, mode, demod=None, bias=None, clamp=None):
 
 
 def conv_tma_launch(x, weight, up, demod=None, bias=None, clamp=None):
-    """`conv_launch` in the modes same (up 1) and up (up 2), with tensor descriptors. Raises Unsuitable."""
+    """`conv_launch` in the modes same (up 1) and up (up 2), with tensor descriptors. Raises
+    Unsuitable.
+    """
     if not tma_anywhere and not (
         x.is_cuda and torch.cuda.get_device_capability(x.device) >= (9, 0)
     ):
@@ -301,7 +321,7 @@ def grad_weight_launch(grad, x, side, up):
     return grad_weight.movedim(-1, 2)
 
 
-# ------------------------------------------------------------------------------------------- candidates, registration
+# ------------------------------------------------------------------------- candidates, registration
 
 
 def _last(y):
@@ -320,7 +340,9 @@ def looped(x, weight, up):
 
 
 def unfolded(x, weight, up):
-    """Batched matrix products with the unfolded input; with up=2 of the input, whose result is folded."""
+    """Batched matrix products with the unfolded input; with up=2 of the input, whose result is
+    folded.
+    """
     N, O, I, k, _ = weight.shape
     H, W = x.shape[2:]
     if up == 2:
@@ -474,17 +496,20 @@ conv_epilogue_op.register_autograd(_backward_with_epilogue, setup_context=_save_
 
 
 def conv2d_per_frame(x, weight, up=1):
-    """Convolution with one kernel per frame. x: [N, I, H, W], weight: [N, O, I, k, k], of one dtype, in any layout.
+    """Convolution with one kernel per frame. x: [N, I, H, W], weight: [N, O, I, k, k], of one
+    dtype, in any layout.
 
-    Returns [N, O, H, W] ('same' padding, k odd), or with up=2 [N, O, 2H + k - 2, 2W + k - 2] (without its FIR), in
-    channels-last memory. Differentiable once. Raises ValueError on shapes or dtypes that do not go together.
+    Returns [N, O, H, W] ('same' padding, k odd), or with up=2 [N, O, 2H + k - 2, 2W + k - 2]
+    (without its FIR), in channels-last memory. Differentiable once. Raises ValueError on shapes or
+    dtypes that do not go together.
     """
     _check(x, weight)
     return conv_op(x, weight, up)
 
 
 def conv2d_epilogue(x, weight, demod, bias, clamp=None):
-    """`conv2d_per_frame` without up, then `kernels.fir.epilogue`: a synthesis layer without FIR, in one pass.
+    """`conv2d_per_frame` without up, then `kernels.fir.epilogue`: a synthesis layer without FIR, in
+    one pass.
 
     Raises ValueError as `conv2d_per_frame` does.
     """

@@ -1,17 +1,20 @@
-"""MoStAtt from its rank factors (spec §5, Eq. 2), forward and backward. For frame n of clip b, with j = (i, y, x):
+"""MoStAtt from its rank factors (spec §5, Eq. 2), forward and backward. For frame n of clip b, with
+j = (i, y, x):
 
-    W[o,j]     = weight[o,j] · s[i]               s: content style of the clip (strategy i), or 1 (strategy ii)
-    M_κ[j]     = Σ_r a_r[i] b_r[y] c_r[x] / √R                    never in memory: tile by tile in registers
+    W[o,j]     = weight[o,j] · s[i]            s: content style of the clip (strategy i), else 1
+    M_κ[j]     = Σ_r a_r[i] b_r[y] c_r[x] / √R        never in memory: tile by tile in registers
     score[o,κ] = ⟨W[o], M_κ⟩ / √J,  A = softmax_κ score           J = I·k·k
-    P[o,j]     = Σ_κ A[o,κ] M_κ[j],  p = max over (o,j) of |P|    a product with K ≤ 16: cheaper to redo than to store
+    P[o,j]     = Σ_κ A[o,κ] M_κ[j]                 K ≤ 16: cheaper to compute twice than to store
+    p          = max over (o,j) of |P|
     F[o,j]     = 1 + leaky_relu(P[o,j] / p)
     W'[o,j]    = weight[o,j] · s[i] · F[o,j],  demod[o] = rsqrt(Σ_j W'² + 1e-8)
 
-The two strategies of paper 4.3 differ in the score alone. The scores are one matrix product of the weights, a row per
-(o, y, x), with the factors a · s of all frames, which a kernel then sums with b · c over taps and ranks. Two kernels
-follow: p, then W'. The weights are read as they are stored: a copy per clip, times s, is made nowhere. Weights are read
-and written as [.., O, k·k, I], channels last. Sums are float32 and have one order: runs repeat exactly. The gradient is
-in mostatt_backward.py.
+The two strategies of paper 4.3 differ in the score alone. The scores are one matrix product of the
+weights, a row per (o, y, x), with the factors a · s of all frames, which a kernel then sums with b
+· c over taps and ranks. Two kernels follow: p, then W'. The weights are read as they are stored: a
+copy per clip, times s, is made nowhere. Weights are read and written as [.., O, k·k, I], channels
+last. Sums are float32 and have one order: runs repeat exactly. The gradient is in
+mostatt_backward.py.
 """
 
 from typing import NamedTuple
@@ -24,8 +27,8 @@ from torch import Tensor
 from kernels import reference
 from kernels.choose import Op
 
-# A tile's output channels and input channels, warps, pipeline stages; by whether tensor cores may round to tf32.
-# Chosen from the resource report of `bench/kernels.py --aot`; not yet timed.
+# A tile's output channels and input channels, warps, pipeline stages; by whether tensor cores may
+# round to tf32. Chosen from the resource report of `bench/kernels.py --aot`; not yet timed.
 CONFIGS = {
     "tf32": {
         "peak": (64, 64, 4, 2),
@@ -46,7 +49,9 @@ SCORE_TILE = 16, 64  # output channels, and frames × styles, of a tile of score
 
 
 class Shape(NamedTuple):
-    """What the kernels know of a layer and a batch. Frame n is of row n // T of the weights, n // T_STYLE of s."""
+    """What the kernels know of a layer and a batch. Frame n is of row n // T of the weights, n //
+    T_STYLE of s.
+    """
 
     T: int
     T_STYLE: int
@@ -92,7 +97,9 @@ def attention(score_ptr, n, o, kappa, S):
 
 @triton.jit
 def inverse_peak(peak_ptr, n, S):
-    """1 / p of frame n from the maxima of its blocks of o; 0 where P is nothing, for there P̂ must be 0."""
+    """1 / p of frame n from the maxima of its blocks of o; 0 where P is nothing, for there P̂ must
+    be 0.
+    """
     block = tl.arange(0, S.PEAKS_P)
     peak = tl.max(tl.load(peak_ptr + n * S.PEAKS + block, mask=block < S.PEAKS, other=0.0), axis=0)
     return tl.where(peak > 2e-38, 1.0 / tl.maximum(peak, 2e-38), 0.0)
@@ -100,7 +107,9 @@ def inverse_peak(peak_ptr, n, S):
 
 @triton.jit
 def content_tile(content_ptr, content_style_ptr, n, o, i, tap, S):
-    """For frame n: weight [len(o), len(i)] at a tap, where it is, and the content style s [len(i)], 1 without one."""
+    """For frame n: weight [len(o), len(i)] at a tap, where it is, and the content style s [len(i)],
+    1 without one.
+    """
     inside = (o < S.O)[:, None] & (i < S.I)[None, :]
     address = (o[:, None] * S.TAPS + tap) * S.I + i[None, :]
     row = n // S.T * S.O * S.TAPS * S.I
@@ -118,7 +127,8 @@ def _scores_kernel(
 ):
     """Σ over taps and ranks of product [B, O, k·k, T, K, R] times b · c → score [B·T, O, K].
 
-    A column is (frame of the row of the weights, κ). Grid: blocks of o, of columns, rows of the weights.
+    A column is (frame of the row of the weights, κ). Grid: blocks of o, of columns, rows of the
+    weights.
     """
     row = tl.program_id(2).to(tl.int64)
     o = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)
@@ -191,7 +201,9 @@ def _modulate_kernel(
 
 
 def block_size(size, most, least=16):
-    """Tile edge: the power of two that holds `size`, within what the tensor cores want and the configuration allows."""
+    """Tile edge: the power of two that holds `size`, within what the tensor cores want and the
+    configuration allows.
+    """
     return max(least, min(most, triton.next_power_of_2(size)))
 
 
@@ -233,7 +245,8 @@ def check(weight, motion_style, content_style):
         clips, channels = content_style.shape
         if N % clips or clips % B or channels != I:
             raise ValueError(
-                f"content style {list(content_style.shape)}: want [clips, {I}], clips a divisor of {N} "
+                f"content style {list(content_style.shape)}: want [clips, {I}], clips a divisor of "
+                f"{N} "
                 f"and a multiple of {B}"
             )
 
@@ -252,7 +265,9 @@ def shape_of(weight, motion_style, content_style, dtype, content_first):
 
 
 def scores(content, motion_style, content_style, shape, dtype):
-    """score [N, O, K] of Eq. 2. content: [B, O, k, k, I]; the product is in dtype, its sums are float32."""
+    """score [N, O, K] of Eq. 2. content: [B, O, k, k, I]; the product is in dtype, its sums are
+    float32.
+    """
     B, (N, K), I = len(content), motion_style.shape[:2], shape.I
     a = motion_style[..., :I]
     if shape.CONTENT_FIRST.value:
@@ -274,7 +289,9 @@ def scores(content, motion_style, content_style, shape, dtype):
 
 
 def forward(weight, motion_style, content_style, dtype, want_weight, content_first):
-    """Launches the forward kernels; see `mostatt`. Returns W', score, demod, and peak [N, blocks of o]."""
+    """Launches the forward kernels; see `mostatt`. Returns W', score, demod, and peak [N, blocks of
+    o].
+    """
     shape = shape_of(weight, motion_style, content_style, dtype, content_first)
     content, style, (N, O) = (
         tap_major(weight),
@@ -343,13 +360,15 @@ def mostatt(
 ):
     """Motion style attention and the demodulation factors of what it gives (spec §5, §6).
 
-    weight: [B', O, I, k, k], row n // (N / B') for frame n: one row, if all clips share the layer's weight.
-    motion_style: [N, K, R, I + 2k], K ≤ 16. content_style: [B, I] or None, row n // (N / B) for frame n, multiplies the
-    weight before the score (content_first, strategy i) or after everything (strategy ii). Each of them may be float32,
-    bfloat16 or float16, in any memory layout. dtype: of W', default weight's; float32 computes without tf32.
-    want_weight False: W' is not stored.
-    Returns W' [N, O, I, k, k] in channels-last memory (or empty), score [N, O, K] and demod [N, O], both float32.
-    Raises ValueError on shapes that do not go together.
+    weight: [B', O, I, k, k], row n // (N / B') for frame n: one row, if all clips share the layer's
+    weight.
+    motion_style: [N, K, R, I + 2k], K ≤ 16. content_style: [B, I] or None, row n // (N / B) for
+    frame n, multiplies the weight before the score (content_first, strategy i) or after everything
+    (strategy ii). Each of them may be float32, bfloat16 or float16, in any memory layout. dtype: of
+    W', default weight's; float32 computes without tf32.
+    want_weight False: W' is not stored. Returns W' [N, O, I, k, k] in channels-last memory (or
+    empty), score [N, O, K] and demod [N, O], both float32. Raises ValueError on shapes that do not
+    go together.
     """
     dtype = weight.dtype if dtype is None else dtype
     check(weight, motion_style, content_style)

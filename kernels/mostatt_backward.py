@@ -1,16 +1,18 @@
-"""The gradient of MoStAtt (mostatt.py has the notation). With U = ∂W' + ∂demod · ∂demod/∂W' = ∂W' − ∂demod demod³ W',
-w the weight without the content style s, and s₁ = s if it comes first (strategy i), else 1:
+"""The gradient of MoStAtt (mostatt.py has the notation). With U = ∂W' + ∂demod · ∂demod/∂W' = ∂W' −
+∂demod demod³ W', w the weight without the content style s, and s₁ = s if it comes first (strategy
+i), else 1:
 
     h = U w s · leaky_relu'(P)            p times the gradient of P, by way of F
     ∂A[o,κ] = Σ_j h M_κ / p
-    ∂p = −Σ P ∂P / p = −Σ_o,κ A ∂A / p   goes to the one place where |P| = p: the first, where plain PyTorch shares it
+    ∂p = −Σ P ∂P / p = −Σ_o,κ A ∂A / p    goes to the first place where |P| = p; plain PyTorch
+                                          shares it among all of them
     ∂score = A (∂A − Σ_κ A ∂A) + what comes from outside (the diversity loss)
     ∂M_κ[j] = Σ_o (A h / p + ∂score w s₁ / √J)
     ∂s[i] = Σ_o,y,x w (U F + Σ_κ ∂score M_κ / √J)       the second term only if s comes first
     ∂w = Σ over frames of (s U F + s₁ Σ_κ ∂score M_κ / √J)
 
-P is computed again in each of three passes over ∂W', which have different sums to make: over j, over o, over frames.
-Nothing is added atomically, so runs repeat exactly.
+P is computed again in each of three passes over ∂W', which have different sums to make: over j,
+over o, over frames. Nothing is added atomically, so runs repeat exactly.
 """
 
 import torch
@@ -35,7 +37,9 @@ from kernels.mostatt import (
 
 @triton.jit
 def _gradient_of_factor(inputs, P, n, o, i, tap, S, HAS_GRAD: tl.constexpr):
-    """For a tile of P / p: w, s, F, U (see the top) and h = U w s leaky_relu'(P), the gradient of P times p."""
+    """For a tile of P / p: w, s, F, U (see the top) and h = U w s leaky_relu'(P), the gradient of P
+    times p.
+    """
     grad_ptr, content_ptr, content_style_ptr = inputs[0], inputs[1], inputs[3]
     demod_ptr, grad_demod_ptr = inputs[6], inputs[7]
     w, address, inside, s = content_tile(content_ptr, content_style_ptr, n, o, i, tap, S)
@@ -83,7 +87,9 @@ def _grad_attention_kernel(
 def _find_peak_kernel(
     score_ptr, style_ptr, peak_ptr, at_ptr, S, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr
 ):
-    """Where |P| = p: at [N, 3] = (o, j, sign of P there). Only the block of o that has it works. Grid: frames."""
+    """Where |P| = p: at [N, 3] = (o, j, sign of P there). Only the block of o that has it works.
+    Grid: frames.
+    """
     n = tl.program_id(0).to(tl.int64)
     block = tl.arange(0, S.PEAKS_P)
     peaks = tl.load(peak_ptr + n * S.PEAKS + block, mask=block < S.PEAKS, other=-1.0)
@@ -121,7 +127,9 @@ def _grad_score_kernel(
     S,
     BLOCK_O: tl.constexpr,
 ):
-    """Softmax's backward: adds A (∂A − Σ A ∂A) to grad_score [N, O, K]; writes ±∂p [N], P's gradient at the peak."""
+    """Softmax's backward: adds A (∂A − Σ A ∂A) to grad_score [N, O, K]; writes ±∂p [N], P's
+    gradient at the peak.
+    """
     n = tl.program_id(0).to(tl.int64)
     kappa = tl.arange(0, S.K_P)
     dots = tl.zeros([BLOCK_O, S.K_P], tl.float32)
@@ -241,7 +249,9 @@ def _grad_content_kernel(
 
 
 def frames_of_a_program(frames, programs):
-    """Frames that a program of `_grad_content_kernel` adds up: as many as leave a GPU 512 programs, if there are."""
+    """Frames that a program of `_grad_content_kernel` adds up: as many as leave a GPU 512 programs,
+    if there are.
+    """
     return max(
         n
         for n in range(1, frames + 1)
@@ -262,7 +272,9 @@ def backward(
     dtype,
     content_first,
 ):
-    """Launches the backward kernels → gradients of weight, motion_style and content_style (else empty)."""
+    """Launches the backward kernels → gradients of weight, motion_style and content_style (else
+    empty).
+    """
     shape = shape_of(weight, motion_style, content_style, dtype, content_first)
     (B, O, I, side, _), N = weight.shape, len(motion_style)
     taps, has_grad = side * side, grad_weight.numel() > 0

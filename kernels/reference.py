@@ -1,7 +1,9 @@
-"""Every op in plain PyTorch: what to read to understand an op, and what its kernel is tested against.
+"""Every op in plain PyTorch: what to read to understand an op, and what its kernel is tested
+against.
 
-Shapes: B clips, T frames per clip, N = B·T frames (clip by clip), K motion styles, R rank, O/I output/input
-channels, k kernel size. Everything here is differentiable as often as wanted and works in any float dtype.
+Shapes: B clips, T frames per clip, N = B·T frames (clip by clip), K motion styles, R rank, O/I
+output/input channels, k kernel size. Everything here is differentiable as often as wanted and works
+in any float dtype.
 """
 
 import math
@@ -20,8 +22,8 @@ def normalize(x):
 
 
 def lrelu(x):
-    """Leaky ReLU without its gain of √2 (spec §1): the gain goes into the weights and bias before it, as it may with a
-    positively homogeneous function. In place: x must be fresh.
+    """Leaky ReLU without its gain of √2 (spec §1): the gain goes into the weights and bias before
+    it, as it may with a positively homogeneous function. In place: x must be fresh.
     """
     return F.leaky_relu_(x, LEAKY_SLOPE)
 
@@ -36,9 +38,11 @@ def demod_bias_lrelu(x, demod, bias):
 
 
 def fir_filter(x, gain, stride, padding, transposed):
-    """Filters every channel and keeps every stride-th pixel; or, transposed, the transpose of that linear map.
+    """Filters every channel and keeps every stride-th pixel; or, transposed, the transpose of that
+    linear map.
 
-    x: [N, C, H, W]; padding: zeros on every side. In channels-last memory, the fastest plain form on a CPU.
+    x: [N, C, H, W]; padding: zeros on every side. In channels-last memory, the fastest plain form
+    on a CPU.
     """
     taps = torch.tensor(FIR_TAPS, device=x.device, dtype=x.dtype)
     f = (torch.outer(taps, taps) * (gain / 64)).expand(x.shape[1], 1, 4, 4)  # symmetric: no flip
@@ -50,10 +54,11 @@ def fir_filter(x, gain, stride, padding, transposed):
 
 
 class _Fir(torch.autograd.Function):
-    """`fir_filter` with its derivatives: it is linear, and its transpose is another of its kind, to any order.
+    """`fir_filter` with its derivatives: it is linear, and its transpose is another of its kind, to
+    any order.
 
-    Autograd's own double backward of a convolution also convolves for the filter's gradient, which nobody wants: for
-    R1 that costs more than the filter itself.
+    Autograd's own double backward of a convolution also convolves for the filter's gradient, which
+    nobody wants: for R1 that costs more than the filter itself.
     """
 
     @staticmethod
@@ -75,7 +80,9 @@ class _Fir(torch.autograd.Function):
 
 
 def _taps_of(x, axis, stride):
-    """(x0, 3 x1, 3 x2, x3) summed along an axis, at every stride-th place: plain adds that a compiler fuses."""
+    """(x0, 3 x1, 3 x2, x3) summed along an axis, at every stride-th place: plain adds that a
+    compiler fuses.
+    """
     count = (x.shape[axis] - 4) // stride + 1
     of_tap = [x.narrow(axis, d, (count - 1) * stride + 1) for d in range(4)]
     x0, x1, x2, x3 = (v[..., ::stride] if axis == 3 else v[:, :, ::stride] for v in of_tap)
@@ -83,7 +90,9 @@ def _taps_of(x, axis, stride):
 
 
 def _doubled(x, axis):
-    """The transpose of _taps_of with stride 2 and a pixel of padding: 3 x_j + x_{j-1} and 3 x_j + x_{j+1} in turn."""
+    """The transpose of _taps_of with stride 2 and a pixel of padding: 3 x_j + x_{j-1} and 3 x_j +
+    x_{j+1} in turn.
+    """
     n = x.shape[axis]
     padded = F.pad(x, (1, 1) if axis == 3 else (0, 0, 1, 1))
     even, odd = (3 * x + padded.narrow(axis, first, n) for first in (0, 2))
@@ -91,8 +100,9 @@ def _doubled(x, axis):
 
 
 def _fir(x, gain, stride, padding, transposed):
-    """_Fir, or in a compiled function the same by adds and products: Inductor makes one pass of them and of what is
-    around, and they have a second derivative under torch.func.grad, which a compiled autograd.Function has not.
+    """_Fir, or in a compiled function the same by adds and products: Inductor makes one pass of
+    them and of what is around, and they have a second derivative under torch.func.grad, which a
+    compiled autograd.Function has not.
     """
     if not torch.compiler.is_compiling():
         return _Fir.apply(x, gain, stride, padding, transposed)
@@ -104,7 +114,9 @@ def _fir(x, gain, stride, padding, transposed):
 
 
 def fir(x, padding, gain=1.0):
-    """Low-pass filter every channel (spec §1). x: [N, C, H, W]; padding: zeros before and after on both axes."""
+    """Low-pass filter every channel (spec §1). x: [N, C, H, W]; padding: zeros before and after on
+    both axes.
+    """
     return _fir(x, gain, 1, padding, False)
 
 
@@ -121,7 +133,8 @@ def downsample2d(x):
 def upsample2d(x):
     """H×W → 2H×2W (spec §1): zeros between the pixels, pad (2, 1), filter with gain 4.
 
-    That is the transpose of downsampling, as a stride-2 transposed convolution that never touches the zeros.
+    That is the transpose of downsampling, as a stride-2 transposed convolution that never touches
+    the zeros.
     """
     return _fir(x, 4.0, 2, 1, True)
 
@@ -138,7 +151,9 @@ def motion_modulation(motion_style, in_channels, kernel_size):
 
 
 def motion_modulation_backward(grad, motion_style, in_channels, kernel_size):
-    """The gradient of `motion_modulation`'s factors from that of M, [N, K, I·k·k] → [N, K, R, I + k + k]."""
+    """The gradient of `motion_modulation`'s factors from that of M, [N, K, I·k·k] → [N, K, R, I + k
+    + k].
+    """
     rank, side = motion_style.shape[2], kernel_size
     a, b, c = motion_style.split([in_channels, side, side], dim=3)
     bc = (b.unsqueeze(-1) * c.unsqueeze(-2)).flatten(3)  # [N, K, R, k·k]
@@ -152,10 +167,12 @@ def motion_modulation_backward(grad, motion_style, in_channels, kernel_size):
 def mostatt(content_weight, motion_style, style_gain=None):
     """Motion style attention (MoStAtt, spec §5, Eq. 2): one modulated weight per frame.
 
-    content_weight: [B, O, I, k, k], W of Eq. 2; frame n uses row n // (N / B), so frames of a clip share theirs.
-    motion_style: [N, K, R, I + k + k]. style_gain: [K], scales each style's share of P by hand (paper B.1); the maximum
-    that P is divided by stays that of the whole P, so that what other styles do stays as it was.
-    Returns weight W' [N, O, I, k, k] and the pre-softmax score [N, O, K].
+    content_weight: [B, O, I, k, k], W of Eq. 2; frame n uses row n // (N / B), so frames of a clip
+    share theirs.
+    motion_style: [N, K, R, I + k + k]. style_gain: [K], scales each style's share of P by hand
+    (paper B.1); the maximum that P is divided by stays that of the whole P, so that what other
+    styles do stays as it was. Returns weight W' [N, O, I, k, k] and the pre-softmax score [N, O,
+    K].
     """
     clips, _, in_channels, kernel_size, _ = content_weight.shape
     W = content_weight.flatten(2)  # [B, O, I·k·k]
@@ -167,8 +184,8 @@ def mostatt(content_weight, motion_style, style_gain=None):
     score = score.unflatten(2, (-1, M.shape[1])).transpose(1, 2).flatten(0, 1)  # [N, O, K]
     A = score.softmax(dim=2)
     P = A @ M  # [N, O, I·k·k]
-    # leaky_relu(P / max) = leaky_relu(P) / max: one pass less over the weights. Where P is all zero so is
-    # leaky_relu(P), and any divisor gives the 0 wanted.
+    # leaky_relu(P / max) = leaky_relu(P) / max: one pass less over the weights. Where P is all zero
+    # so is leaky_relu(P), and any divisor gives the 0 wanted.
     peak = torch.maximum(P.amax(dim=(1, 2), keepdim=True), -P.amin(dim=(1, 2), keepdim=True))
     peak = torch.where(peak > 0, peak, 1)
     if style_gain is not None:
@@ -185,7 +202,8 @@ def demodulation(weight):
 
 
 def conv2d_shared(x, weight, up=1):
-    """Convolution with one kernel for all frames; 'same' padding, or up=2 (spec §1, without its FIR).
+    """Convolution with one kernel for all frames; 'same' padding, or up=2 (spec §1, without its
+    FIR).
 
     x: [N, I, H, W], weight: [O, I, k, k] → [N, O, H, W], or [N, O, 2H+1, 2W+1] with up=2.
     """
@@ -195,10 +213,12 @@ def conv2d_shared(x, weight, up=1):
 
 
 def conv2d_per_frame(x, weight, up=1):
-    """Convolution with one kernel per frame. x: [N, I, H, W], weight: [N, O, I, k, k]; result as conv2d_shared.
+    """Convolution with one kernel per frame. x: [N, I, H, W], weight: [N, O, I, k, k]; result as
+    conv2d_shared.
 
-    On a CPU one call per frame is two to four times faster than one grouped convolution. But PyTorch gives a single
-    small frame (up to 20,480 numbers) to a slower library than oneDNN: those go in groups of a few.
+    On a CPU one call per frame is two to four times faster than one grouped convolution. But
+    PyTorch gives a single small frame (up to 20,480 numbers) to a slower library than oneDNN: those
+    go in groups of a few.
     """
     if (
         not x.is_cpu or torch.compiler.is_exporting()
@@ -239,12 +259,14 @@ def mostatt_demod(
     style_gain=None,
     content_first=False,
 ):
-    """MoStAtt with all that its kernel gives in one go: the clip's content style, `mostatt`, then `demodulation`.
+    """MoStAtt with all that its kernel gives in one go: the clip's content style, `mostatt`, then
+    `demodulation`.
 
-    weight: [B', O, I, k, k], frame n uses row n // (N / B'). content_style: [B, I], frame n uses row n // (N / B); it
-    multiplies the weight before the score (content_first: strategy i of paper 4.3), or the result (strategy ii).
-    style_gain: as `mostatt` takes it.
-    Returns weight W' [N, O, I, k, k] in dtype (empty if not want_weight), score [N, O, K], demod [N, O].
+    weight: [B', O, I, k, k], frame n uses row n // (N / B'). content_style: [B, I], frame n uses
+    row n // (N / B); it multiplies the weight before the score (content_first: strategy i of paper
+    4.3), or the result (strategy ii).
+    style_gain: as `mostatt` takes it. Returns weight W' [N, O, I, k, k] in dtype (empty if not
+    want_weight), score [N, O, K], demod [N, O].
     """
     if content_style is not None and content_first:
         weight = _of_rows(weight, len(content_style)) * content_style[:, None, :, None, None]
@@ -277,10 +299,11 @@ def mostatt_backward(
     demod,
     content_first,
 ):
-    """The gradient of `mostatt_demod`, written out (mostatt_backward.py has the formulas and the letters).
+    """The gradient of `mostatt_demod`, written out (mostatt_backward.py has the formulas and the
+    letters).
 
-    grad_weight may be empty; score and demod are the forward results. Returns the gradients of weight, motion_style and
-    content_style (None without one).
+    grad_weight may be empty; score and demod are the forward results. Returns the gradients of
+    weight, motion_style and content_style (None without one).
     """
     rows, _, I, side, _ = weight.shape
     frames = len(motion_style)
@@ -318,16 +341,20 @@ def mostatt_backward(
 
 
 def epilogue(x, demod, bias, up=1, clamp=None):
-    """What follows a synthesis convolution: with up=2 the transposed convolution's FIR, then `demod_bias_lrelu`.
+    """What follows a synthesis convolution: with up=2 the transposed convolution's FIR, then
+    `demod_bias_lrelu`.
 
-    clamp: bound of the result's magnitude (spec §1), or None. Shapes as in `fir` and `demod_bias_lrelu`.
+    clamp: bound of the result's magnitude (spec §1), or None. Shapes as in `fir` and
+    `demod_bias_lrelu`.
     """
     x = demod_bias_lrelu(fir(x, 1, gain=4.0) if up == 2 else x, demod, bias)
     return x if clamp is None else x.clamp(-clamp, clamp)
 
 
 def epilogue_backward(grad, y, demod, bias, up=1, clamp=None):
-    """The gradient of `epilogue` to x, demod and bias from that of its result y and from y itself (fir.py)."""
+    """The gradient of `epilogue` to x, demod and bias from that of its result y and from y itself
+    (fir.py).
+    """
     if clamp is not None:
         grad = torch.where(y.abs() < clamp, grad, 0)
     grad_z = grad * _slope(y) * LRELU_GAIN
@@ -339,7 +366,9 @@ def epilogue_backward(grad, y, demod, bias, up=1, clamp=None):
 
 
 def conv2d_per_frame_grad_x(grad, weight, up=1):
-    """The gradient of `conv2d_per_frame` to x: with up=2 a convolution of stride 2, else a transposed one."""
+    """The gradient of `conv2d_per_frame` to x: with up=2 a convolution of stride 2, else a
+    transposed one.
+    """
     frames, out_channels, channels, side, _ = weight.shape
     grad = grad.reshape(1, -1, *grad.shape[2:])
     if up == 2:

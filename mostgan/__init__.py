@@ -21,7 +21,8 @@ __all__ = [
 
 
 def load(path=None, device="cpu"):
-    """The generator of a checkpoint, ready to sample. path: a checkpoint or run folder; None: the newest of runs/.
+    """The generator of a checkpoint, ready to sample. path: a checkpoint or run folder; None: the
+    newest of runs/.
 
     Raises UserError on a missing, damaged or wrong checkpoint.
     """

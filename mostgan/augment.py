@@ -1,10 +1,12 @@
-"""Adaptive discriminator augmentation (ADA): the pipelines of spec §8a and the controller of spec §8.
+"""Adaptive discriminator augmentation (ADA): the pipelines of spec §8a and the controller of spec
+§8.
 
-Use: `frames = apply(frames, draw("bgc", p, clips, height, width, cpu_generator))`; a compiled function takes what
-`on_device` makes of the draw and calls `resample` and `recolor`.
+Use: `frames = apply(frames, draw("bgc", p, clips, height, width, cpu_generator))`; a compiled
+function takes what `on_device` makes of the draw and calls `resample` and `recolor`.
 
-The transforms are drawn on the host, so every shape is known there and nothing waits for the device. Inside `resample`
-shapes vary from call to call: it is an op of its own, which torch.compile does not look into.
+The transforms are drawn on the host, so every shape is known there and nothing waits for the
+device. Inside `resample` shapes vary from call to call: it is an op of its own, which torch.compile
+does not look into.
 """
 
 import math
@@ -19,7 +21,9 @@ from .config import UserError
 
 @dataclass(frozen=True)
 class Pipeline:
-    """What a pipeline does besides x flip, shifts and scaling, which all of them do. Multipliers scale p; 0 is off."""
+    """What a pipeline does besides x flip, shifts and scaling, which all of them do. Multipliers
+    scale p; 0 is off.
+    """
 
     rot90: bool = False
     anisotropy: bool = False
@@ -68,7 +72,9 @@ class AugmentParams(NamedTuple):
 
 
 class _Draws:
-    """The random draws for a batch of clips, [B] each; in deterministic mode their values at a percentile."""
+    """The random draws for a batch of clips, [B] each; in deterministic mode their values at a
+    percentile.
+    """
 
     def __init__(
         self, num_clips: int, p: float, generator: torch.Generator | None, percentile: float | None
@@ -107,10 +113,13 @@ def draw(
     generator: torch.Generator | None = None,
     percentile: float | None = None,
 ) -> AugmentParams:
-    """Draw the transforms of `num_clips` clips of `height` × `width` pixels, each applied with probability p (§8a).
+    """Draw the transforms of `num_clips` clips of `height` × `width` pixels, each applied with
+    probability p (§8a).
 
     generator: on the CPU; it advances by the same amount whatever p is.
-    percentile: deterministic mode, in which every transform applies and every draw sits at this percentile."""
+    percentile: deterministic mode, in which every transform applies and every draw sits at this
+    percentile.
+    """
     if pipeline not in PIPELINES:
         raise UserError(
             f"unknown augmentation pipeline {pipeline!r}; known: {', '.join(PIPELINES)}"
@@ -128,7 +137,9 @@ def draw(
 
 
 def _affine(xx=1.0, xy=0.0, yx=0.0, yy=1.0, x=0.0, y=0.0) -> Tensor:
-    """[[xx, xy, x], [yx, yy, y], [0, 0, 1]] in float64, from numbers and tensors [B]: [B, 3, 3], or [3, 3]."""
+    """[[xx, xy, x], [yx, yy, y], [0, 0, 1]] in float64, from numbers and tensors [B]: [B, 3, 3], or
+    [3, 3].
+    """
     entries = [torch.as_tensor(e, dtype=torch.float64) for e in (xx, xy, x, yx, yy, y, 0, 0, 1)]
     return torch.stack(torch.broadcast_tensors(*entries), -1).unflatten(-1, (3, 3))
 
@@ -138,7 +149,9 @@ def _rotation(angle: Tensor) -> Tensor:
 
 
 def _draw_geometry(pipe: Pipeline, draws: _Draws, height: int, width: int) -> Tensor:
-    """Geometric matrices [B, 3, 3]: the table of spec §8a, in its order, each multiplied on the right."""
+    """Geometric matrices [B, 3, 3]: the table of spec §8a, in its order, each multiplied on the
+    right.
+    """
 
     def rotation() -> Tensor:  # either of the two happens with p · multiplier
         angle = (2 * draws.uniform() - 1) * math.pi * pipe.rotate_max
@@ -163,7 +176,9 @@ def _draw_geometry(pipe: Pipeline, draws: _Draws, height: int, width: int) -> Te
 
 
 def _draw_color(draws: _Draws) -> Tensor:
-    """Colour matrices [B, 3, 4], a linear map and an offset: in the spec's order, each multiplied on the left."""
+    """Colour matrices [B, 3, 4], a linear map and an offset: in the spec's order, each multiplied
+    on the left.
+    """
     vv = torch.full((3, 3), 1 / 3, dtype=torch.float64)  # v vᵀ with v = (1, 1, 1)/√3, the luma axis
     cross = torch.tensor([[0, -1, 1], [1, 0, -1], [-1, 1, 0]], dtype=torch.float64) / math.sqrt(
         3
@@ -188,8 +203,9 @@ def apply(
 ) -> Tensor:
     """Augment frames [B, T*3, H, W] in [-1, 1]; the T frames of a clip are transformed alike.
 
-    Twice differentiable in the frames (R1). A clip whose every draw is the identity comes out bit-exact.
-    generator: for the pixel noise, on the frames' device."""
+    Twice differentiable in the frames (R1). A clip whose every draw is the identity comes out
+    bit-exact. generator: for the pixel noise, on the frames' device.
+    """
     frames = _full(frames)
     params = on_device(params, frames.shape, frames.device, frames.dtype, generator)
     return recolor(resample(frames, params.geometry), params)
@@ -204,7 +220,9 @@ def _full(
 def on_device(
     params: AugmentParams, shape, device, dtype=torch.float32, generator=None
 ) -> AugmentParams:
-    """The draw ready for frames of this shape [B, T*3, H, W]: colors and cutout there, pixel noise drawn there."""
+    """The draw ready for frames of this shape [B, T*3, H, W]: colors and cutout there, pixel noise
+    drawn there.
+    """
     _, color, noise, cutout = (
         None if p is None else p.to(device, dtype, non_blocking=True) for p in params
     )
@@ -259,9 +277,12 @@ _resample_op.register_autograd(_resample_backward, setup_context=_save_geometry)
 
 
 def resample(frames: Tensor, geometry: Tensor, transposed: bool = False) -> Tensor:
-    """Transform frames [B, C, H, W] by geometry [B, 3, 3] (on the host), or apply the transpose of that linear map.
+    """Transform frames [B, C, H, W] by geometry [B, 3, 3] (on the host), or apply the transpose of
+    that linear map.
 
-    Each is the other's gradient: differentiable any number of times, which R1 needs and grid_sample is not."""
+    Each is the other's gradient: differentiable any number of times, which R1 needs and grid_sample
+    is not.
+    """
     return _resample_op(_full(frames), geometry, transposed)
 
 
@@ -272,7 +293,9 @@ def _send(x: Tensor, like: Tensor) -> Tensor:
 def _resample(frames: Tensor, geometry: Tensor, transposed: bool) -> Tensor:
     """`resample`: 2× finer by sym6, sampled bilinearly, 2× coarser (§8a).
 
-    All of it is linear. Where a clip is not turned it is even separable: a matrix [H, H] and a matrix [W, W]."""
+    All of it is linear. Where a clip is not turned it is even separable: a matrix [H, H] and a
+    matrix [W, W].
+    """
     moves = (geometry != _EYE).flatten(1).any(1)
     if not moves.any():
         return frames.clone(memory_format=torch.contiguous_format)
@@ -311,7 +334,9 @@ def _resample_turned(
 ) -> Tensor:
     """The same for any geometry, given between the pixels of the finer images, [B, 3, 3].
 
-    Of the finer input, a window is made that holds all samples of every clip and follows the clip's translation."""
+    Of the finer input, a window is made that holds all samples of every clip and follows the clip's
+    translation.
+    """
     height, width = frames.shape[2:]
     size = torch.tensor([width, height])
     reach = (
@@ -347,9 +372,12 @@ def _resample_turned(
 
 
 def _spread(values: Tensor, grid: Tensor, size: list[int]) -> Tensor:
-    """Transpose of bilinear grid_sampler_2d: values [B, C, h, w] at grid [B, h, w, 2] → images [B, C, *size].
+    """Transpose of bilinear grid_sampler_2d: values [B, C, h, w] at grid [B, h, w, 2] → images [B,
+    C, *size].
 
-    By scatter_add, which has a deterministic form on a GPU, as grid_sampler_2d's own backward has not."""
+    By scatter_add, which has a deterministic form on a GPU, as grid_sampler_2d's own backward has
+    not.
+    """
     height, width = size
     x, y = ((grid[..., i] + 1) * n / 2 - 0.5 for i, n in enumerate((width, height)))
     image = values.new_zeros(*values.shape[:2], height * width)
@@ -378,8 +406,9 @@ def _taps(index: Tensor, like: Tensor) -> Tensor:
 
 
 def _up_matrix(n: int, like: Tensor) -> Tensor:
-    """[6 n, n], from n pixels to 2× finer ones, from 2 n before the image to 2 n after it: reflect-pad by n - 1, insert
-    zeros, convolve with the filter (padding 6, 5; gain 2)."""
+    """[6 n, n], from n pixels to 2× finer ones, from 2 n before the image to 2 n after it:
+    reflect-pad by n - 1, insert zeros, convolve with the filter (padding 6, 5; gain 2).
+    """
     row = torch.arange(-2 * n, 4 * n, device=like.device)[:, None]
     pixel = torch.arange(n, device=like.device)
     matrix = _taps(row + 5 - 2 * pixel, like)
@@ -404,6 +433,8 @@ def update_p(
     target: float = 0.6,
     kclips: float = 100,
 ) -> float:
-    """ADA's controller, called every `interval` steps with the mean sign of D's logits on real clips (spec §8)."""
+    """ADA's controller, called every `interval` steps with the mean sign of D's logits on real
+    clips (spec §8).
+    """
     step = batch_clips * interval / (kclips * 1000)
     return min(max(p + step * ((mean_sign > target) - (mean_sign < target)), 0.0), 1.0)

@@ -39,8 +39,9 @@ class ModelConfig:
     rank: int = 1
     """R, rank of a motion style's modulation"""
     hypernetwork: str = "lrelu"
-    """what makes a layer's motion style of a motion vector: lrelu (spec §4), or affine, as files of late 2022 have it:
-    with a bias that starts at 1 and without activation"""
+    """what makes a layer's motion style of a motion vector: lrelu (spec §4), or affine, as files of
+    late 2022 have it: with a bias that starts at 1 and without activation
+    """
     motion_resolutions: tuple[int, ...] = (16, 32, 64, 128)
     """resolutions whose convolutions MoStAtt modulates"""
     modulation_order: str = "content_first"
@@ -50,13 +51,17 @@ class ModelConfig:
     motion_demod_only_resolutions: tuple[int, ...] = ()
     """resolutions where MoStAtt gives only the demodulation factor (spec §6)"""
     activation_clamp: float | None = None
-    """bound of the activations of generator and discriminator (spec §1), times a layer's own gain; in releases 256"""
+    """bound of the activations of generator and discriminator (spec §1), times a layer's own gain;
+    in releases 256
+    """
     frames_per_clip: int = 3
     """T, the frames of a clip that the discriminator sees"""
     max_num_frames: int = 1024
     """longest time difference that the discriminator tells apart, plus one"""
     num_labels: int = 0
-    """size of a clip's condition vector: C numbers, or C classes as one-hot vectors; 0 is unconditional"""
+    """size of a clip's condition vector: C numbers, or C classes as one-hot vectors; 0 is
+    unconditional
+    """
     concat_resolution: int = 16
     """the discriminator's block that sees all images of a clip at once"""
     motion_difference: bool = True
@@ -65,7 +70,9 @@ class ModelConfig:
     mbstd_group: int = 4
     """clips that share a minibatch standard deviation"""
     time_condition: bool = True
-    """the discriminator is told times and label; False, an ablation of the release, multiplies them by 0"""
+    """the discriminator is told times and label; False, an ablation of the release, multiplies them
+    by 0
+    """
     fps: float | None = None
     """frames per second that samples play at; default: those of the data that it is trained on"""
 
@@ -135,7 +142,9 @@ class ModelConfig:
 
     @property
     def num_ws(self) -> int:
-        """Synthesis convolutions + 1; what the diversity loss is divided by (spec §5). 14 at 256²."""
+        """Synthesis convolutions + 1; what the diversity loss is divided by (spec §5). 14 at
+        256².
+        """
         return 2 * len(self.resolutions)
 
 
@@ -163,13 +172,17 @@ DATASETS = {
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """A training run: everything that decides what is learned. Clips and frames are counted as spec §8 counts them."""
+    """A training run: everything that decides what is learned. Clips and frames are counted as spec
+    §8 counts them.
+    """
 
     model: ModelConfig = ModelConfig()
     preset: str = "paper256"
     """size preset: paper256 or tiny"""
     dataset: str = "sky"
-    """dataset preset: sky, ffs, jelly, celebv, ucf101 or horse; sets motion_distance, augment and fps"""
+    """dataset preset: sky, ffs, jelly, celebv, ucf101 or horse; sets motion_distance, augment and
+    fps
+    """
     data: str | None = None
     """videos or frames: a folder, a zip, or a packed folder; default data/<dataset>"""
     cache: str | None = None
@@ -183,13 +196,17 @@ class TrainConfig:
     mirror: bool = True
     """show clips mirrored left-right half of the time"""
     sampling: str = "spans"
-    """which frames of a clip D sees: spans (spec §8: all within 32 frames) or uniform (any of the clip)"""
+    """which frames of a clip D sees: spans (spec §8: all within 32 frames) or uniform (any of the
+    clip)
+    """
     seed: int = 0
     total_kframes: float = 25_000
     """length of the training, in thousands of real frames"""
     batch_clips: int = 64
     batch_split: int = 4
-    """pieces a batch is computed in, to fit memory (gradient accumulation); several processes share them"""
+    """pieces a batch is computed in, to fit memory (gradient accumulation); several processes share
+    them
+    """
     generator_lr: float = 0.0025
     discriminator_lr: float = 0.0025
     r1_gamma: float = 10.0
@@ -200,7 +217,9 @@ class TrainConfig:
     ema_half_life_kclips: float = 20.0
     """half-life of the averaged generator's weights, in thousands of clips"""
     ema_rampup: float = 0.0
-    """if not 0, the half-life is at most this fraction of the clips so far: early averages forget the random start"""
+    """if not 0, the half-life is at most this fraction of the clips so far: early averages forget
+    the random start
+    """
     augment: str = "bgc"
     """ADA pipeline: bgc, bgc_noro, easy or none"""
     ada_target: float = 0.6
@@ -217,12 +236,15 @@ class TrainConfig:
     keep_checkpoints: int = 2
     """newest checkpoints to keep, besides the best one if a metric was computed"""
     skip_limit: int = 20
-    """stop when more than so many optimizer steps in a row were left out, a loss or gradient not being finite"""
+    """stop when more than so many optimizer steps in a row were left out, a loss or gradient not
+    being finite
+    """
     deterministic: bool = False
     """on a GPU: only algorithms that give the same bits every time; slower"""
     eval_every: float = 0.0
-    """frames, in thousands, between two evaluations of the averaged generator (metrics.py), the best of which is kept;
-    0 is never"""
+    """frames, in thousands, between two evaluations of the averaged generator (metrics.py), the
+    best of which is kept; 0 is never
+    """
     eval_clips: int = 256
     """clips that an evaluation compares; FVD is of 2,048"""
     eval_frames: int = 16
@@ -230,16 +252,23 @@ class TrainConfig:
     eval_long_clips: int = 0
     """videos of 1,024 frames that it searches for repetition"""
     eval_detector: str | None = None
-    """TorchScript file that FVD is computed with; default a random network, whose scores are called proxy"""
+    """TorchScript file that FVD is computed with; default a random network, whose scores are called
+    proxy
+    """
     eval_frame_detector: str | None = None
     """the same for FID"""
     precision: str = "bf16"
-    """bf16 (autocast with float32 master weights; needs a GPU) or float32 (a GPU's convolutions in tf32)"""
+    """bf16 (autocast with float32 master weights; needs a GPU) or float32 (a GPU's convolutions in
+    tf32)
+    """
     compile: bool = True
-    """torch.compile the G step, the D step and R1, each as one graph; the first step then takes a minute or more"""
+    """torch.compile the G step, the D step and R1, each as one graph; the first step then takes a
+    minute or more
+    """
     kernels: str = "auto"
-    """what the ops of kernels/ run as on a GPU: auto (the fastest that agrees with plain PyTorch there, measured once),
-    triton, or reference, which is plain PyTorch"""
+    """what the ops of kernels/ run as on a GPU: auto (the fastest that agrees with plain PyTorch
+    there, measured once), triton, or reference, which is plain PyTorch
+    """
     workers: int = 4
     """processes that decode clips; 0 decodes in a thread"""
 
@@ -281,12 +310,14 @@ class TrainConfig:
                 raise UserError(f"{name} is {getattr(self, name)}, but must be at least {least}")
         if self.batch_clips % self.batch_split:
             raise UserError(
-                f"batch_clips is {self.batch_clips}, not a multiple of batch_split {self.batch_split}"
+                f"batch_clips is {self.batch_clips}, not a multiple of batch_split "
+                f"{self.batch_split}"
             )
         piece, group = self.batch_clips // self.batch_split, self.model.mbstd_group
         if piece % min(group, piece):
             raise UserError(
-                f"a piece of the batch has {piece} clips (batch_clips / batch_split), but must have a "
+                f"a piece of the batch has {piece} clips (batch_clips / batch_split), but must "
+                "have a "
                 f"multiple of mbstd_group {group}"
             )
         if self.augment not in ("bgc", "bgc_noro", "easy", "none"):
@@ -304,7 +335,9 @@ class TrainConfig:
 
 
 def train_preset(preset: str, dataset: str) -> TrainConfig:
-    """The configuration of a size preset on a dataset preset. Raises UserError on an unknown name."""
+    """The configuration of a size preset on a dataset preset. Raises UserError on an unknown
+    name.
+    """
     if dataset not in DATASETS:
         raise UserError(
             f"dataset {dataset!r} is not known: choose from {', '.join(DATASETS)}; "
@@ -328,8 +361,9 @@ def train_preset(preset: str, dataset: str) -> TrainConfig:
             motion_resolutions=(16, 32),
             motion_distance=chosen.motion_distance,
         )
-        # What a few minutes need (seen on the built-in sky and on 48 real clips): G may move faster than D, a strong R1
-        # keeps D from winning outright, and ADA would cost a quarter of the time before D has seen a clip ten times.
+        # What a few minutes need (seen on the built-in sky and on 48 real clips): G may move faster
+        # than D, a strong R1 keeps D from winning outright, and ADA would cost a quarter of the
+        # time before D has seen a clip ten times.
         return TrainConfig(
             model,
             preset,

@@ -402,7 +402,8 @@ def _by_processes(source, start, workers, pin):
         sampler=itertools.count(start),
         num_workers=workers,
         pin_memory=pin,
-        generator=torch.Generator(),  # else starting the loader would advance the global one, and resuming change a run
+        # else starting the loader would advance the global one, and resuming change a run
+        generator=torch.Generator(),
         worker_init_fn=functools.partial(_begin_worker, source.reading),
     )
     on_child = signal.getsignal(signal.SIGCHLD)
@@ -454,7 +455,8 @@ def _dead_worker(source):
         ]
         if clips:
             return UserError(
-                f"{source.clips.path}: a loader process died (killed, or short of memory) while reading "
+                f"{source.clips.path}: a loader process died (killed, or short of memory) while "
+                "reading "
                 f"the clip {source.clips.names[clips[0]]}: try fewer --workers, or 0 for none"
             )
         time.sleep(0.05)

@@ -15,8 +15,9 @@ from mostgan.config import UserError
 def pick_device():
     """The GPU if there is one, else the CPU, told to keep freed memory for the next step.
 
-    glibc hands every large buffer back to the system and faults its pages in anew, step after step: on a virtual
-    machine that costs up to half of a CPU step. Values are mallopt's M_MMAP_MAX, M_TRIM_THRESHOLD and M_TOP_PAD.
+    glibc hands every large buffer back to the system and faults its pages in anew, step after step:
+    on a virtual machine that costs up to half of a CPU step. Values are mallopt's M_MMAP_MAX,
+    M_TRIM_THRESHOLD and M_TOP_PAD.
     """
     if torch.cuda.is_available():
         return torch.device("cuda")
@@ -28,7 +29,8 @@ def pick_device():
 
 
 def choose_kernels(choice, compiles, device):
-    """kernels.use(choice), and is there what torch.compile needs? Raises UserError where something is not installed.
+    """kernels.use(choice), and is there what torch.compile needs? Raises UserError where something
+    is not installed.
 
     The shapes of a run hardly change, so cuDNN may look for its fastest algorithm for each.
     """
@@ -42,12 +44,15 @@ def choose_kernels(choice, compiles, device):
     compilers = [os.environ["CXX"]] if "CXX" in os.environ else ["g++", "clang++", "c++"]
     if compiles and device.type == "cpu" and not any(map(shutil.which, compilers)):
         raise UserError(
-            "--compile on a CPU needs a C++ compiler, and there is none: install g++, or say --no-compile"
+            "--compile on a CPU needs a C++ compiler, and there is none: install g++, or say "
+            "--no-compile"
         )
 
 
 def make_deterministic():
-    """Have PyTorch choose algorithms that give the same bits in every run, or fail where it knows of none."""
+    """Have PyTorch choose algorithms that give the same bits in every run, or fail where it knows
+    of none.
+    """
     os.environ.setdefault(
         "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
     )  # cuBLAS reads it when it is first used
@@ -74,8 +79,8 @@ def memory_bytes(device):
 def to_host(windows, device):
     """Yields windows of frames, as `render` makes them, in host memory.
 
-    On a GPU two pinned buffers and a stream of copies: while the caller works on one window, the next is rendered and
-    copied, and the device waits for neither.
+    On a GPU two pinned buffers and a stream of copies: while the caller works on one window, the
+    next is rendered and copied, and the device waits for neither.
     """
     if device.type != "cuda":
         yield from windows

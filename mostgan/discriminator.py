@@ -1,4 +1,6 @@
-"""The discriminator: the frames of a clip and their times → one logit per clip (spec §7, paper 3.1 and 3.5)."""
+"""The discriminator: the frames of a clip and their times → one logit per clip (spec §7, paper 3.1
+and 3.5).
+"""
 
 import math
 
@@ -30,7 +32,9 @@ class ResidualBlock(nn.Module):
 
 
 class TimeCondition(nn.Module):
-    """Differences between consecutive frame times (and the label) → cmap, which the logit is projected on."""
+    """Differences between consecutive frame times (and the label) → cmap, which the logit is
+    projected on.
+    """
 
     def __init__(self, config, out_dim):
         super().__init__()
@@ -61,7 +65,8 @@ class TimeCondition(nn.Module):
 
 
 def minibatch_std(x, group):
-    """Append the minibatch standard deviation as a channel (spec §7). x: [B, C, H, W] → [B, C + 1, H, W].
+    """Append the minibatch standard deviation as a channel (spec §7). x: [B, C, H, W] → [B, C + 1,
+    H, W].
 
     Clip i is in group i mod (B / G), G = min(group, B), of which B must be a multiple.
     """
@@ -120,8 +125,9 @@ class Discriminator(nn.Module):
         self.time_condition = TimeCondition(config, config.channels(4))
 
     def forward(self, frames, t, label=None):
-        """frames: [N, 3, H, W] in [-1, 1], clip by clip; t: [B, T] times in frames, T = frames_per_clip ≥ 2;
-        label: [B, num_labels], a class as one-hot → logits [B]. B must be a multiple of min(mbstd_group, B).
+        """frames: [N, 3, H, W] in [-1, 1], clip by clip; t: [B, T] times in frames, T =
+        frames_per_clip ≥ 2; label: [B, num_labels], a class as one-hot → logits [B]. B must be a
+        multiple of min(mbstd_group, B).
         """
         clips = len(t)
         x = frames.unflatten(0, t.shape)

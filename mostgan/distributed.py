@@ -1,13 +1,16 @@
-"""Several processes, one per GPU, as torchrun starts them. With one process, everything here does nothing.
+"""Several processes, one per GPU, as torchrun starts them. With one process, everything here does
+nothing.
 
-The batch is global and computed in pieces (TrainConfig.batch_split), each of them whole by one process: rank r takes
-the r-th share of the pieces. What couples the clips of a batch, minibatch groups and the diversity loss's Gram matrix,
-stays within a piece, and a piece's random stream is keyed by its number; so N processes compute what one computes, but
-for the order in which the pieces' gradients are added.
+The batch is global and computed in pieces (TrainConfig.batch_split), each of them whole by one
+process: rank r takes the r-th share of the pieces. What couples the clips of a batch, minibatch
+groups and the diversity loss's Gram matrix, stays within a piece, and a piece's random stream is
+keyed by its number; so N processes compute what one computes, but for the order in which the
+pieces' gradients are added.
 
-Gradients are not reduced by DistributedDataParallel: its hooks sit on a module's forward and on gradient accumulation,
-which R1 inside a compiled function (torch.func.grad) goes around, and with several pieces they would fire for each.
-Instead `sum_` adds up a phase's gradients in one collective just before its optimizer's step.
+Gradients are not reduced by DistributedDataParallel: its hooks sit on a module's forward and on
+gradient accumulation, which R1 inside a compiled function (torch.func.grad) goes around, and with
+several pieces they would fire for each. Instead `sum_` adds up a phase's gradients in one
+collective just before its optimizer's step.
 """
 
 import os
@@ -24,14 +27,17 @@ PATIENCE = timedelta(days=2)  # for one process to pack the data, while the othe
 
 
 def start():
-    """Join the processes that torchrun started (NCCL on GPUs, gloo on CPUs), or do nothing. UserError: too few GPUs."""
+    """Join the processes that torchrun started (NCCL on GPUs, gloo on CPUs), or do nothing.
+    UserError: too few GPUs.
+    """
     if "TORCHELASTIC_RUN_ID" not in os.environ or dist.is_initialized():
         return
     if torch.cuda.is_available():
         local, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
         if local >= gpus:
             raise UserError(
-                f"too few GPUs for --nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}: there are {gpus}"
+                f"too few GPUs for --nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}: there are "
+                f"{gpus}"
             )
         torch.cuda.set_device(local)
         dist.init_process_group(
@@ -42,10 +48,12 @@ def start():
 
 
 def _new_store():
-    """A store, by which processes find each other, of this start's own, hosted by rank 0: init_process_group's options.
+    """A store, by which processes find each other, of this start's own, hosted by rank 0:
+    init_process_group's options.
 
-    After a restart torchrun's store still holds the addresses of the dead processes, and a living one that is quicker
-    than its peers would call those. Here the worst that it finds is a port where nobody answers, and it looks again.
+    After a restart torchrun's store still holds the addresses of the dead processes, and a living
+    one that is quicker than its peers would call those. Here the worst that it finds is a port
+    where nobody answers, and it looks again.
     """
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return {}
@@ -99,12 +107,16 @@ def say(text):
 
 
 def restarted():
-    """Whether torchrun started this again after a failure (--max-restarts): the same command, to be gone on with."""
+    """Whether torchrun started this again after a failure (--max-restarts): the same command, to be
+    gone on with.
+    """
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
 
 
 def launch():
-    """A name for the torchrun that started this process, the same after its restarts; None without torchrun."""
+    """A name for the torchrun that started this process, the same after its restarts; None without
+    torchrun.
+    """
     run = os.environ.get("TORCHELASTIC_RUN_ID")
     return None if run is None else f"{run} on {socket.gethostname()}, process {os.getppid()}"
 
@@ -119,7 +131,9 @@ def resume_command(run):
 
 @torch.no_grad()
 def sum_(tensors):
-    """Replace tensors, of one dtype and device, by their sums over all processes; one collective for all of them."""
+    """Replace tensors, of one dtype and device, by their sums over all processes; one collective
+    for all of them.
+    """
     if size() > 1:
         flat = torch.cat([tensor.detach().reshape(-1) for tensor in tensors])
         dist.all_reduce(flat)
@@ -130,7 +144,9 @@ def sum_(tensors):
 
 
 def any_of(*flags):
-    """Each flag, set if it is set anywhere. On the host, so that a GPU's queue runs on; every process must call it."""
+    """Each flag, set if it is set anywhere. On the host, so that a GPU's queue runs on; every
+    process must call it.
+    """
     if size() == 1:
         return flags
     flags = torch.tensor(flags, dtype=torch.uint8)

@@ -1,4 +1,6 @@
-"""Faults of a training run: losses and gradients that are not finite, memory that does not suffice."""
+"""Faults of a training run: losses and gradients that are not finite, memory that does not
+suffice.
+"""
 
 from contextlib import contextmanager
 
@@ -9,7 +11,8 @@ from mostgan.config import UserError
 
 
 class Skips:
-    """Optimizer steps left out because a loss or a gradient was not finite, per phase ("G", "D", "R1").
+    """Optimizer steps left out because a loss or a gradient was not finite, per phase ("G", "D",
+    "R1").
 
     All of it stays on the device: nothing waits for it until `check`.
     """
@@ -19,10 +22,11 @@ class Skips:
 
     @torch.no_grad()
     def count(self, phase, loss, parameters):
-        """Whether to leave out the step, a float tensor, 1 or 0: `loss`, or a gradient of `parameters`, is not finite.
+        """Whether to leave out the step, a float tensor, 1 or 0: `loss`, or a gradient of
+        `parameters`, is not finite.
 
-        loss: float tensor []; parameters: those of an optimizer, with gradients or None. The maximum norm cannot
-        overflow as the Euclidean one can, and keeps NaN.
+        loss: float tensor []; parameters: those of an optimizer, with gradients or None. The
+        maximum norm cannot overflow as the Euclidean one can, and keeps NaN.
         """
         of = [p for p in parameters if p.grad is not None]
         norms = torch._foreach_norm([p.grad for p in of], ord=float("inf"))
@@ -45,7 +49,8 @@ class Skips:
     def check(self, limit, modules, step, saver):
         """UserError with a diagnosis if more than `limit` steps of a phase in a row were left out.
 
-        modules: phase → the module whose parameters `count` was given; saver: it knows the last good checkpoint.
+        modules: phase → the module whose parameters `count` was given; saver: it knows the last
+        good checkpoint.
         """
         for phase, seen in self.phases.items():
             if int(seen["longest"]) <= limit:
@@ -61,8 +66,10 @@ class Skips:
                 ": " + ", ".join(broken[:4]) + (", …" if len(broken) > 4 else "") if broken else ""
             )
             raise UserError(
-                f"stopped near step {step}: {int(seen['longest'])} steps of {phase} in a row were not finite; the last "
-                f"had the loss {float(seen['loss']):g} and gradients that are not finite in {len(broken)} of "
+                f"stopped near step {step}: {int(seen['longest'])} steps of {phase} in a row were "
+                "not finite; the last "
+                f"had the loss {float(seen['loss']):g} and gradients that are not finite in "
+                f"{len(broken)} of "
                 f"{len(seen['parameters'])} parameters{shown}; "
                 + (
                     f"the last good checkpoint is {saver.saved}: go on from it"
@@ -75,7 +82,9 @@ class Skips:
 
 @contextmanager
 def memory_advice(config, run):
-    """Turns running out of GPU memory into a UserError that names the next larger batch_split that is possible."""
+    """Turns running out of GPU memory into a UserError that names the next larger batch_split that
+    is possible.
+    """
     try:
         yield
     except torch.OutOfMemoryError:
@@ -88,11 +97,11 @@ def memory_advice(config, run):
         split = next(
             (split for split, piece in pieces.items() if piece % min(group, piece) == 0), None
         )
-        again = (
-            f"go on with: {distributed.resume_command(run)} --batch-split {split}"
-            if split
-            else f"no larger --batch-split is possible than {config.batch_split}: start with a smaller model"
-        )
+        if split:
+            again = f"go on with: {distributed.resume_command(run)} --batch-split {split}"
+        else:
+            again = f"no larger --batch-split is possible than {config.batch_split}: "
+            again += "start with a smaller model"
         raise UserError(
             f"out of GPU memory with {clips // config.batch_split} clips at a time; {again}"
         ) from None

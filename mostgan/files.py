@@ -9,7 +9,8 @@ from pathlib import Path
 
 @contextmanager
 def whole_file(path):
-    """Yields a binary file that takes the name `path` when the block ends well, synced to the disk before.
+    """Yields a binary file that takes the name `path` when the block ends well, synced to the disk
+    before.
 
     If the block raises, or the process dies, nothing of this name has changed.
     """

@@ -11,7 +11,9 @@ import kernels
 
 
 def full_precision(forward):
-    """Decorator: run a module's method outside autocast. For what is small and sets the rest: mapping, styles, time."""
+    """Decorator: run a module's method outside autocast. For what is small and sets the rest:
+    mapping, styles, time.
+    """
 
     @functools.wraps(forward)
     def wrapped(self, x, *args):
@@ -22,7 +24,9 @@ def full_precision(forward):
 
 
 class Linear(nn.Module):
-    """Equalized fully connected layer: weight stored as N(0,1)/m, used as w · m / √fan_in; bias used as b · m."""
+    """Equalized fully connected layer: weight stored as N(0,1)/m, used as w · m / √fan_in; bias
+    used as b · m.
+    """
 
     def __init__(self, in_dim, out_dim, bias=True, bias_init=0.0, lr_mult=1.0, lrelu=False):
         super().__init__()

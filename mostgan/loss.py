@@ -1,6 +1,8 @@
-"""Losses as functions of logits, scores and frames (spec §5 and §8, paper 3.4), and the objectives of a step.
+"""Losses as functions of logits, scores and frames (spec §5 and §8, paper 3.4), and the objectives
+of a step.
 
-An objective is a pure function of networks and tensors, with nothing drawn inside, so that it compiles as one graph.
+An objective is a pure function of networks and tensors, with nothing drawn inside, so that it
+compiles as one graph.
 """
 
 from typing import NamedTuple
@@ -24,23 +26,27 @@ def discriminator_loss(real_logits, fake_logits):
 
 
 def squared_norm(gradient):
-    """Σ (∂logit/∂frame)² per frame, averaged over the frames of a clip and over clips: times γ/2 it is R1 (spec §8)."""
+    """Σ (∂logit/∂frame)² per frame, averaged over the frames of a clip and over clips: times γ/2 it
+    is R1 (spec §8).
+    """
     return gradient.square().sum(dim=(1, 2, 3)).mean()
 
 
 def r1_penalty(logits_of, frames, transform=None):
     """R1 without its γ/2, differentiable in D's parameters.
 
-    logits_of: function of frames [N, 3, H, W] → logits [B]. transform(x, transposed): a linear map A on frames, applied
-    before, or its transpose; then R1 is that of D ∘ A, frames are A's result, and ∇ₓ D(A x) = Aᵀ ∇ D at A x.
+    logits_of: function of frames [N, 3, H, W] → logits [B]. transform(x, transposed): a linear map
+    A on frames, applied before, or its transpose; then R1 is that of D ∘ A, frames are A's result,
+    and ∇ₓ D(A x) = Aᵀ ∇ D at A x.
 
-    With g = ∇ Σ D, and g fixed, R1's gradient is that of 2 ⟨∇ Σ D, A Aᵀ g⟩: a Jacobian-vector product. To differentiate
-    ∇ D itself, as the eager form on a CPU does, needs convolutions whose kernels are as large as images. A CPU is quick
-    at them (the product takes 1.3 times as long there), cuDNN takes seconds, and AOTAutograd cannot do it at all where
-    autograd.grad is called in a compiled function.
+    With g = ∇ Σ D, and g fixed, R1's gradient is that of 2 ⟨∇ Σ D, A Aᵀ g⟩: a Jacobian-vector
+    product. To differentiate ∇ D itself, as the eager form on a CPU does, needs convolutions whose
+    kernels are as large as images. A CPU is quick at them (the product takes 1.3 times as long
+    there), cuDNN takes seconds, and AOTAutograd cannot do it at all where autograd.grad is called
+    in a compiled function.
 
-    The logits, times 0, are in the result for the parameters that R1 does not depend on: their gradient is then 0 and
-    not None, so that Adam takes the same step for them in either form.
+    The logits, times 0, are in the result for the parameters that R1 does not depend on: their
+    gradient is then 0 and not None, so that Adam takes the same step for them in either form.
     """
     transform = transform or (lambda x, transposed: x)
     if frames.is_cpu and not torch.compiler.is_compiling():
@@ -63,10 +69,12 @@ def _zero_with_gradient(logits_of, frames, direction):
 
 
 def diversity(scores, num_ws):
-    """Motion diversity (Eq. 3): Σ over layers of the mean squared entry of the scores' Gram matrix, / num_ws.
+    """Motion diversity (Eq. 3): Σ over layers of the mean squared entry of the scores' Gram matrix,
+    / num_ws.
 
-    scores: one [N, O, K] per MoStAtt layer. Rows, one per frame and style, are divided by their detached norm; the
-    Gram matrix is of all N·K rows of the batch, diagonal included. ‖R Rᵀ‖² = ‖Rᵀ R‖², so the smaller product is taken.
+    scores: one [N, O, K] per MoStAtt layer. Rows, one per frame and style, are divided by their
+    detached norm; the Gram matrix is of all N·K rows of the batch, diagonal included. ‖R Rᵀ‖² = ‖Rᵀ
+    R‖², so the smaller product is taken.
     """
     total = 0.0
     for score in scores:
@@ -110,7 +118,8 @@ def augmented(frames, params):
 def generator_objective(G, D, latents, params, diversity_weight):
     """Make D take generated clips for real ones, and motion styles differ.
 
-    Returns loss, its two parts, D's logits [B], and what later steps may use: frames [N, 3, H, W], w [B, w_dim].
+    Returns loss, its two parts, D's logits [B], and what later steps may use: frames [N, 3, H, W],
+    w [B, w_dim].
     """
     z, t, noise, first_anchor, label = latents
     w = G.content_code(z, label)
@@ -123,8 +132,9 @@ def generator_objective(G, D, latents, params, diversity_weight):
 
 
 def discriminator_objective(G, D, real, real_params, fake, fake_params):
-    """Tell real clips, real = (frames, t, label), from generated ones. fake: Latents of fresh clips; or clips made
-    before, as real; or D's logits of them. Returns loss, logits of the real clips.
+    """Tell real clips, real = (frames, t, label), from generated ones. fake: Latents of fresh
+    clips; or clips made before, as real; or D's logits of them. Returns loss, logits of the real
+    clips.
     """
     if isinstance(fake, Latents):
         with torch.no_grad():
@@ -138,8 +148,8 @@ def discriminator_objective(G, D, real, real_params, fake, fake_params):
 
 
 def r1_objective(D, real, params):
-    """R1 of the augmented discriminator, without its γ/2. ADA's geometry is linear, and stays outside of what is
-    differentiated twice.
+    """R1 of the augmented discriminator, without its γ/2. ADA's geometry is linear, and stays
+    outside of what is differentiated twice.
     """
     frames, t, label = real
     if params is None:

@@ -1,7 +1,8 @@
-"""The generator: latent and times → frames. Read `forward` of Generator, then down: Synthesis, Block, SynthesisLayer.
+"""The generator: latent and times → frames. Read `forward` of Generator, then down: Synthesis,
+Block, SynthesisLayer.
 
-Shapes: B clips, T frames per clip, N = B·T frames clip by clip. What the frames of a clip share (w, content styles) is
-computed per clip; what the layers share (motion vectors) once per frame.
+Shapes: B clips, T frames per clip, N = B·T frames clip by clip. What the frames of a clip share (w,
+content styles) is computed per clip; what the layers share (motion vectors) once per frame.
 """
 
 import math
@@ -28,7 +29,8 @@ class ContentMapping(nn.Module):
             in_dim += config.w_dim
         self.layers = Mapping(in_dim, config.w_dim, config.mapping_layers)
         self.register_buffer("w_avg", torch.zeros(config.w_dim))
-        self.class_means = None  # [num_labels, w_dim], of an imported model with classes: what rendering truncates to
+        # [num_labels, w_dim], of an imported model with classes: what rendering truncates to
+        self.class_means = None
 
     @full_precision
     def forward(self, z, label=None):
@@ -40,7 +42,9 @@ class ContentMapping(nn.Module):
 
 
 class LayerContent(NamedTuple):
-    """What the frames of a clip share in a synthesis layer: computed once per clip, however long the clip."""
+    """What the frames of a clip share in a synthesis layer: computed once per clip, however long
+    the clip.
+    """
 
     raw_weight: torch.Tensor  # [O, I, 3, 3]
     style: torch.Tensor  # content style s, [B, I]
@@ -54,7 +58,9 @@ class LayerContent(NamedTuple):
 
 
 class SynthesisLayer(nn.Module):
-    """3×3 modulated convolution, optionally up=2, with content style and motion styles (spec §6)."""
+    """3×3 modulated convolution, optionally up=2, with content style and motion styles (spec
+    §6).
+    """
 
     def __init__(self, config, in_channels, out_channels, resolution, up=1):
         super().__init__()
@@ -76,7 +82,9 @@ class SynthesisLayer(nn.Module):
 
     @full_precision
     def content(self, w, style_gain=None):
-        """What all frames of a clip share in this layer. w: [B, w_dim]; style_gain: as `kernels.mostatt` takes it."""
+        """What all frames of a clip share in this layer. w: [B, w_dim]; style_gain: as
+        `kernels.mostatt` takes it.
+        """
         weight, style = self.weight, self.affine(w)
         if self.prenorm:
             weight = weight / (
@@ -96,7 +104,8 @@ class SynthesisLayer(nn.Module):
     def forward(self, x, content, motion_vectors=None):
         """x: [N, I, H, W], content: of `content(w)`, motion_vectors: [N, K, motion_vector_dim].
 
-        Returns features [N, O, up·H, up·W] and MoStAtt's score [N, O, K], None without motion styles.
+        Returns features [N, O, up·H, up·W] and MoStAtt's score [N, O, K], None without motion
+        styles.
         """
         frames_per_clip = x.shape[0] // len(
             content.style
@@ -119,7 +128,9 @@ class SynthesisLayer(nn.Module):
         return kernels.epilogue(x, *epilogue), score
 
     def motion_modulate(self, content, motion_vectors):
-        """MoStAtt in the order of paper 4.3 → weight [N, O, I, 3, 3], score [N, O, K] and demodulation [N, O]."""
+        """MoStAtt in the order of paper 4.3 → weight [N, O, I, 3, 3], score [N, O, K] and
+        demodulation [N, O].
+        """
         motion_style = self.hypernetwork(motion_vectors.flatten(0, 1))
         motion_style = motion_style.view(*motion_vectors.shape[:2], self.rank, -1)
         weight, style = content.weight, None
@@ -163,7 +174,9 @@ class ToRGB(nn.Module):
 
 
 class Block(nn.Module):
-    """One resolution: conv0 (up=2) → conv1 → toRGB; at 4×4 a learned constant and the motion code → conv1 → toRGB."""
+    """One resolution: conv0 (up=2) → conv1 → toRGB; at 4×4 a learned constant and the motion code →
+    conv1 → toRGB.
+    """
 
     def __init__(self, config, resolution):
         super().__init__()
@@ -180,7 +193,9 @@ class Block(nn.Module):
 
 
 class Synthesis(nn.Module):
-    """w, motion codes, motion vectors → frames: blocks 4, 8, …, resolution with skip connections (spec §6)."""
+    """w, motion codes, motion vectors → frames: blocks 4, 8, …, resolution with skip connections
+    (spec §6).
+    """
 
     def __init__(self, config):
         super().__init__()
@@ -202,7 +217,8 @@ class Synthesis(nn.Module):
         ]
 
     def forward(self, content, motion_code, motion_vectors):
-        """content: of `content(w)`; motion_code: [N, motion_code_dim]; motion_vectors: [N, K, …] or None.
+        """content: of `content(w)`; motion_code: [N, motion_code_dim]; motion_vectors: [N, K, …] or
+        None.
 
         Returns frames [N, 3, H, W] and the scores of every MoStAtt layer, each [N, O, K].
         """
@@ -240,10 +256,12 @@ class Generator(nn.Module):
         """Frames of clips at any times.
 
         z: [B, z_dim] content latents; t: [B, T] times in frames, float64 to keep far times exact.
-        noise: motion noise [B, J, motion_noise_dim], rows for anchors first_anchor [B] onwards (0 if None) up to
-        floor(t / motion_distance) + 21; or noise per frame, [N, 22, …] and [N] (`motion.motion_noise` draws either).
-        label: [B, num_labels], a class as one-hot. psi: truncation, 1 none … 0 the mean w.
-        Returns [N, 3, H, W], about [-1, 1], frame = clip · T + index; with return_scores also the list of [N, O, K].
+        noise: motion noise [B, J, motion_noise_dim], rows for anchors first_anchor [B] onwards (0
+        if None) up to floor(t / motion_distance) + 21; or noise per frame, [N, 22, …] and [N]
+        (`motion.motion_noise` draws either).
+        label: [B, num_labels], a class as one-hot. psi: truncation, 1 none … 0 the mean w. Returns
+        [N, 3, H, W], about [-1, 1], frame = clip · T + index; with return_scores also the list of
+        [N, O, K].
         """
         w = self.content_code(z, label, psi)
         motion_code, motion_vectors = self.motion(w, t, noise, first_anchor, label)
@@ -256,7 +274,9 @@ class Generator(nn.Module):
         return w if psi == 1 else torch.lerp(self.mapping.w_avg, w, psi)
 
     def motion(self, w, t, noise, first_anchor=None, label=None):
-        """Per frame, what all layers share: motion codes [N, motion_code_dim] and motion vectors [N, K, …] or None."""
+        """Per frame, what all layers share: motion codes [N, motion_code_dim] and motion vectors
+        [N, K, …] or None.
+        """
         rows = len(noise)
         if first_anchor is None:
             first_anchor = torch.zeros(rows, dtype=torch.long, device=noise.device)
@@ -270,8 +290,9 @@ class Generator(nn.Module):
     render = render  # generator.render(seed, …): mostgan/render.py
 
     def render_window(self, content, motion_code, motion_vectors):
-        """The synthesis of a window. On a CPU one frame of each clip at a time: its kernels and features then stay in
-        the caches, which is worth more than the larger batch (measured in bench/ms_per_frame.py).
+        """The synthesis of a window. On a CPU one frame of each clip at a time: its kernels and
+        features then stay in the caches, which is worth more than the larger batch (measured in
+        bench/ms_per_frame.py).
         """
         if motion_code.is_cuda:
             return self.synthesis(content, motion_code, motion_vectors)[0]

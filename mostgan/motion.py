@@ -17,9 +17,9 @@ _CONTENT_STREAM, _MOTION_STREAM = 0, 1
 def _normal(seed, stream, first, count):
     """Normal numbers first … first+count−1 of a stream: float32 [count].
 
-    Counter-based (Philox 4x64, four numbers a counter step; Box-Muller), so that any stretch is drawn alone; numpy
-    promises these raw bits for ever, as it does not for its own normal(). first may be negative: the counter, of 256
-    bits, goes round.
+    Counter-based (Philox 4x64, four numbers a counter step; Box-Muller), so that any stretch is
+    drawn alone; numpy promises these raw bits for ever, as it does not for its own normal(). first
+    may be negative: the counter, of 256 bits, goes round.
     """
     start, skip = divmod(first, 4)
     bits = np.random.Philox(key=[seed, stream], counter=start % 2**256).random_raw(
@@ -37,7 +37,9 @@ def content_latent(seeds, dim):
 
 
 def _anchor_noise(seed, first, rows, dim, loop):
-    """Rows z_j of anchors j = first … first+rows−1: float32 [rows, dim]. loop: z_j is z_{j mod loop}; None: no loop."""
+    """Rows z_j of anchors j = first … first+rows−1: float32 [rows, dim]. loop: z_j is z_{j mod
+    loop}; None: no loop.
+    """
     if loop is None:
         return _normal(seed, _MOTION_STREAM, first * dim, rows * dim).view(rows, dim)
     return torch.stack(
@@ -46,13 +48,15 @@ def _anchor_noise(seed, first, rows, dim, loop):
 
 
 def motion_noise(seeds, t, config, loop=None):
-    """Exactly the motion noise that frames at times t [B, T] need, clip b from seeds[b]. Times may be negative.
+    """Exactly the motion noise that frames at times t [B, T] need, clip b from seeds[b]. Times may
+    be negative.
 
-    Row z_j is a function of (seed, j) alone: any window of an endless video has its noise in memory for that window
-    only. loop: z_j = z_{j mod loop}: motion closes to a loop of so many anchors, if t is taken modulo its length too.
-    At an anchor v(t) is that anchor's aligner (spec §2.6) whatever the waves did, so there time may go back to 0.
-    Returns noise float32 [G, J, motion_noise_dim] and the anchor index of each first row, int64 [G], for G = B;
-    or G = N = B·T where the frames of a clip lie so far apart that noise per frame is less.
+    Row z_j is a function of (seed, j) alone: any window of an endless video has its noise in memory
+    for that window only. loop: z_j = z_{j mod loop}: motion closes to a loop of so many anchors, if
+    t is taken modulo its length too. At an anchor v(t) is that anchor's aligner (spec §2.6)
+    whatever the waves did, so there time may go back to 0. Returns noise float32 [G, J,
+    motion_noise_dim] and the anchor index of each first row, int64 [G], for G = B; or G = N = B·T
+    where the frames of a clip lie so far apart that noise per frame is less.
     """
     anchor = torch.floor(t.double().cpu() / config.motion_distance).long()
     rows = int((anchor.amax(1) - anchor.amin(1)).max()) + FRAME_ANCHORS
@@ -65,7 +69,9 @@ def motion_noise(seeds, t, config, loop=None):
 
 
 class MotionCodes(nn.Module):
-    """Noise of anchors → motion code v(t) of every frame, by acyclic positional encoding (spec §2)."""
+    """Noise of anchors → motion code v(t) of every frame, by acyclic positional encoding (spec
+    §2).
+    """
 
     def __init__(self, config):
         super().__init__()
@@ -81,7 +87,9 @@ class MotionCodes(nn.Module):
         self.aligner = Linear(dim, config.motion_code_dim, bias=False)
 
     def frequencies(self, device):
-        """ω in radians per frame, longest period first: float64 [F]. From the config alone, so in full precision."""
+        """ω in radians per frame, longest period first: float64 [F]. From the config alone, so in
+        full precision.
+        """
         shortest, longest = math.log2(self.shortest_period), math.log2(self.max_period)
         log_period = torch.linspace(
             longest, shortest, self.num_frequencies, dtype=torch.float64, device=device
@@ -89,7 +97,9 @@ class MotionCodes(nn.Module):
         return 2 * math.pi / torch.exp2(log_period)
 
     def anchor_codes(self, noise):
-        """Noise rows [G, J, C] → codes u, float64 [G, J − 20, C]: unpadded convolutions, leaky ReLU without gain."""
+        """Noise rows [G, J, C] → codes u, float64 [G, J − 20, C]: unpadded convolutions, leaky ReLU
+        without gain.
+        """
         u = noise.double().transpose(1, 2)
         for weight, bias in ((self.conv0, self.conv0_bias), (self.conv1, self.conv1_bias)):
             weight_gain = 0.01 / math.sqrt(weight[0].numel())
@@ -98,11 +108,13 @@ class MotionCodes(nn.Module):
 
     @full_precision
     def forward(self, t, noise, first_anchor, label=None):
-        """t: float64 [G, S] times of S frames per row of noise; noise: [G, J, C], row 0 being anchor first_anchor [G];
-        label: [G, num_labels] → motion codes [G·S, motion_code_dim]. Rows needed: anchors floor(t/D) … + 21.
+        """t: float64 [G, S] times of S frames per row of noise; noise: [G, J, C], row 0 being
+        anchor first_anchor [G]; label: [G, num_labels] → motion codes [G·S, motion_code_dim]. Rows
+        needed: anchors floor(t/D) … + 21.
 
-        In float64 from the noise to the sine: radians reach 10⁸ in far frames, so a period that is off in its eighth
-        digit would be another phase. It is a small part of the work, and done once per anchor.
+        In float64 from the noise to the sine: radians reach 10⁸ in far frames, so a period that is
+        off in its eighth digit would be another phase. It is a small part of the work, and done
+        once per anchor.
         """
         if label is not None:
             noise = torch.cat([noise, label.unsqueeze(1).expand(-1, noise.shape[1], -1)], dim=2)
@@ -139,7 +151,9 @@ class MotionNetwork(nn.Module):
 
     @full_precision
     def forward(self, w, motion_code):
-        """w: [B, w_dim], motion_code: [N, motion_code_dim] → motion vectors [N, K, motion_vector_dim]."""
+        """w: [B, w_dim], motion_code: [N, motion_code_dim] → motion vectors [N, K,
+        motion_vector_dim].
+        """
         w = w.repeat_interleave(motion_code.shape[0] // len(w), dim=0)
         vectors = self.fc1(self.fc0(torch.cat([w, motion_code], dim=1)))
         return vectors.unflatten(1, (self.motion_styles, -1))

@@ -1,7 +1,9 @@
-"""Rendering: seeds and a way through time → windows of frames, in constant memory and constant time per frame.
+"""Rendering: seeds and a way through time → windows of frames, in constant memory and constant time
+per frame.
 
-A video is a function of time t (in frames of the training data) alone: its motion is v(t), its content is fixed or a
-function of t too. So any stretch of it can be rendered alone, slower, faster, backwards or in a circle.
+A video is a function of time t (in frames of the training data) alone: its motion is v(t), its
+content is fixed or a function of t too. So any stretch of it can be rendered alone, slower, faster,
+backwards or in a circle.
 """
 
 import math
@@ -32,21 +34,27 @@ def render(
     content_frames=100,
     style_gain=None,
 ):
-    """Stream a video: yields uint8 [clips, n, 3, H, W] for consecutive windows of n ≤ window frames.
+    """Stream a video: yields uint8 [clips, n, 3, H, W] for consecutive windows of n ≤ window
+    frames.
 
-    seed: of the first clip, clip i having seed + i; or a list with, per clip, a seed, or a tuple of seeds through which
-    its content moves smoothly and round again, content_frames of time from one to the next. motion_seed: of all clips,
-    or a list; None: as the content (of a tuple the first). label: class index, or one per clip; or condition vectors,
-    float [num_labels] or [clips, num_labels].
-    start: time of the first frame; step: time between frames, negative for backwards. Times are from −10⁸ to 10⁸.
-    loop: frames after which the video repeats exactly; `loop_step` says at what pace. The way through a tuple of seeds
-    then takes one loop. style_gain: {style: gain}, scales motion styles by hand (paper B.1; 0 removes one).
-    window: frames of a clip rendered at once; None: what suits the device. Start and step are taken as decimals.
+    seed: of the first clip, clip i having seed + i; or a list with, per clip, a seed, or a tuple of
+    seeds through which its content moves smoothly and round again, content_frames of time from one
+    to the next. motion_seed: of all clips, or a list; None: as the content (of a tuple the first).
+    label: class index, or one per clip; or condition vectors, float [num_labels] or [clips,
+    num_labels].
+    start: time of the first frame; step: time between frames, negative for backwards. Times are
+    from −10⁸ to 10⁸.
+    loop: frames after which the video repeats exactly; `loop_step` says at what pace. The way
+    through a tuple of seeds then takes one loop. style_gain: {style: gain}, scales motion styles by
+    hand (paper B.1; 0 removes one).
+    window: frames of a clip rendered at once; None: what suits the device. Start and step are taken
+    as decimals.
 
-    Memory does not depend on start or frames, and a frame is the same in whatever stretch it is rendered: windows lie
-    on a fixed raster of frames, so that the same numbers meet in the same products. On a GPU this holds for windows of
-    one length on one kind of GPU, with the same clips; there a piece's first and last windows are rendered whole.
-    Raises UserError on arguments that the model cannot serve, before the first window is asked for.
+    Memory does not depend on start or frames, and a frame is the same in whatever stretch it is
+    rendered: windows lie on a fixed raster of frames, so that the same numbers meet in the same
+    products. On a GPU this holds for windows of one length on one kind of GPU, with the same clips;
+    there a piece's first and last windows are rendered whole. Raises UserError on arguments that
+    the model cannot serve, before the first window is asked for.
     """
     config, device = generator.config, generator.mapping.w_avg.device
     start, step = exact(start), exact(step)
@@ -86,8 +94,8 @@ def windows(
     content_frames,
     gain,
 ):
-    """The windows of `render`, from its arguments, checked; start and step are fractions; gain: of `gains`; condition:
-    of `conditions`.
+    """The windows of `render`, from its arguments, checked; start and step are fractions; gain: of
+    `gains`; condition: of `conditions`.
     """
     config, device, clips = generator.config, generator.mapping.w_avg.device, len(seeds)
     stops = content_stops(generator, seeds, condition, psi)  # [clips, stops, w_dim]
@@ -135,9 +143,11 @@ def windows(
 
 
 def moving_window(generator, w, motion, gain, clips):
-    """Frames [clips · n, 3, H, W] whose content differs from frame to frame: each is a clip of its own.
+    """Frames [clips · n, 3, H, W] whose content differs from frame to frame: each is a clip of its
+    own.
 
-    w: [clips · n, w_dim]; motion: codes and vectors; gain: of `gains`. On a CPU one frame of each clip at a time, as
+    w: [clips · n, w_dim]; motion: codes and vectors; gain: of `gains`. On a CPU one frame of each
+    clip at a time, as
     render_window does it, and for memory: a frame's content weights are as large as the model.
     """
     n = len(w) // clips
@@ -152,7 +162,9 @@ def moving_window(generator, w, motion, gain, clips):
 
 
 def pick(of_frames, clips, wanted, flat=True):
-    """The wanted frames of each clip: [clips · window, …] → [clips · n, …], [clips, n, …] if not flat; None stays."""
+    """The wanted frames of each clip: [clips · window, …] → [clips · n, …], [clips, n, …] if not
+    flat; None stays.
+    """
     if of_frames is None:
         return None
     picked = of_frames.unflatten(0, (clips, -1))[:, wanted]
@@ -163,7 +175,9 @@ def pick(of_frames, clips, wanted, flat=True):
 
 
 def exact(number):
-    """A number as the fraction that its decimal digits state: 0.1 is 1/10, whatever its binary form."""
+    """A number as the fraction that its decimal digits state: 0.1 is 1/10, whatever its binary
+    form.
+    """
     try:
         return Fraction(str(number))
     except ValueError:
@@ -173,8 +187,8 @@ def exact(number):
 def loop_step(config, step, loop):
     """(step, anchors) of a loop of so many frames at about the pace `step`.
 
-    Motion closes at anchors (motion_noise), motion_distance apart: so a loop is the nearest whole number of them, at
-    least one, and its pace is what makes them last `loop` frames exactly.
+    Motion closes at anchors (motion_noise), motion_distance apart: so a loop is the nearest whole
+    number of them, at least one, and its pace is what makes them last `loop` frames exactly.
     """
     anchors = max(1, round(loop * abs(step) / config.motion_distance))
     pace = Fraction(anchors * config.motion_distance, loop)
@@ -182,7 +196,9 @@ def loop_step(config, step, loop):
 
 
 def frame_times(offset, step, first, count, period=None):
-    """Times offset + i · step of frames i = first … first+count−1, modulo period: float64 [count], rounded once."""
+    """Times offset + i · step of frames i = first … first+count−1, modulo period: float64 [count],
+    rounded once.
+    """
     times = [offset + i * step for i in range(first, first + count)]
     return torch.tensor(
         [float(t if period is None else t % period) for t in times], dtype=torch.float64
@@ -207,7 +223,8 @@ def clip_seeds(seed, motion_seed, clips):
         or not seeds[0]
     ):
         raise UserError(
-            f"{len(seeds)} content seeds and {len(motion_seeds)} motion seeds for {clips} clips: give one "
+            f"{len(seeds)} content seeds and {len(motion_seeds)} motion seeds for {clips} clips: "
+            "give one "
             "of each per clip, or tuples of content seeds, all equally long"
         )
     for s in [s for of_clip in seeds for s in of_clip] + motion_seeds:
@@ -217,7 +234,9 @@ def clip_seeds(seed, motion_seed, clips):
 
 
 def conditions(config, label, clips, device):
-    """label, as `render` takes it → a condition vector per clip, float32 [clips, num_labels]; None without labels."""
+    """label, as `render` takes it → a condition vector per clip, float32 [clips, num_labels]; None
+    without labels.
+    """
     C = config.num_labels
     if label is None and not C:
         return None
@@ -230,7 +249,8 @@ def conditions(config, label, clips, device):
     whole = not is_vector and wanted.dtype != torch.bool and wanted.shape in ((), (1,), (clips,))
     if not whole or not ((0 <= wanted) & (wanted < C)).all():
         raise UserError(
-            f"the model is conditional: give a label from 0 to {C - 1}, or a vector of {C} numbers, "
+            f"the model is conditional: give a label from 0 to {C - 1}, or a vector of {C} "
+            "numbers, "
             f"not {label}"
         )
     return torch.eye(C, device=device)[wanted.reshape(-1)].expand(clips, C)
@@ -248,7 +268,8 @@ def content_stops(generator, seeds, condition, psi):
 
 
 def truncation_center(mapping, condition):
-    """What ψ = 0 gives: the mean w; for a class of an imported model, that class's mean w. Broadcasts to [N, w_dim].
+    """What ψ = 0 gives: the mean w; for a class of an imported model, that class's mean w.
+    Broadcasts to [N, w_dim].
 
     condition: [N, num_labels] or None.
     """
@@ -263,7 +284,8 @@ def truncation_center(mapping, condition):
 
 
 def content_at(stops, u):
-    """Content on its way round: the closed Catmull-Rom spline, smooth in velocity too; at u = 0, 1, … it is at stop u.
+    """Content on its way round: the closed Catmull-Rom spline, smooth in velocity too; at u = 0, 1,
+    … it is at stop u.
 
     stops: w [clips, S, w_dim]; u: float64 [clips, T], in stops → [clips, T, w_dim].
     """
@@ -300,12 +322,13 @@ def gains(config, style_gain, device):
 
 
 def choose_window(config, clips, device):
-    """Frames of each clip to render at once: a power of two, from the device's memory in all, not from what is free,
-    so that the same command gives the same windows.
+    """Frames of each clip to render at once: a power of two, from the device's memory in all, not
+    from what is free, so that the same command gives the same windows.
 
-    On a CPU, frames are synthesized one by one: a window costs little and is short only so that the first frames of
-    many clips come soon. On a GPU: as many as a quarter of the memory holds, up to 64, however few are asked for: a
-    short piece of a video must meet the same kernels as the whole, and pays for that with frames that nobody sees.
+    On a CPU, frames are synthesized one by one: a window costs little and is short only so that the
+    first frames of many clips come soon. On a GPU: as many as a quarter of the memory holds, up to
+    64, however few are asked for: a short piece of a video must meet the same kernels as the whole,
+    and pays for that with frames that nobody sees.
     """
     if device.type == "cuda":
         of_layer = [
@@ -332,7 +355,8 @@ def check_render(start, step, frames, clips, psi, window, loop, content_frames):
             raise UserError(f"{name} is {value}, but must be at least 1")
     if step == 0 or content_frames <= 0:
         raise UserError(
-            "a step of no time shows one frame for ever: the speed must not be 0, nor may content_frames"
+            "a step of no time shows one frame for ever: the speed must not be 0, nor may "
+            "content_frames"
         )
     if not math.isfinite(psi):
         raise UserError(f"psi is {psi}, but must be a finite number")

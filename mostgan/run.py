@@ -22,13 +22,16 @@ from mostgan.video_writer import VideoWriter, grid, write_png
 GRID_SIDE, GRID_FRAMES = 4, 32  # a snapshot shows 4 × 4 clips of 32 frames …
 STRIP_FRAMES = 8  # … and its png these many frames of each, in a row
 SHARED_MOTION_SEED = 10_000  # of the grid whose clips all move alike
-# What weights, random streams and the loader's position depend on, and the presets, which chose all else at the start.
+# What weights, random streams and the loader's position depend on, and the presets, which chose all
+# else at the start.
 FIXED = ("preset", "dataset", "start_from", "conditional", "seed", "batch_clips")
 
 
 class Resume(NamedTuple):
-    """A run to go on with, and from where: None is from its start, where it was interrupted before its first save.
-    names_data: whether the command line says which data, so that they may be others than before."""
+    """A run to go on with, and from where: None is from its start, where it was interrupted before
+    its first save. names_data: whether the command line says which data, so that they may be others
+    than before.
+    """
 
     run: Path
     checkpoint: Path | None
@@ -36,11 +39,13 @@ class Resume(NamedTuple):
 
 
 def what_to_resume(out, resume):
-    """The Resume that the command line means, or None: a new run. What the main process finds holds for all.
+    """The Resume that the command line means, or None: a new run. What the main process finds holds
+    for all.
 
-    out: the run folder or None; resume: None, the path of a run or checkpoint, or "": the run in out, if there is one
-    already, else the newest of all runs. A torchrun that restarts its processes gives them the same command line
-    again, and means its own run. Damaged checkpoints are named and passed over; UserError where nothing fits.
+    out: the run folder or None; resume: None, the path of a run or checkpoint, or "": the run in
+    out, if there is one already, else the newest of all runs. A torchrun that restarts its
+    processes gives them the same command line again, and means its own run. Damaged checkpoints are
+    named and passed over; UserError where nothing fits.
     """
     # On other nodes than that of the failure, torchrun restarts processes without counting.
     (restarted,) = distributed.any_of(distributed.restarted())
@@ -74,14 +79,16 @@ def _what_to_resume(out, resume, restarted):
         raise UserError(f"there is no run or checkpoint at {path}")
     if (path / "model.safetensors").exists() and not (path / "training.json").exists():
         raise UserError(
-            f"{path} is an imported checkpoint, not a run to go on with: start a new one from it with: "
+            f"{path} is an imported checkpoint, not a run to go on with: start a new one from it "
+            "with: "
             f"python train.py --start-from {path}"
         )
     if not (path / "model.safetensors").exists() and not path.name.startswith("checkpoint-"):
         return Resume(path, checkpoint.newest_whole(path))
     if wrong := checkpoint.damage(path):
         raise UserError(
-            f"{path} is damaged: {wrong}; go on from the newest whole one with --resume {path.parent}"
+            f"{path} is damaged: {wrong}; go on from the newest whole one with --resume "
+            f"{path.parent}"
         )
     return Resume(path.parent, path)
 
@@ -100,7 +107,9 @@ def _launched_by(launch, runs="runs"):
 
 
 def open_run(out, resume, config, clips):
-    """The run folder, made (see start_run) or made ready to be gone on with (see continue_run) by the main process."""
+    """The run folder, made (see start_run) or made ready to be gone on with (see continue_run) by
+    the main process.
+    """
     if not distributed.main():
         return Path(distributed.from_main(""))
     run = start_run(out, config, clips) if resume is None else resume.run
@@ -112,7 +121,9 @@ def open_run(out, resume, config, clips):
 
 
 def start_run(out, config, clips):
-    """Make the run folder: out, or runs/<n>-<dataset>-<preset>. Returns its path; UserError if it holds a run."""
+    """Make the run folder: out, or runs/<n>-<dataset>-<preset>. Returns its path; UserError if it
+    holds a run.
+    """
     if out is None:
         runs = Path("runs")
         numbers = [int(m.group(1)) for p in runs.glob("*") if (m := re.match(r"(\d+)-", p.name))]
@@ -128,9 +139,11 @@ def start_run(out, config, clips):
 
 
 def continue_run(resume, config, clips):
-    """Make a run folder ready to be gone on with: its config may have changed where the state does not depend on it.
+    """Make a run folder ready to be gone on with: its config may have changed where the state does
+    not depend on it.
 
-    Prints what changed. Raises UserError naming the fields that do not fit, or if another process trains there.
+    Prints what changed. Raises UserError naming the fields that do not fit, or if another process
+    trains there.
     """
     run, old = resume.run, read_config(resume.run)
     described = json.loads((run / "config.json").read_text())
@@ -151,7 +164,8 @@ def continue_run(resume, config, clips):
     ]
     if wrong:
         raise UserError(
-            f"{run} cannot go on with another {', '.join(wrong)}: leave that out, or start a new run"
+            f"{run} cannot go on with another {', '.join(wrong)}: leave that out, or start a new "
+            "run"
         )
     if changed:
         print(f"changed since {run} was started: {', '.join(changed.values())}")
@@ -165,7 +179,9 @@ def continue_run(resume, config, clips):
 
 
 def _check_data(resume, described, clips):
-    """UserError where the data are not those that a run was trained on, unless the command line names them."""
+    """UserError where the data are not those that a run was trained on, unless the command line
+    names them.
+    """
     before = described.get("data_fingerprint")
     if before in (None, clips.fingerprint):
         return
@@ -176,13 +192,16 @@ def _check_data(resume, described, clips):
             f"{len(clips)} now): name the data to go on with by --data, or put back the former ones"
         )
     print(
-        f"warning: {run} goes on with other data than before: {path}, {len(clips)} clips instead of "
+        f"warning: {run} goes on with other data than before: {path}, {len(clips)} clips instead "
+        "of "
         f"{described.get('clips')}"
     )
 
 
 def _data_path(config, clips):
-    """Where the clips come from: what was packed, or the packed folder that was named; None is the built-in sky."""
+    """Where the clips come from: what was packed, or the packed folder that was named; None is the
+    built-in sky.
+    """
     if config.data is None and clips.builtin:
         return None
     return clips.info.get("origin") or str(clips.path.resolve())
@@ -198,7 +217,9 @@ def _write_config(run, config, clips):
 
 
 def lock(run):
-    """Keep other processes from training in a run folder until this one ends. UserError if one does already."""
+    """Keep other processes from training in a run folder until this one ends. UserError if one does
+    already.
+    """
     handle = os.open(run / ".lock", os.O_CREAT | os.O_WRONLY, 0o644)  # stays open
     try:
         fcntl.lockf(
@@ -236,7 +257,8 @@ def write_text(path, text):
 
 
 class Stats:
-    """Means, and counts, since the last line of stats.jsonl. Values stay on their device until a line is written.
+    """Means, and counts, since the last line of stats.jsonl. Values stay on their device until a
+    line is written.
 
     Means are over all processes, and over the values that are finite. The main process writes.
     """
@@ -256,7 +278,8 @@ class Stats:
             self.counts[name] = self.counts.get(name, 0) + value
 
     def write(self, frames_since, **more):
-        """Append a line: the means, `more`, frames/s over frames_since frames, peak memory. Returns it as a dict.
+        """Append a line: the means, `more`, frames/s over frames_since frames, peak memory. Returns
+        it as a dict.
 
         Every process must call it. A mean without finite values is NaN, in the file null.
         """
@@ -293,11 +316,14 @@ class Stats:
             if self.path.exists():
                 os.truncate(self.path, size)  # no half line
             self.say(
-                f"warning: could not write {self.path}: {error.strerror}; kept, to be written with the next line"
+                f"warning: could not write {self.path}: {error.strerror}; kept, to be written with "
+                "the next line"
             )
 
     def drop_after(self, frames):
-        """Remove lines past `frames`, which a run resumed from there writes again, and what is not a whole line."""
+        """Remove lines past `frames`, which a run resumed from there writes again, and what is not
+        a whole line.
+        """
         if distributed.main() and self.path.exists():
             kept = []
             for line in self.path.read_text(errors="replace").splitlines(keepends=True):
@@ -310,10 +336,11 @@ class Stats:
 
 
 def save_grids(run, generator, clips, frames_done, fps, say=print):
-    """Sample grids with fixed latents: one where every clip moves by itself, one where all share their motion.
+    """Sample grids with fixed latents: one where every clip moves by itself, one where all share
+    their motion.
 
-    clips: the real clips, whose classes or condition vectors the generated ones take. A disk that is full is said, and
-    does not stop the training.
+    clips: the real clips, whose classes or condition vectors the generated ones take. A disk that
+    is full is said, and does not stop the training.
     """
     count = GRID_SIDE**2
     label = None
@@ -352,7 +379,9 @@ def save_real_grid(run, clips, fps):
 
 
 def write_grid(path, clips, fps):
-    """uint8 [n, T, 3, H, W] → path.mp4, all clips side by side, and path.png, a row of frames over time per clip."""
+    """uint8 [n, T, 3, H, W] → path.mp4, all clips side by side, and path.png, a row of frames over
+    time per clip.
+    """
     with VideoWriter(path.with_suffix(".mp4"), fps) as video:
         video.write(grid(clips, GRID_SIDE, GRID_SIDE))
     moments = (
@@ -367,7 +396,8 @@ def write_grid(path, clips, fps):
 class StopSignal:
     """SIGINT (Ctrl-C), SIGTERM or SIGUSR1: `requested` is set, and the step is finished and saved.
 
-    A second SIGINT ends the process at once. Checkpoints under their final names are whole at any moment.
+    A second SIGINT ends the process at once. Checkpoints under their final names are whole at any
+    moment.
     """
 
     def __init__(self, run):

@@ -18,7 +18,9 @@ LAST_TRIES, LAST_RETRY_SECONDS = 3, 5  # of the last save of a run, which nothin
 
 @dataclass
 class State:
-    """All that a resumed run needs. Random numbers need no state: each step has streams keyed by (seed, step)."""
+    """All that a resumed run needs. Random numbers need no state: each step has streams keyed by
+    (seed, step).
+    """
 
     G: Generator
     D: torch.nn.Module
@@ -33,7 +35,9 @@ class State:
 
 
 def snapshot(state):
-    """Copies on the host: (averaged generator's tensors, all other tensors, JSON values), as checkpoint.save takes."""
+    """Copies on the host: (averaged generator's tensors, all other tensors, JSON values), as
+    checkpoint.save takes.
+    """
     tensors = {}
     for name in ("G", "D"):
         tensors |= {
@@ -73,10 +77,11 @@ def load_state(state, path):
 
 
 def start_from(state, path):
-    """Take the networks of a checkpoint that it has of G, D and the average; Adam and all counts start anew.
+    """Take the networks of a checkpoint that it has of G, D and the average; Adam and all counts
+    start anew.
 
-    A generator that is not there starts as the average. Returns a line on what was taken. Raises UserError, naming the
-    fields of the configuration that fit no tensor.
+    A generator that is not there starts as the average. Returns a line on what was taken. Raises
+    UserError, naming the fields of the configuration that fit no tensor.
     """
     path, model = checkpoint.find(path), state.G.config
     states = checkpoint.read_networks(path)
@@ -114,7 +119,9 @@ def _fits(config, states):
 
 
 def _misfits(config, stored, states):
-    """Which fields of config, other than those of the checkpoint, change shapes: 'rank 3 (it has 1)', …"""
+    """Which fields of config, other than those of the checkpoint, change shapes: 'rank 3 (it has
+    1)', …
+    """
     found = []
     for field in dataclasses.fields(config):
         wanted, has = getattr(config, field.name), getattr(stored, field.name)
@@ -130,10 +137,11 @@ def _misfits(config, stored, states):
 
 
 class Saver:
-    """Saves checkpoints of a run: the state is copied to the host at once, and written by a thread, one at a time.
+    """Saves checkpoints of a run: the state is copied to the host at once, and written by a thread,
+    one at a time.
 
-    A save that fails is said (by `say`) and tried again later; the checkpoints before it stay. saved: the newest
-    checkpoint known to be whole, or None. Only the main process saves.
+    A save that fails is said (by `say`) and tried again later; the checkpoints before it stay.
+    saved: the newest checkpoint known to be whole, or None. Only the main process saves.
     """
 
     def __init__(self, run, saved, minutes, keep, say):
@@ -148,13 +156,17 @@ class Saver:
         self.next = time.monotonic() + self.seconds
 
     def due(self):
-        """Whether it is time to save: so many minutes after the last time, sooner after a failure."""
+        """Whether it is time to save: so many minutes after the last time, sooner after a
+        failure.
+        """
         if self.pending is not None and self.pending.done():
             self.finish()
         return distributed.main() and self.pending is None and time.monotonic() >= self.next
 
     def start(self, state, metric=None):
-        """Save the state as it is now; waits only for the save before it. metric: see checkpoint.mark_best."""
+        """Save the state as it is now; waits only for the save before it. metric: see
+        checkpoint.mark_best.
+        """
         if distributed.main():
             self.finish()
             self.next = time.monotonic() + self.seconds
@@ -193,6 +205,7 @@ class Saver:
             self.start(state)
         if not self.finish():
             raise UserError(
-                f"could not save step {state.step} in {self.run}; its last checkpoint is {self.saved}: "
+                f"could not save step {state.step} in {self.run}; its last checkpoint is "
+                f"{self.saved}: "
                 f"make room and go on with: python train.py --resume {self.run}"
             )

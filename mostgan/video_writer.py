@@ -1,7 +1,8 @@
-"""Writing video, through PyAV: mp4, gif, webp, npy, folders of PNGs; in a thread of its own if wanted; grids of clips.
+"""Writing video, through PyAV: mp4, gif, webp, npy, folders of PNGs; in a thread of its own if
+wanted; grids of clips.
 
-Frames are uint8 RGB. Every format is written as the frames come, in constant memory (but for an mp4's index: some 100
-bytes a frame), and holds exactly the frames that it was given.
+Frames are uint8 RGB. Every format is written as the frames come, in constant memory (but for an
+mp4's index: some 100 bytes a frame), and holds exactly the frames that it was given.
 """
 
 import io
@@ -42,16 +43,17 @@ EXACT = (
 
 
 class VideoWriter:
-    """Writes frames to `path` as they come; the suffix decides: .mp4, .gif, .webp, .npy, none: a folder of PNGs.
+    """Writes frames to `path` as they come; the suffix decides: .mp4, .gif, .webp, .npy, none: a
+    folder of PNGs.
 
         with VideoWriter("sky.mp4", fps=25) as video:
-            video.write(frames)                         # uint8 [n,H,W,3] or [n,3,H,W], numpy or torch
+            video.write(frames)  # uint8 [n, H, W, 3] or [n, 3, H, W], numpy or torch
 
-    Upper case will do. The result appears under its name only when the block ends well; an exception leaves an older
-    file as it was.
-    crf: H.264 quality, 0 (best) to 51. An odd side is made even by repeating its last row or column (mp4 only).
-    comment: text kept in the file: mp4's comment tag, gif's comment block, webp's XMP, a tEXt chunk in every PNG;
-    beside an npy, in <path>.json. Raises UserError where the file cannot be written.
+    Upper case will do. The result appears under its name only when the block ends well; an
+    exception leaves an older file as it was. crf: H.264 quality, 0 (best) to 51. An odd side is
+    made even by repeating its last row or column (mp4 only). comment: text kept in the file: mp4's
+    comment tag, gif's comment block, webp's XMP, a tEXt chunk in every PNG; beside an npy, in
+    <path>.json. Raises UserError where the file cannot be written.
     """
 
     def __init__(self, path, fps, crf=17, comment=""):
@@ -80,18 +82,22 @@ class VideoWriter:
         self.sidecar = Path(f"{path}.json") if self.suffix == ".npy" and comment else None
         if self.sidecar is not None and self.sidecar.is_dir():
             raise UserError(
-                f"{self.sidecar} is a folder, but {path} needs a file of that name; choose another name"
+                f"{self.sidecar} is a folder, but {path} needs a file of that name; choose another "
+                "name"
             )
         self.temporary = self.path.with_name(f".{self.path.name}.partial-{os.getpid()}")
         self.temporary_sidecar = self.temporary.with_name(f"{self.temporary.name}.json")
         self.sink, self.shape, self.count = None, None, 0
 
     def check_size(self, height, width):
-        """Raises UserError if the format has no pictures of so many pixels; `write` asks too, but that may be late."""
+        """Raises UserError if the format has no pictures of so many pixels; `write` asks too, but
+        that may be late.
+        """
         largest = LARGEST.get(self.suffix, math.inf)
         if max(height, width) > largest:
             raise UserError(
-                f"{self.path}: {_a(self.suffix)} has at most {largest} pixels a side, and the picture "
+                f"{self.path}: {_a(self.suffix)} has at most {largest} pixels a side, and the "
+                "picture "
                 f"would be {height} high and {width} wide; show fewer clips, or write .npy or PNGs"
             )
 
@@ -150,7 +156,9 @@ class VideoWriter:
             _remove(self.temporary_sidecar)
 
     def _appear(self):
-        """Gives the finished files their names, the sidecar first: an npy that is there says how it was made."""
+        """Gives the finished files their names, the sidecar first: an npy that is there says how it
+        was made.
+        """
         if self.sidecar is not None:
             self.temporary_sidecar.write_text(self.comment + "\n", encoding="utf-8")
             os.replace(self.temporary_sidecar, self.sidecar)
@@ -163,8 +171,9 @@ class BackgroundWriter:
         with BackgroundWriter(VideoWriter("sky.mp4", fps=25)) as video:
             video.write(frames)
 
-    `write` returns at once, or waits while `ahead` chunks of frames lie unwritten: memory stays bounded. What goes
-    wrong in the thread is raised by the next `write`, or at the end. seconds: spent encoding, the file's end included.
+    `write` returns at once, or waits while `ahead` chunks of frames lie unwritten: memory stays
+    bounded. What goes wrong in the thread is raised by the next `write`, or at the end. seconds:
+    spent encoding, the file's end included.
     """
 
     def __init__(self, video, ahead=2):
@@ -188,7 +197,9 @@ class BackgroundWriter:
                 pass
 
     def _encode(self):
-        """The thread: only it touches the VideoWriter. The queue holds frames, then None; an exception: give up."""
+        """The thread: only it touches the VideoWriter. The queue holds frames, then None; an
+        exception: give up.
+        """
         try:
             with self.video:
                 while (item := self.queue.get()) is not None:
@@ -254,13 +265,16 @@ class _Mp4:
 
 
 class _Gif:
-    """Each frame gets a palette of its own: a shared one would need every frame before the first could be written."""
+    """Each frame gets a palette of its own: a shared one would need every frame before the first
+    could be written.
+    """
 
     def __init__(self, path, size, fps, crf, comment):
         height, width = size
         self.path, self.comment = path, comment.encode()
         self.container = av.open(str(path), "w", format="gif", options={"loop": "0"})
-        # No flags: FFmpeg's savings on unchanged areas compare palette indices, which mean other colours in each frame.
+        # No flags: FFmpeg's savings on unchanged areas compare palette indices, which mean other
+        # colours in each frame.
         self.stream = self.container.add_stream("gif", rate=fps, options={"gifflags": "0"})
         self.stream.width, self.stream.height, self.stream.pix_fmt = width, height, "pal8"
         self.graph, self.time_base, self.count = av.filter.Graph(), 1 / fps, 0
@@ -312,7 +326,9 @@ class _Gif:
 
 
 class _Webp:
-    """Frames coded one by one: FFmpeg's libwebp_anim would hold them all, and merge those that are alike."""
+    """Frames coded one by one: FFmpeg's libwebp_anim would hold them all, and merge those that are
+    alike.
+    """
 
     def __init__(self, path, size, fps, crf, comment):
         self.path, self.comment, self.size = path, comment, size
@@ -337,7 +353,9 @@ class _Webp:
             self._add_comment()
 
     def _add_comment(self):
-        """FFmpeg writes none: an XMP chunk at the end, and its flag in the VP8X header, which a still image lacks."""
+        """FFmpeg writes none: an XMP chunk at the end, and its flag in the VP8X header, which a
+        still image lacks.
+        """
         xmp = (
             f'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">'
             f'<rdf:Description xmlns:dc="http://purl.org/dc/elements/1.1/"><dc:description>{escape(self.comment)}'
@@ -362,7 +380,9 @@ class _Webp:
 
 
 class _Npy:
-    """One array, [frames, H, W, 3]. Its header is written again at the end, when the number of frames is known."""
+    """One array, [frames, H, W, 3]. Its header is written again at the end, when the number of
+    frames is known.
+    """
 
     def __init__(self, path, size, fps, crf, comment):
         self.file, self.size, self.count = open(path, "w+b"), size, 0
@@ -407,8 +427,9 @@ class _PngFolder:
 
 
 SINKS = {".mp4": _Mp4, ".gif": _Gif, ".webp": _Webp, ".npy": _Npy, "": _PngFolder}
-# Frames per second. A gif counts time in 1/100 s (players slow down below 2 of them), a webp in ms; an mp4 of several
-# thousand is written without an error, but is of no duration and decodes to no frame.
+# Frames per second. A gif counts time in 1/100 s (players slow down below 2 of them), a webp in ms;
+# an mp4 of several thousand is written without an error, but is of no duration and decodes to no
+# frame.
 FASTEST = {".gif": 50, ".webp": 1000, ".mp4": 1000}
 LARGEST = {".gif": 65535, ".webp": 16383, ".mp4": 16384}  # pixels a side; of mp4s, x264's limit
 
@@ -434,7 +455,9 @@ def write_png(path, image):
 
 
 def grid(clips, rows, cols):
-    """Tiles clips, row by row: uint8 [n,T,3,H,W] → [T,3,rows·H,cols·W], numpy or torch; missing clips are black."""
+    """Tiles clips, row by row: uint8 [n,T,3,H,W] → [T,3,rows·H,cols·W], numpy or torch; missing
+    clips are black.
+    """
     n, t, c, h, w = clips.shape
     if n > rows * cols:
         raise ValueError(f"{n} clips do not fit into {rows} x {cols}")

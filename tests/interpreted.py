@@ -1,8 +1,9 @@
-"""Every Triton kernel, forward and backward, against its plain PyTorch twin in float64; then in the networks.
+"""Every Triton kernel, forward and backward, against its plain PyTorch twin in float64; then in the
+networks.
 
-Not collected by itself: test_kernels.py runs it in a process of its own, natively on a GPU, else with
-TRITON_INTERPRET=1 (Triton reads the variable when it is imported). torch.empty gives NaN: what a kernel forgets to
-write shows.
+Not collected by itself: test_kernels.py runs it in a process of its own, natively on a GPU, else
+with TRITON_INTERPRET=1 (Triton reads the variable when it is imported). torch.empty gives NaN: what
+a kernel forgets to write shows.
 """
 
 import importlib
@@ -65,7 +66,9 @@ def close(out, ref, tolerance, what):
 
 
 def compare(op, reference, inputs, dtype, outputs, layouts=None):
-    """Outputs and gradients of op in `dtype` against reference in float64, for random cotangents."""
+    """Outputs and gradients of op in `dtype` against reference in float64, for random
+    cotangents.
+    """
     exact = [None if x is None else x.clone().requires_grad_() for x in inputs]
     tested = [None if x is None else x.to(dtype).clone() for x in inputs]
     for i, layout in (layouts or {}).items():
@@ -108,7 +111,9 @@ MOSTATT = [  # B, T, O, I, k, K, R
 @pytest.mark.parametrize("order", ["content_first", "motion_first", "weight_per_clip"])
 @pytest.mark.parametrize("B, T, O, I, k, K, R", MOSTATT, ids=lambda v: str(v))
 def test_mostatt(B, T, O, I, k, K, R, order, dtype):
-    """As training calls it, the weights raw and one content style per clip; and as sampling does, styles inside."""
+    """As training calls it, the weights raw and one content style per clip; and as sampling does,
+    styles inside.
+    """
     weight = randn(B if order == "weight_per_clip" else 1, O, I, k, k, seed=1, dtype=dtype)
     style = randn(B * T, K, R, I + 2 * k, seed=2, dtype=dtype)
     content_style = None if order == "weight_per_clip" else randn(B, I, seed=3, dtype=dtype)
@@ -127,7 +132,9 @@ def test_mostatt(B, T, O, I, k, K, R, order, dtype):
 
 
 def test_mostatt_adds_frames_up_in_groups(monkeypatch):
-    """The gradient of the weights where a GPU has too few programs, and each takes a part of the frames."""
+    """The gradient of the weights where a GPU has too few programs, and each takes a part of the
+    frames.
+    """
     monkeypatch.setattr(backward_module, "frames_of_a_program", lambda frames, programs: 2)
     weight, style = (
         randn(*size, seed=1, dtype=torch.float32) for size in ((2, 5, 7, 3, 3), (8, 3, 1, 13))
@@ -209,7 +216,9 @@ def test_fir(N, C, H, W, gain, stride, padding, transposed, dtype):
 
 
 def every_candidate(op, inputs, ref, tolerance):
-    """Triton's at the tolerance of all kernels; the libraries' convolutions sum in an order of their own."""
+    """Triton's at the tolerance of all kernels; the libraries' convolutions sum in an order of
+    their own.
+    """
     for name, run in op.candidates.items():
         close(run(*inputs), ref, tolerance if name.startswith("Triton") else 10 * tolerance, name)
 
@@ -312,7 +321,9 @@ RELEASE = dict(
     ids=["compiled", "eager"],
 )
 def test_generator(compiled, variant, t, monkeypatch):
-    """Frames, scores and every parameter's gradient, with the kernels in their places: eagerly, or in one graph."""
+    """Frames, scores and every parameter's gradient, with the kernels in their places: eagerly, or
+    in one graph.
+    """
     from mostgan.config import ModelConfig
     from mostgan.model import Generator
 

@@ -1,9 +1,11 @@
-"""Makes snapshots as the release writes them, of networks of ours: what the tests of the import read.
+"""Makes snapshots as the release writes them, of networks of ours: what the tests of the import
+read.
 
-Classes stand under the release's module paths only while something is pickled, so nothing that reads a snapshot later
-can find them. The structure follows the notes on the release: persistent objects are a call whose argument carries a
-source text, a class name and a state; two kinds of module and PyTorch's own are pickled plainly; the configuration is a
-graph of omegaconf's nodes in which child and parent know each other.
+Classes stand under the release's module paths only while something is pickled, so nothing that
+reads a snapshot later can find them. The structure follows the notes on the release: persistent
+objects are a call whose argument carries a source text, a class name and a state; two kinds of
+module and PyTorch's own are pickled plainly; the configuration is a graph of omegaconf's nodes in
+which child and parent know each other.
 """
 
 import collections
@@ -141,7 +143,9 @@ def node(value, parent=None):
 
 
 def run_configuration(config, **changes):
-    """A run's configuration as plain dictionaries, with the release's references; changes: dotted path → value."""
+    """A run's configuration as plain dictionaries, with the release's references; changes: dotted
+    path → value.
+    """
     styles = {}
     if config.motion_styles:
         styles = dict(
@@ -239,7 +243,9 @@ RELEASED_DISCRIMINATOR = [
 
 
 def released_state(network, discriminator=False):
-    """The state dict of a network of ours under the released names, with what the release stores and we compute."""
+    """The state dict of a network of ours under the released names, with what the release stores
+    and we compute.
+    """
     config, state = network.config, {}
     for name, tensor in network.state_dict().items():
         for ours, theirs in RELEASED_DISCRIMINATOR if discriminator else RELEASED_GENERATOR:
@@ -269,7 +275,9 @@ def released_state(network, discriminator=False):
 
 
 def pickled_network(state, class_name, cfg=None, attributes=None, **own):
-    """A state dict of released names as nested modules; attributes: path of a module → more of its attributes."""
+    """A state dict of released names as nested modules; attributes: path of a module → more of its
+    attributes.
+    """
     attributes = attributes or {}
     root = Persistent(class_name, **own, **({} if cfg is None else {"cfg": cfg}))
     for name, tensor in state.items():
@@ -301,7 +309,9 @@ def _module(path, name, attributes):
 
 
 def layer_attributes(state, config, discriminator=False):
-    """Path of a module → what the release stores of it beside its tensors: half precision and clamp."""
+    """Path of a module → what the release stores of it beside its tensors: half precision and
+    clamp.
+    """
     found = {}
     halves = config.prenorm_resolutions
     for name in state:
@@ -329,8 +339,10 @@ def snapshot(
     attributes=None,
     with_cfg=True,
 ):
-    """What a training snapshot holds, of networks of ours. last: G, if it is not G_ema; labels: those of the sample
-    grids; changes: of the run's configuration; attributes: path of a module of G_ema or D → changed attributes."""
+    """What a training snapshot holds, of networks of ours. last: G, if it is not G_ema; labels:
+    those of the sample grids; changes: of the run's configuration; attributes: path of a module of
+    G_ema or D → changed attributes.
+    """
     config = generator.config
     root = node(run_configuration(config, **(changes or {})))
     branch = root._content["model"]._content
@@ -381,7 +393,9 @@ def snapshot(
 
 
 class StoragePickler(pickle.Pickler):
-    """Tensors' storages in the zip format of torch.save, and tensors as PyTorch before 0.4 wrote them."""
+    """Tensors' storages in the zip format of torch.save, and tensors as PyTorch before 0.4 wrote
+    them.
+    """
 
     def reducer_override(self, obj):
         if isinstance(obj, torch.storage.TypedStorage | torch.storage.UntypedStorage):

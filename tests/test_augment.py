@@ -1,4 +1,6 @@
-"""ADA augmentation (spec §8, §8a): golden outputs, a literal reference, and properties of the draws."""
+"""ADA augmentation (spec §8, §8a): golden outputs, a literal reference, and properties of the
+draws.
+"""
 
 import math
 import os
@@ -25,7 +27,9 @@ def images(*shape: int, dtype=torch.float64) -> torch.Tensor:
 
 
 def check_augment(path: Path) -> dict[str, float]:
-    """Compare every output in the golden file, named {pipeline}.p{q}; returns the relative errors."""
+    """Compare every output in the golden file, named {pipeline}.p{q}; returns the relative
+    errors.
+    """
     golden = load_file(path)
     clips = golden.pop("clips")
     errors = {}
@@ -57,7 +61,9 @@ def test_golden_check_notices_errors(tmp_path):
 
 
 def literal_resample(x: torch.Tensor, geometry: torch.Tensor) -> torch.Tensor:
-    """§8a's resampling to the letter: the largest padding, zeros inserted, plain convolutions, grid_sample."""
+    """§8a's resampling to the letter: the largest padding, zeros inserted, plain convolutions,
+    grid_sample.
+    """
     b, c, h, w = x.shape
     f = (_SYM6 / _SYM6.sum()).to(x)
     kernel = torch.outer(f, f).expand(c, 1, -1, -1)
@@ -81,7 +87,8 @@ def literal_resample(x: torch.Tensor, geometry: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("pipeline", PIPELINES)
 @pytest.mark.parametrize("size", [(16, 16), (12, 20)])
 def test_resampling_is_the_specs(pipeline, size):
-    # 24 draws of everything at once reach far beyond the image; separable and turned clips are among them.
+    # 24 draws of everything at once reach far beyond the image; separable and turned clips are
+    # among them.
     geometry = draw(pipeline, 0.8, 24, *size, seeded(1)).geometry
     geometry[:4, :2, 2] *= 8  # and some leave the padding
     off_diagonal = geometry[:, [0, 1], [1, 0]].abs().amax(1)
@@ -170,7 +177,8 @@ def test_how_often_the_geometry_applies():
     )  # neither scale nor anisotropy
     shifted = (x != 0) | (y != 0)  # both integer shifts round to 0 with probability (1/16)^2
     assert near(shifted.double().mean(), 1 - (1 - p) * (1 - p * 255 / 256))
-    # In each factor log2 has standard deviation 0.2: over both axes they add up and cancel respectively.
+    # In each factor log2 has standard deviation 0.2: over both axes they add up and cancel
+    # respectively.
     assert math.isclose(float((xx.abs() * yy).log2().std()), 0.4 * math.sqrt(p), rel_tol=0.1)
     assert math.isclose(float((xx.abs() / yy).log2().std()), 0.4 * math.sqrt(p), rel_tol=0.1)
 
@@ -271,8 +279,9 @@ def test_first_and_second_derivatives(pipeline):
 
 
 def test_r1_through_the_augmentation():
-    """R1 of a toy discriminator: by autograd, and as `loss.r1_objective` has it, with the geometry's transpose outside
-    of torch.func.grad; each against differences."""
+    """R1 of a toy discriminator: by autograd, and as `loss.r1_objective` has it, with the
+    geometry's transpose outside of torch.func.grad; each against differences.
+    """
     x, weight = images(4, 3, 8, 8), images(2, 3, 3, 3)
     params = one_of_each("bgc", 8)
 

@@ -1,4 +1,6 @@
-"""How an implementation is chosen (kernels/choose.py), without a GPU: candidates are plain functions on a CPU."""
+"""How an implementation is chosen (kernels/choose.py), without a GPU: candidates are plain
+functions on a CPU.
+"""
 
 import gc
 import json
@@ -254,7 +256,8 @@ def test_a_candidate_that_takes_the_process_down_is_dropped_at_the_next_start(tm
     script = f"""
 import os, torch
 from kernels.choose import Choices, Op
-op = Op("double", lambda x: 2 * x, {{"Triton TMA": lambda x: os.abort(), "Triton": lambda x: x + x}})
+candidates = {{"Triton TMA": lambda x: os.abort(), "Triton": lambda x: x + x}}
+op = Op("double", lambda x: 2 * x, candidates)
 table = Choices({str(tmp_path)!r}, {{"device": "test"}})
 print(table.of(op, (torch.ones(4, 3),)), table.rows)
 """
@@ -351,7 +354,9 @@ def test_in_a_compiled_function():
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_generator_with_auto_equals_the_plain_one(compiled, monkeypatch, caplog):
-    """Every op races on a CPU, where Triton's candidates raise; one candidate that runs there is wrong by 10%."""
+    """Every op races on a CPU, where Triton's candidates raise; one candidate that runs there is
+    wrong by 10%.
+    """
     pytest.importorskip("triton")
     from test_model import make
 

@@ -1,4 +1,5 @@
-"""torch.compile: a training step as three whole graphs, that compute what the eager step does and never compile again.
+"""torch.compile: a training step as three whole graphs, that compute what the eager step does and
+never compile again.
 
 Each in a process of its own: what is compiled before would change what is counted.
 """
@@ -26,13 +27,14 @@ from mostgan.data import Clips, batches
 from mostgan.run import Stats
 
 model = ModelConfig(
-    resolution=32, channel_base=128, channel_max=8, z_dim=8, w_dim=8, motion_noise_dim=8, motion_code_dim=16,
-    num_frequencies=8, motion_vector_dim=4, motion_styles=2, motion_resolutions=(16, 32), discriminator_hidden_dim=8,
-    concat_resolution=8, motion_distance=16)
+    resolution=32, channel_base=128, channel_max=8, z_dim=8, w_dim=8, motion_noise_dim=8,
+    motion_code_dim=16, num_frequencies=8, motion_vector_dim=4, motion_styles=2,
+    motion_resolutions=(16, 32), discriminator_hidden_dim=8, concat_resolution=8,
+    motion_distance=16)
 pack_sky(Path({data!r}), 32, count=4, frames=40)
 clips, cpu = Clips(Path({data!r})), torch.device("cpu")
-config = TrainConfig(model, batch_clips=4, batch_split=1, precision="float32", augment="bgc", r1_interval=1, workers=0,
-                     seed=1)
+config = TrainConfig(model, batch_clips=4, batch_split=1, precision="float32", augment="bgc",
+                     r1_interval=1, workers=0, seed=1)
 
 
 torch.manual_seed(0)
@@ -49,7 +51,8 @@ def steps(config, count, p_of_step):
         draw = training.Draws(config, clips, cpu, state)
         real = draw.pieces(next(data))
         fakes = training.generator_step(state, draw, objective.generator, config, stats)
-        training.discriminator_step(state, real, fakes, draw, objective.discriminator, config, stats)
+        discriminator = objective.discriminator
+        training.discriminator_step(state, real, fakes, draw, discriminator, config, stats)
         training.r1_step(state, real, draw, objective.r1, config, stats)
         state.step += 1
         yield state
@@ -64,8 +67,9 @@ def graphs():
 
 
 def run_script(script, tmp_path):
-    """aot_eager traces and differentiates as Inductor does, but runs the graphs without a minute of C++ compilation
-    each; MOSTGAN_COMPILE_BACKEND=inductor takes Inductor."""
+    """aot_eager traces and differentiates as Inductor does, but runs the graphs without a minute of
+    C++ compilation each; MOSTGAN_COMPILE_BACKEND=inductor takes Inductor.
+    """
     backend = os.environ.get("MOSTGAN_COMPILE_BACKEND", "aot_eager")
     common = COMMON.format(root=str(ROOT), data=str(tmp_path / "sky.clips"), backend=backend)
     result = subprocess.run(
@@ -76,8 +80,9 @@ def run_script(script, tmp_path):
 
 @pytest.mark.parametrize("shared", [True, False])
 def test_three_compiled_steps_equal_eager_ones(tmp_path, shared):
-    """Every parameter, against how far it has moved: Adam divides by the gradient's size, so where a gradient is near
-    nothing its rounding shows."""
+    """Every parameter, against how far it has moved: Adam divides by the gradient's size, so where
+    a gradient is near nothing its rounding shows.
+    """
     run_script(
         f"""
 config = dataclasses.replace(config, shared_fakes={shared})
@@ -85,7 +90,8 @@ config = dataclasses.replace(config, shared_fakes={shared})
 *_, compiled = steps(config, 3, lambda step: 0.4)
 start = training.new_state(config, cpu)
 for network in ("G", "D"):
-    ours, theirs, initial = (dict(getattr(state, network).named_parameters()) for state in (compiled, eager, start))
+    ours, theirs, initial = (dict(getattr(state, network).named_parameters())
+                             for state in (compiled, eager, start))
     for name in ours:
         moved = (theirs[name] - initial[name]).norm()
         assert moved > 0 and (ours[name] - theirs[name]).norm() < 2e-3 * moved, (network, name)
@@ -95,8 +101,9 @@ for network in ("G", "D"):
 
 
 def test_a_step_compiles_once(tmp_path):
-    """Three whole graphs, whatever ADA's p, which clips it turns, and the times drawn; and one for a generator, at
-    fractional times too."""
+    """Three whole graphs, whatever ADA's p, which clips it turns, and the times drawn; and one for
+    a generator, at fractional times too.
+    """
     run_script(
         """
 config = dataclasses.replace(config, batch_split=2, model=dataclasses.replace(model, mbstd_group=2))
@@ -116,11 +123,14 @@ assert graphs() == 4
 
 
 def test_rendering_compiles_once(tmp_path):
-    """Windows whole and cut off, at any time and pace, by one graph; and they show what the eager ones do."""
+    """Windows whole and cut off, at any time and pace, by one graph; and they show what the eager
+    ones do.
+    """
     run_script(
         """
 G = training.new_state(config, cpu).ema
-ways = dict(start=0, frames=11), dict(start=12345.5, frames=3, step=-0.25), dict(start=0, frames=9, loop=6)
+ways = [dict(start=0, frames=11), dict(start=12345.5, frames=3, step=-0.25),
+        dict(start=0, frames=9, loop=6)]
 eager = [torch.cat(list(G.render(3, clips=2, window=4, **way)), dim=1).float() for way in ways]
 G.synthesis.compile(fullgraph=True, dynamic=False, backend=BACKEND)
 for frames, way in zip(eager, ways):

@@ -1,4 +1,6 @@
-"""Frames on their way from a GPU to the host (mostgan/device.py), with a stand-in for the GPU's streams."""
+"""Frames on their way from a GPU to the host (mostgan/device.py), with a stand-in for the GPU's
+streams.
+"""
 
 import contextlib
 

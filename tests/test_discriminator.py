@@ -1,4 +1,6 @@
-"""The discriminator where no golden file looks: T from 2 to 8, minibatch groups, resolutions (spec §7)."""
+"""The discriminator where no golden file looks: T from 2 to 8, minibatch groups, resolutions (spec
+§7).
+"""
 
 import dataclasses
 

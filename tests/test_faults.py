@@ -68,7 +68,9 @@ def quiet(monkeypatch):
 
 
 def make_config(packed, steps, **changes):
-    """A run of `steps` steps of 4 clips × 3 frames, with ADA moving, accumulation and frequent R1."""
+    """A run of `steps` steps of 4 clips × 3 frames, with ADA moving, accumulation and frequent
+    R1.
+    """
     values = dict(
         preset="tiny",
         data=str(packed),
@@ -124,7 +126,9 @@ class StopAfter:
 
 
 def test_any_number_of_stops_gives_the_same_bits(packed, tmp_path, monkeypatch, capsys):
-    """Three stops (in the first step, after an ADA adjustment, before one) against none: every tensor and value."""
+    """Three stops (in the first step, after an ADA adjustment, before one) against none: every
+    tensor and value.
+    """
     config = make_config(packed, 7)
     training.train(config, tmp_path / "whole")
     resume = None
@@ -148,7 +152,9 @@ def test_any_number_of_stops_gives_the_same_bits(packed, tmp_path, monkeypatch, 
 
 
 def test_a_killed_run_goes_on_from_its_last_checkpoint(packed, tmp_path, monkeypatch):
-    """Killed in step 6 after a save at 4: lines and half-written files after it are dropped, what is lost is redone."""
+    """Killed in step 6 after a save at 4: lines and half-written files after it are dropped, what
+    is lost is redone.
+    """
     training.train(make_config(packed, 8), tmp_path / "whole")
     config = make_config(packed, 8, snapshot_kframes=0.048, workers=1)
     adjust = training.adjust_ada
@@ -230,7 +236,8 @@ def test_a_restart_by_torchrun_goes_on_with_its_own_run(packed, tmp_path, monkey
 
 def test_two_processes_do_not_train_in_one_folder(packed, tmp_path):
     training.train(make_config(packed, 1), tmp_path / "run")
-    program = "import sys; from pathlib import Path; from mostgan.run import lock; lock(Path(sys.argv[1]))"
+    program = "import sys; from pathlib import Path; from mostgan.run import lock; "
+    program += "lock(Path(sys.argv[1]))"
     other = [sys.executable, "-c", program, tmp_path / "run"]
     done = subprocess.run(other, cwd=ROOT, text=True, capture_output=True)
     assert "another process is training" in done.stderr  # this one, which trained there and lives
@@ -635,7 +642,9 @@ def test_a_second_sigint_stops_at_once_and_a_sigterm_saves(packed, tmp_path):
 
 
 def test_deterministic_augmentation_is_the_same_augmentation(packed):
-    """With --deterministic, ADA's resampling takes another way backwards: the same numbers, by algorithms that may."""
+    """With --deterministic, ADA's resampling takes another way backwards: the same numbers, by
+    algorithms that may.
+    """
     frames = torch.rand(4, 9, 32, 32)
     params = augment.draw("bgc", 1.0, 4, 32, 32, torch.Generator().manual_seed(0))
     gradients = []
@@ -674,12 +683,15 @@ def apart(a, b, keys):
 
 @pytest.mark.slow
 def test_two_processes_make_the_run_of_one(packed, tmp_path, request):
-    """Five steps with accumulation (two pieces each), R1 every second step and ADA; then two saved, one resumes.
+    """Five steps with accumulation (two pieces each), R1 every second step and ADA; then two saved,
+    one resumes.
 
-    Float32 sums depend on their order: one process adds ((1 + 2) + 3) + 4, two (1 + 2) + (3 + 4). Adam without momentum
-    divides a gradient by its size, so rounding is amplified where gradients nearly vanish. The measure is therefore the
-    norm of the difference of a parameter tensor, relative to the tensor's. Biases start at zero, and five steps are all
-    that they have: relative to that, rounding is larger. (With two pieces, a + b = b + a: bench/faults.py, same bits.)
+    Float32 sums depend on their order: one process adds ((1 + 2) + 3) + 4, two (1 + 2) + (3 + 4).
+    Adam without momentum divides a gradient by its size, so rounding is amplified where gradients
+    nearly vanish. The measure is therefore the norm of the difference of a parameter tensor,
+    relative to the tensor's. Biases start at zero, and five steps are all
+    that they have: relative to that, rounding is larger. (With two pieces, a + b = b + a:
+    bench/faults.py, same bits.)
     """
     changes = {
         "batch_clips": 8,

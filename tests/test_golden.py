@@ -1,4 +1,5 @@
-"""Every golden file in tests/golden, or the folder that MOSTGAN_GOLDEN names, against our model (spec §12).
+"""Every golden file in tests/golden, or the folder that MOSTGAN_GOLDEN names, against our model
+(spec §12).
 
 Tolerances are relative, ‖out − ref‖ / ‖ref‖. augment.safetensors is test_augment.py's.
 """
@@ -137,7 +138,9 @@ def test_mostatt(name, case):
 
 @pytest.mark.parametrize("name, case", cases("modconv"))
 def test_modulated_convolution(name, case):
-    """The FIR operations; and the ops in the order of a synthesis layer, without its bias and activation."""
+    """The FIR operations; and the ops in the order of a synthesis layer, without its bias and
+    activation.
+    """
     tensors = state_of(read(name)[0], f"{case}.")
     if case == "filter":
         return

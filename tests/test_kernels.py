@@ -1,4 +1,6 @@
-"""The Triton kernels: against their twins (interpreted.py, in a process of its own) and compiled ahead of time."""
+"""The Triton kernels: against their twins (interpreted.py, in a process of its own) and compiled
+ahead of time.
+"""
 
 import json
 import os
@@ -26,7 +28,9 @@ SHARED_MEMORY = {
 
 
 def run(*command, **environment):
-    """Run Python in the repository, without the interpreter unless asked for; its output on failure."""
+    """Run Python in the repository, without the interpreter unless asked for; its output on
+    failure.
+    """
     env = (
         {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
         | {"PYTHONPATH": str(ROOT)}
@@ -76,7 +80,9 @@ def test_shared_memory_fits(resources):
 
 
 def test_no_kernel_spills(resources):
-    """And those that keep the sums of a tensor-core loop in registers leave room in the register file."""
+    """And those that keep the sums of a tensor-core loop in registers leave room in the register
+    file.
+    """
     for row in resources:
         assert row["spilled"] == 0, row
         assert row["registers"] <= 200 or not row["tensor_cores"], row

@@ -1,4 +1,6 @@
-"""R1 by a Jacobian-vector product against the double backward, for every kind of discriminator and of ADA."""
+"""R1 by a Jacobian-vector product against the double backward, for every kind of discriminator and
+of ADA.
+"""
 
 import dataclasses
 

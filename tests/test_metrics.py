@@ -1,4 +1,6 @@
-"""Scores: the Fréchet distance, the protocol from end to end, its cache, several processes, bad input (spec §9)."""
+"""Scores: the Fréchet distance, the protocol from end to end, its cache, several processes, bad
+input (spec §9).
+"""
 
 import dataclasses
 import functools
@@ -132,7 +134,7 @@ def detectors(tmp_path_factory):
     return folder
 
 
-# --------------------------------------------------------------------------------------------------- Fréchet distance
+# --------------------------------------------------------------------------------- Fréchet distance
 
 
 def gaussian(x):
@@ -140,7 +142,9 @@ def gaussian(x):
 
 
 def test_closed_forms():
-    """One dimension: (μ₁−μ₂)² + (σ₁−σ₂)². Diagonal covariances: the same, summed; whatever the basis."""
+    """One dimension: (μ₁−μ₂)² + (σ₁−σ₂)². Diagonal covariances: the same, summed; whatever the
+    basis.
+    """
     rng = np.random.default_rng(0)
     one = [torch.tensor(v, dtype=torch.float64) for v in ([1.0], [[4.0]], [3.5], [[0.25]])]
     assert frechet_distance(*one) == pytest.approx(2.5**2 + 1.5**2, rel=1e-12)
@@ -162,8 +166,9 @@ def test_closed_forms():
 def test_scipys_matrix_square_root(features, n_1, n_2):
     """Against scipy's sqrtm, to 1e-8, for covariances of full and of lower rank.
 
-    Where Σ₁Σ₂ is singular, sqrtm itself is good to some 1e-8 (the root of a zero eigenvalue's rounding error), so it is
-    taken in coordinates of the range of Σ₁, where the same product is regular.
+    Where Σ₁Σ₂ is singular, sqrtm itself is good to some 1e-8 (the root of a zero eigenvalue's
+    rounding error), so it is taken in coordinates of the range of Σ₁, where the same product is
+    regular.
     """
     rng = np.random.default_rng(features)
     x, y = (
@@ -251,7 +256,7 @@ def test_equal_sets_and_a_shift(count):
     )
 
 
-# ------------------------------------------------------------------------------------------------------- the two sets
+# ------------------------------------------------------------------------------------- the two sets
 
 
 def test_windows_are_one_of_each_clip_that_is_long_enough(packed):
@@ -355,11 +360,13 @@ def test_which_frames_a_detector_sees():
     assert [x[:, 0, 0, 0].tolist() for x in frames] == [list(range(16))]
 
 
-# -------------------------------------------------------------------------------------------------------- end to end
+# --------------------------------------------------------------------------------------- end to end
 
 
 def test_a_toy_detector_end_to_end(packed, run_folder, detectors, tmp_path, capsys):
-    """Every metric's value against one computed here from the clips; and all that the JSON file must say."""
+    """Every metric's value against one computed here from the clips; and all that the JSON file
+    must say.
+    """
     program.run(
         run_folder,
         data=packed,
@@ -425,8 +432,8 @@ def test_a_toy_detector_end_to_end(packed, run_folder, detectors, tmp_path, caps
     assert not any("proxy" in key for key in said["results"])
     printed = capsys.readouterr().out
     assert (
-        f"{packed}, 12 clips of 32², 25 frames/s, crop center, no split; of each, n frames at random"
-        in printed
+        f"{packed}, 12 clips of 32², 25 frames/s, crop center, no split; of each, n frames at "
+        "random" in printed
     )
     assert f"video.pt, sha256 {sha256[:12]}" in printed and "seeds     2 to 3" in printed
     assert "FVD128, every 8th frame" in printed and "proxy" not in printed
@@ -531,7 +538,7 @@ def test_evaluate_leaves_random_state_alone(packed):
     assert list(scores[0])[0] == "proxy_fvd16"
 
 
-# ----------------------------------------------------------------------------------------------- cache and processes
+# ------------------------------------------------------------------------------ cache and processes
 
 
 def test_real_statistics_are_kept(packed, run_folder, tmp_path, cache, monkeypatch):
@@ -634,7 +641,7 @@ def test_two_processes_give_the_numbers_of_one(
         )
 
 
-# ----------------------------------------------------------------------------------------------------------- bad input
+# ---------------------------------------------------------------------------------------- bad input
 
 
 @pytest.mark.parametrize(
@@ -689,7 +696,7 @@ def test_a_conditional_model_needs_labels(packed, tmp_path):
         program.run(tmp_path, data=packed, protocol=SMALL)
 
 
-# ------------------------------------------------------------------------------------------------------------ training
+# ----------------------------------------------------------------------------------------- training
 
 
 def training_config(packed, **changes):
@@ -757,11 +764,13 @@ def test_a_wrong_detector_stops_training_before_it_starts(packed, detectors, tmp
     assert not (tmp_path / "run").exists()
 
 
-# ------------------------------------------------------------------------------------ the release's protocol
+# --------------------------------------------------------------------------- the release's protocol
 
 
 class Numbered:
-    """Clips whose frames all have their number as gray value, named so that their order by name is another."""
+    """Clips whose frames all have their number as gray value, named so that their order by name is
+    another.
+    """
 
     resolution, fps, builtin = 4, 25.0, False
     path, labels, num_labels = Path("numbered"), None, 0
@@ -808,8 +817,10 @@ def frames_seen(clips, protocol, seed):
 
 
 def test_every_8th_frame_by_both_protocols():
-    """Of a clip of 130 frames the release's windows of 16 frames 8 apart begin at 0 … 130 − 1 − 8 · 15 = 9, and one of
-    121 frames has one; ours are every 8th frame of 128, which begin at 0 … 2, and a clip of 127 has none."""
+    """Of a clip of 130 frames the release's windows of 16 frames 8 apart begin at 0 … 130 − 1 − 8 ·
+    15 = 9, and one of 121 frames has one; ours are every 8th frame of 128, which begin at 0 … 2,
+    and a clip of 127 has none.
+    """
     clips = Numbered([130, 121, 127, 120])
     firsts = {"ours": set(), "release": set()}
     for seed in range(150):
@@ -870,7 +881,9 @@ def test_which_protocol_is_taken_and_recorded(packed, detectors, tmp_path):
 
 
 def test_conditions_are_classes_or_vectors():
-    """Classes as one-hot vectors, of which a model may know more; vectors as they are, all of them."""
+    """Classes as one-hot vectors, of which a model may know more; vectors as they are, all of
+    them.
+    """
     clips = Numbered([20, 20, 20])
     assert sets.conditions_of(clips, 0) is None
     vectors = np.array([[0.5, -1], [0, 2], [1, 1]], np.float32)

@@ -1,4 +1,6 @@
-"""The generator where no golden file looks: orders, windows, sizes, labels, rendering (spec §3–6)."""
+"""The generator where no golden file looks: orders, windows, sizes, labels, rendering (spec
+§3–6).
+"""
 
 import dataclasses
 
@@ -40,7 +42,9 @@ def frames_of(generator, seeds, t, label=None, **options):
 
 
 def test_motion_first_is_strategy_two():
-    """Strategy ii written out from paper 4.3: MoStAtt on the raw weight, then the content style, then demodulation."""
+    """Strategy ii written out from paper 4.3: MoStAtt on the raw weight, then the content style,
+    then demodulation.
+    """
     generator = make(modulation_order="motion_first").double()
     layer = generator.synthesis.b16.conv1
     torch.manual_seed(1)
@@ -83,7 +87,9 @@ def test_motion_first_is_strategy_two():
     ids=str,
 )
 def test_clips_and_frames_are_independent(changes):
-    """A frame does not depend on which frames and clips it is computed with; one frame of one clip works."""
+    """A frame does not depend on which frames and clips it is computed with; one frame of one clip
+    works.
+    """
     generator = make(**changes).double()
     t = torch.tensor([[0.0, 3.0, 20.5], [7.0, 8.0, 40.0]], dtype=torch.float64)
     together = frames_of(generator, [1, 2], t).unflatten(0, (2, 3))

@@ -27,7 +27,9 @@ def test_fir_differentiates_twice(op):
 
 
 def test_fir_keeps_a_constant():
-    """The filter sums to 1 (4 in upsampling, for the zeros between): away from the border, one color stays."""
+    """The filter sums to 1 (4 in upsampling, for the zeros between): away from the border, one
+    color stays.
+    """
     x = torch.ones(1, 2, 16, 16)
     for op, inner in (
         (reference.filter2d, 12),
@@ -69,7 +71,9 @@ def test_epilogue():
 
 
 def test_diversity_of_orthogonal_and_of_equal_styles():
-    """Orthogonal rows: the Gram matrix is the identity, mean square 1 / rows. Equal rows: all ones, mean square 1."""
+    """Orthogonal rows: the Gram matrix is the identity, mean square 1 / rows. Equal rows: all ones,
+    mean square 1.
+    """
     from mostgan.loss import diversity
 
     orthogonal = torch.eye(8).double()[None] * 3  # one frame, 8 styles, 8 output channels
@@ -87,7 +91,9 @@ def test_public_mostatt_on_a_cpu_is_the_plain_one(k, rank, styles):
 
 @pytest.mark.parametrize("rank, styles", [(1, 1), (2, 5)])
 def test_style_gain_scales_a_share_of_P(rank, styles):
-    """Written out from Eq. 2 with style 0's share scaled; the maximum that P is divided by is the whole P's."""
+    """Written out from Eq. 2 with style 0's share scaled; the maximum that P is divided by is the
+    whole P's.
+    """
     W, style = torch.randn(2, 7, 5, 3, 3).double(), torch.randn(6, styles, rank, 5 + 6).double()
     M = reference.motion_modulation(style, 5, 3).unflatten(2, (5, 3, 3))
     plain, score = reference.mostatt(W, style)

@@ -1,4 +1,6 @@
-"""Released files: snapshots of every kind are imported and compared, hostile ones refused; fine-tuning; export."""
+"""Released files: snapshots of every kind are imported and compared, hostile ones refused;
+fine-tuning; export.
+"""
 
 import dataclasses
 import hashlib
@@ -63,7 +65,9 @@ TINY = ModelConfig(
 
 
 def networks(seed=0, **changes):
-    """An untrained generator and discriminator. Their biases are not zero, so that each of them counts."""
+    """An untrained generator and discriminator. Their biases are not zero, so that each of them
+    counts.
+    """
     config = dataclasses.replace(TINY, **changes)
     torch.manual_seed(seed)
     made = Generator(config), Discriminator(config)
@@ -112,7 +116,9 @@ def same(made, expected, label=None):
 @pytest.mark.parametrize("half", [True, False])
 @torch.no_grad()
 def test_a_snapshot_of_the_authors_code(tmp_path, half):
-    """To 1e-5 of what the authors' own networks give, in both readings of half precision, from the file alone."""
+    """To 1e-5 of what the authors' own networks give, in both readings of half precision, from the
+    file alone.
+    """
     with safe_open(GOLDEN / "clamped.safetensors", "pt") as file:
         tensors = {key: file.get_tensor(key) for key in file.keys()}
         facts = json.loads(file.metadata()["facts"])
@@ -381,7 +387,9 @@ def test_weights_of_each_floating_type_become_float32(tmp_path, dtype):
 
 
 def test_half_precision_where_it_is_not_stored(tmp_path):
-    """The release's four highest resolutions, but not 4: pre-normalized, and motion as demodulation factor."""
+    """The release's four highest resolutions, but not 4: pre-normalized, and motion as demodulation
+    factor.
+    """
     generator, _ = networks(activation_clamp=None)
     state = snapshots.released_state(generator)
     alone = write(
@@ -569,7 +577,9 @@ def test_starts_that_cannot_be(tmp_path, clips):
 
 @pytest.fixture
 def canary(tmp_path, monkeypatch):
-    """A file that exists once something of a pickle was executed; the source that snapshots carry makes it."""
+    """A file that exists once something of a pickle was executed; the source that snapshots carry
+    makes it.
+    """
     monkeypatch.setattr(
         Persistent, "source", f"import pathlib; pathlib.Path({str(tmp_path / 'canary')!r}).touch()"
     )
@@ -649,7 +659,9 @@ def with_w_avg(value):
 
 
 def executing(canary):
-    """What would touch the canary, if unpickled as pickle.load does: name in the message → value."""
+    """What would touch the canary, if unpickled as pickle.load does: name in the message →
+    value.
+    """
     touch = f"__import__('pathlib').Path({str(canary)!r}).touch()"
     system, evaluate = Call(os.system, f"touch {canary}"), Call(eval, touch)
     legacy = io.BytesIO()
@@ -931,7 +943,8 @@ inputs = load_file("inputs.safetensors")
 frames = {}
 for count in (1, 4, 9):
     t, noise = inputs["t"][:, :count].contiguous(), inputs["noise"]
-    frames[str(count)] = program.module()(inputs["z"], t, noise, inputs["first_anchor"], inputs["psi"])
+    arguments = inputs["z"], t, noise, inputs["first_anchor"], inputs["psi"]
+    frames[str(count)] = program.module()(*arguments)
 save_file(frames, "frames.safetensors")
 print("\\n".join(operations))
 """
@@ -973,7 +986,9 @@ def test_export_runs_without_this_package(tmp_path, canary, capsys):
 
 
 def test_the_readmes_use_of_an_export(tmp_path, monkeypatch):
-    """Its noise has a row for every anchor that its frames need, and none too many: here 25, anchors 25 to 49."""
+    """Its noise has a row for every anchor that its frames need, and none too many: here 25,
+    anchors 25 to 49.
+    """
     monkeypatch.chdir(tmp_path)
     generator = networks(motion_distance=4)[0]
     config = generator.config

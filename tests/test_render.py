@@ -1,4 +1,6 @@
-"""render.py: any stretch of a video alone, any pace, loops, moving content, motion styles by hand."""
+"""render.py: any stretch of a video alone, any pace, loops, moving content, motion styles by
+hand.
+"""
 
 from fractions import Fraction
 
@@ -162,14 +164,17 @@ def test_a_loop_repeats_to_the_bit_and_has_no_seam(loop, options):
     )
     frames = render(generator, frames=2 * loop + 3, clips=2, loop=loop, **options)
     assert torch.equal(frames[:, loop:], frames[:, : loop + 3])
-    # From the last frame to the first is a step like the others: compare with its neighbours' on either side.
+    # From the last frame to the first is a step like the others: compare with its neighbours' on
+    # either side.
     steps = mean_steps(frames)
     near = [steps[i] for i in (loop - 3, loop - 2, loop, loop + 1)]
     assert steps[loop - 1] <= 1.5 * max(near)
 
 
 def test_a_loop_is_a_path_of_whole_anchors():
-    """Every frame of a loop has a motion code at a time within it; paces are chosen as near as can be."""
+    """Every frame of a loop has a motion code at a time within it; paces are chosen as near as can
+    be.
+    """
     D = TINY.motion_distance  # 16
     for loop, step, anchors in (
         (16, 1, 1),
@@ -182,7 +187,8 @@ def test_a_loop_is_a_path_of_whole_anchors():
         pace, count = loop_step(TINY, exact(step), loop)
         assert count == anchors and pace * loop == anchors * D * (1 if step > 0 else -1)
     generator = make()
-    # Up to half way through a long loop's anchors, noise rows are those of the endless video: so are the frames.
+    # Up to half way through a long loop's anchors, noise rows are those of the endless video: so
+    # are the frames.
     long = render(generator, frames=16, loop=16 * 64)
     assert_close(long, render(generator, frames=16))
 
@@ -221,7 +227,9 @@ def test_psi_0_is_the_mean_content():
     "changes", [{}, {"num_labels": 2}, {"motion_styles": 0}, {"modulation_order": "motion_first"}]
 )
 def test_content_moves_through_its_seeds(changes):
-    """At its stops the content is the seed's; between them it moves in steps that are small; and round again."""
+    """At its stops the content is the seed's; between them it moves in steps that are small; and
+    round again.
+    """
     generator = make(**changes)
     label = {"label": 1} if "num_labels" in changes else {}
     moving = render(generator, [(7, 8, 9)], frames=40, content_frames=12, motion_seed=5, **label)

@@ -28,7 +28,9 @@ def save(folder, generator):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A run folder with a checkpoint of random weights; without config.json, so at 25 frames per second."""
+    """A run folder with a checkpoint of random weights; without config.json, so at 25 frames per
+    second.
+    """
     folder = tmp_path_factory.mktemp("run")
     save(folder, make())
     return folder
@@ -113,7 +115,9 @@ def test_more_frames_per_second_show_the_same_motion(sample):
 @pytest.mark.parametrize("rows", ["content", "motion", "nothing"])
 @pytest.mark.parametrize("columns", ["content", "motion", "nothing"])
 def test_grids(run, rows, columns):
-    """What each clip of a 2 × 3 grid shows: content and motion by its row, its column, or its own."""
+    """What each clip of a 2 × 3 grid shows: content and motion by its row, its column, or its
+    own.
+    """
     options = program.Options(run, grid="2x3", rows=rows, columns=columns, seed=10, motion_seed=20)
     content, motion = program.grid_seeds(options, 2, 3)
     place = [(r, c) for r in range(2) for c in range(3)]

@@ -41,7 +41,8 @@ def test_clouds_move_a_little_every_frame():
 
 
 def test_clouds_are_carried_by_the_wind():
-    # Near the top of the picture, the best horizontal shift from one frame to the fourth after it follows the wind.
+    # Near the top of the picture, the best horizontal shift from one frame to the fourth after it
+    # follows the wind.
     for index in range(6):
         wind = sky._draw_scene(index, 0)["low deck"]["wind"][0] * 64 * 4
         top = luma(sky.make_clip(index, 64, 5))[:, :6]

@@ -109,7 +109,9 @@ def test_each_step_moves_only_its_network(packed, shared):
 
 
 def test_the_discriminator_learns(packed):
-    """Without a generator to catch up, D tells real clips from a frozen generator's within a few steps."""
+    """Without a generator to catch up, D tells real clips from a frozen generator's within a few
+    steps.
+    """
     state, stats = steps(make_config(packed, generator_lr=1e-9, discriminator_lr=0.005), packed, 40)
     real, fake = (torch.stack(stats.values[name]) for name in ("D_real", "D_fake"))
     assert (real - fake)[-5:].mean() > 1 > (real - fake)[:2].mean()
@@ -118,7 +120,9 @@ def test_the_discriminator_learns(packed):
 
 
 def test_batch_split_gives_the_same_gradients(packed):
-    """Gradients of the whole batch, in one piece or in two (minibatch groups of 2 that the pieces keep together)."""
+    """Gradients of the whole batch, in one piece or in two (minibatch groups of 2 that the pieces
+    keep together).
+    """
     model = dataclasses.replace(MODEL, mbstd_group=1)
     gradients = []
     for split in (1, 2):

@@ -1,4 +1,6 @@
-"""video_writer.py: mp4, gif, webp, npy and PNG folders with every frame and true colours, whole or not at all."""
+"""video_writer.py: mp4, gif, webp, npy and PNG folders with every frame and true colours, whole or
+not at all.
+"""
 
 import io
 import json
@@ -56,7 +58,9 @@ def error_to(frames, expected):
 
 
 def read_frames(file):
-    """Yields every frame of a file as uint8 [H,W,3]: an mp4's by FFmpeg, those of pictures by Pillow."""
+    """Yields every frame of a file as uint8 [H,W,3]: an mp4's by FFmpeg, those of pictures by
+    Pillow.
+    """
     if str(file).endswith(".mp4"):
         exact = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
         with av.open(str(file)) as video:
@@ -204,7 +208,9 @@ def test_the_largest_pictures(tmp_path, name, largest):
 
 
 def test_an_npy_never_lacks_its_sidecar(tmp_path, monkeypatch):
-    """Names appear in order, sidecar first; a sidecar that cannot be written leaves an older npy as it was."""
+    """Names appear in order, sidecar first; a sidecar that cannot be written leaves an older npy as
+    it was.
+    """
     named, replace = [], os.replace
     monkeypatch.setattr(
         os, "replace", lambda old, new: (named.append(Path(new).name), replace(old, new))
@@ -244,7 +250,9 @@ def test_write_png_and_grid(tmp_path):
 
 
 def webp_frames(path):
-    """An animated WebP, which FFmpeg does not read: frames (uint8 [H,W,3]), their milliseconds, and other chunks."""
+    """An animated WebP, which FFmpeg does not read: frames (uint8 [H,W,3]), their milliseconds, and
+    other chunks.
+    """
     data, frames, durations, others = path.read_bytes(), [], [], {}
     assert (
         data[:4] + data[8:12] == b"RIFFWEBP" and struct.unpack("<I", data[4:8])[0] == len(data) - 8
@@ -367,7 +375,9 @@ def test_encoding_overlaps_rendering(tmp_path):
 
 
 def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path):
-    """A limit on the size of files does what a full disk does: a write fails, here midway or at the end of a file."""
+    """A limit on the size of files does what a full disk does: a write fails, here midway or at the
+    end of a file.
+    """
     program = """
 import resource, signal
 import numpy as np

@@ -1,10 +1,12 @@
 """Checkpoints: safetensors and JSON only, complete or absent.
 
-A checkpoint is a folder: model.safetensors (the averaged generator) and config.json (its ModelConfig) are all that
-sampling needs; training.safetensors and training.json hold the rest of the training state, checksums.json the size and
-SHA-256 of each of them. best.json beside the checkpoints of a run names the best by a metric, if one was computed.
-An imported checkpoint (released.py) has model.safetensors and config.json, too, and beside them, as far as they were
-asked for, discriminator.safetensors, last_generator.safetensors (not averaged) and class_means.safetensors.
+A checkpoint is a folder: model.safetensors (the averaged generator) and config.json (its
+ModelConfig) are all that sampling needs; training.safetensors and training.json hold the rest of
+the training state, checksums.json the size and SHA-256 of each of them. best.json beside the
+checkpoints of a run names the best by a metric, if one was computed. An imported checkpoint
+(released.py) has model.safetensors and config.json, too, and beside them, as far as they were asked
+for, discriminator.safetensors, last_generator.safetensors (not averaged) and
+class_means.safetensors.
 """
 
 import dataclasses
@@ -42,11 +44,13 @@ FILES = (*MODEL_FILES, "training.json", "training.safetensors")
 
 
 def save(folder, step, config, model, tensors, scalars, keep=2, metric=None):
-    """Write checkpoint `step` into folder, whole or not at all; drop all but the newest `keep` and the best.
+    """Write checkpoint `step` into folder, whole or not at all; drop all but the newest `keep` and
+    the best.
 
-    config: the generator's ModelConfig; model: its averaged state, name → tensor; tensors: name → tensor and scalars:
-    JSON values, the rest of the training state; metric: see mark_best. Returns the checkpoint's path.
-    Raises OSError if it cannot be written (a full disk); all older checkpoints are then still there.
+    config: the generator's ModelConfig; model: its averaged state, name → tensor; tensors: name →
+    tensor and scalars: JSON values, the rest of the training state; metric: see mark_best. Returns
+    the checkpoint's path. Raises OSError if it cannot be written (a full disk); all older
+    checkpoints are then still there.
     """
     folder = Path(folder)
     path, temporary = folder / CHECKPOINT_NAME.format(step), folder / f".saving-{uuid.uuid4().hex}"
@@ -80,9 +84,11 @@ def save(folder, step, config, model, tensors, scalars, keep=2, metric=None):
 
 
 def mark_best(path, metric):
-    """Note that the checkpoint at path scored `metric`, lower being better as for FVD. A run's best is never dropped.
+    """Note that the checkpoint at path scored `metric`, lower being better as for FVD. A run's best
+    is never dropped.
 
-    Returns whether it is the best so far. Call it whenever the score is known, or pass it to `save`.
+    Returns whether it is the best so far. Call it whenever the score is known, or pass it to
+    `save`.
     """
     path = Path(path)
     note = path.parent / "best.json"
@@ -141,7 +147,9 @@ def fsync(path):
 
 
 def _remove(path):
-    """Remove a checkpoint so that, killed at any moment, none is left that looks whole and is not."""
+    """Remove a checkpoint so that, killed at any moment, none is left that looks whole and is
+    not.
+    """
     doomed = path.with_name(f".removing-{uuid.uuid4().hex}")
     path.rename(doomed)
     shutil.rmtree(doomed, ignore_errors=True)
@@ -154,9 +162,11 @@ def tidy(run):
 
 
 def set_aside(run, step):
-    """Rename the checkpoints of a run after `step`, which training from there will make anew. Returns the new paths.
+    """Rename the checkpoints of a run after `step`, which training from there will make anew.
+    Returns the new paths.
 
-    Else, after the next interruption, the newest would be one of a course that was abandoned, or a damaged one.
+    Else, after the next interruption, the newest would be one of a course that was abandoned, or a
+    damaged one.
     """
     moved = []
     for path in _checkpoints(run):
@@ -178,7 +188,9 @@ def _checkpoints(run, file=""):
 
 
 def damage(path, names=FILES):
-    """What is wrong with the named files of the checkpoint at path, or None: every byte is as it was saved."""
+    """What is wrong with the named files of the checkpoint at path, or None: every byte is as it
+    was saved.
+    """
     try:
         saved = json.loads((path / "checksums.json").read_text())
         for name in names:
@@ -197,7 +209,8 @@ def damage(path, names=FILES):
 
 
 def newest_whole(run, warn=print):
-    """The newest undamaged checkpoint of a run, or None if it has none at all; damaged ones are named and passed over.
+    """The newest undamaged checkpoint of a run, or None if it has none at all; damaged ones are
+    named and passed over.
 
     Raises UserError if all of them are damaged.
     """
@@ -213,7 +226,8 @@ def newest_whole(run, warn=print):
 
 
 def find(path=None, runs="runs"):
-    """The checkpoint folder that path means: itself, or the newest in a run folder; None: the newest of all runs.
+    """The checkpoint folder that path means: itself, or the newest in a run folder; None: the
+    newest of all runs.
 
     Raises UserError if there is none.
     """
@@ -239,13 +253,15 @@ def find(path=None, runs="runs"):
         return path
     if not path.is_dir() or not _checkpoints(path, "model.safetensors"):
         raise UserError(
-            f"{path} is neither a checkpoint (a folder with model.safetensors) nor a run that has one"
+            f"{path} is neither a checkpoint (a folder with model.safetensors) nor a run that has "
+            "one"
         )
     return _checkpoints(path, "model.safetensors")[-1]
 
 
 def load(path=None, device="cpu"):
-    """The generator of a checkpoint, ready to sample. path: as `find` takes it. Returns an eval-mode Generator.
+    """The generator of a checkpoint, ready to sample. path: as `find` takes it. Returns an
+    eval-mode Generator.
 
     Raises UserError on a missing, damaged or wrong checkpoint.
     """
@@ -296,13 +312,16 @@ def read_file(path, parse):
 
 
 def load_discriminator(path, device="cpu"):
-    """The discriminator beside an imported generator, or of a training checkpoint. UserError if there is none."""
+    """The discriminator beside an imported generator, or of a training checkpoint. UserError if
+    there is none.
+    """
     path = find(path)
     discriminator = Discriminator(read_config(path))
     state = read_networks(path).get("D")
     if state is None:
         raise UserError(
-            f"{path} has no discriminator: import the released file with --discriminator or --training"
+            f"{path} has no discriminator: import the released file with --discriminator or "
+            "--training"
         )
     load_state(discriminator, state, path)
     return discriminator.to(device)
@@ -314,7 +333,9 @@ def read_config(path):
 
 
 def read_networks(path):
-    """The states that a checkpoint has, of "ema" (the averaged generator), "G" and "D". path: as `find` takes it."""
+    """The states that a checkpoint has, of "ema" (the averaged generator), "G" and "D". path: as
+    `find` takes it.
+    """
     path = find(path)
     if (path / "checksums.json").exists() and (wrong := damage(path)):
         raise UserError(f"{path} is damaged: {wrong}")

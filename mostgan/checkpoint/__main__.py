@@ -33,17 +33,19 @@ def import_released(
     half_precision: tuple[int, ...] | None = None,
     motion_distance: int | None = None,
 ):
-    """Makes a checkpoint of a released MoStGAN-V or StyleGAN-V network, without executing anything in its file.
+    """Makes a checkpoint of a released MoStGAN-V or StyleGAN-V network, without executing anything
+    in its file.
 
     Args:
         source: network-snapshot.pkl, or a safetensors file of a state dict with the released names.
         out: the checkpoint folder to make.
         network: the averaged generator or the last one.
         discriminator: write the discriminator too, beside the generator.
-        training: write all that train.py --start-from can go on from: the averaged generator, the last one and the
-            discriminator.
-        half_precision: resolutions that the release runs in half precision. There its convolutions are pre-normalized
-            and motion gives the demodulation factor only. Default: as the file stores, else the four highest.
+        training: write all that train.py --start-from can go on from: the averaged generator, the
+            last one and the discriminator.
+        half_precision: resolutions that the release runs in half precision. There its convolutions
+            are pre-normalized and motion gives the demodulation factor only. Default: as the file
+            stores, else the four highest.
         motion_distance: frames between two anchor codes; only for a file that does not tell.
     """
     if out.exists():
@@ -76,7 +78,8 @@ def import_released(
 def export(
     checkpoint: tyro.conf.Positional[Path], out: tyro.conf.Positional[Path], /, clips: int = 1
 ):
-    """Writes the generator as a program that runs without this package: torch.export.load(OUT).module().
+    """Writes the generator as a program that runs without this package:
+    torch.export.load(OUT).module().
 
     Takes seconds for a small model, a minute or two for one of 256².
 
@@ -109,9 +112,9 @@ def show(path: tyro.conf.Positional[Path], /):
         scalars = read_file(path / "training.json", json.loads)
     print("config")
     for name, value in dataclasses.asdict(generator.config).items():
-        print(
-            f"  {name:32}{', '.join(map(str, value)) or 'none' if isinstance(value, tuple) else value}"
-        )
+        if isinstance(value, tuple):
+            value = ", ".join(map(str, value)) or "none"
+        print(f"  {name:32}{value}")
     print("training")
     for name, value in (scalars or {"none": "a model without its training state"}).items():
         print(f"  {name:32}{value}")
@@ -125,7 +128,9 @@ def count(module):
 
 
 def _provenance(path):
-    """Where a checkpoint comes from: provenance.json of an import, or the config of the run that it lies in."""
+    """Where a checkpoint comes from: provenance.json of an import, or the config of the run that it
+    lies in.
+    """
     known = {"model.safetensors SHA-256": sha256(path / "model.safetensors")}
     if (path / "provenance.json").exists():
         return known | read_file(path / "provenance.json", json.loads)

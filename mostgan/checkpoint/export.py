@@ -1,4 +1,5 @@
-"""A generator as a program of plain PyTorch operations, by torch.export: runs where this package is not installed.
+"""A generator as a program of plain PyTorch operations, by torch.export: runs where this package is
+not installed.
 
 program = torch.export.load("sky.pt2").module()
 frames = program(z, t, noise, first_anchor, psi)  # uint8 [B, T, 3, H, W]
@@ -21,15 +22,18 @@ USAGE = """\
 torch.export.load(FILE).module()(z, t, noise, first_anchor, psi) -> frames
 
 z             float32 [{clips}, {z_dim}]: content latents, normal numbers, one per clip
-t             float64 [{clips}, T]: times in frames, any real numbers >= 0. T is any number of frames, 1 too
-noise         float32 [{clips}, J, {motion_noise_dim}]: motion noise, normal numbers, a row per anchor. Anchor j lies at
-              time {motion_distance} j; needed are anchors a to a + 21, a = floor(t / {motion_distance}), of every t.
+t             float64 [{clips}, T]: times in frames, any real numbers >= 0; T is any number, 1 too
+noise         float32 [{clips}, J, {motion_noise_dim}]: motion noise, a row of normal numbers per anchor.
+              Anchor j lies at time {motion_distance} j; needed are, for every t, the anchors
+              a to a + 21, where a = floor(t / {motion_distance}).
               A video goes on from call to call where each anchor keeps its row
 first_anchor  int64 [{clips}]: the anchor that the first row of noise belongs to
 psi           float32 []: truncation, 1 none, towards 0 more typical and less diverse
 {label}frames        uint8 [{clips}, T, 3, {resolution}, {resolution}], RGB
 """
-LABEL_USAGE = "label         float32 [{clips}, {num_labels}], a condition vector (a class: one-hot), a sixth argument\n"
+LABEL_USAGE = """\
+label         float32 [{clips}, {num_labels}], a sixth argument: condition vector (a class: one-hot)
+"""
 
 
 class WindowRenderer(nn.Module):
@@ -47,7 +51,8 @@ class WindowRenderer(nn.Module):
 
 
 def export_window(generator: Generator, clips=1) -> torch.export.ExportedProgram:
-    """The generator's window renderer for so many clips at a time and any number of frames; inputs as USAGE has them.
+    """The generator's window renderer for so many clips at a time and any number of frames; inputs
+    as USAGE has them.
 
     The generator must be on the CPU, whose ops are the plain ones of kernels/reference.py.
     """
@@ -61,7 +66,8 @@ def export_window(generator: Generator, clips=1) -> torch.export.ExportedProgram
         first_anchor,
         torch.tensor(1.0),
     ]
-    # The bounds are those of Generator.render: times up to 10⁸ frames; windows beyond 2¹⁶ fit in no memory.
+    # The bounds are those of Generator.render: times up to 10⁸ frames; windows beyond 2¹⁶ fit in no
+    # memory.
     frames, anchors = (
         torch.export.Dim("frames", min=1, max=2**16),
         torch.export.Dim("anchors", min=FRAME_ANCHORS),
@@ -81,7 +87,9 @@ def export_window(generator: Generator, clips=1) -> torch.export.ExportedProgram
 
 
 def export_file(generator, path, clips=1):
-    """Write the exported renderer, with config.json and usage.txt inside. Whole or not at all. Returns the usage."""
+    """Write the exported renderer, with config.json and usage.txt inside. Whole or not at all.
+    Returns the usage.
+    """
     if path.suffix != ".pt2":
         raise UserError(f"{path} must end in .pt2, as PyTorch wants it of exported programs")
     if not path.parent.is_dir():

@@ -1,9 +1,11 @@
-"""Pickles read as data: a restricted `pickle.Unpickler` that resolves no name and runs nothing of the file.
+"""Pickles read as data: a restricted `pickle.Unpickler` that resolves no name and runs nothing of
+the file.
 
-A pickle may name any function and call it, which is why `pickle.load` of a stranger's file runs the stranger's code.
-Here `find_class` admits the names that network snapshots are made of, and gives for each an inert stand-in: a class
-whose objects only keep what the file says of them, or, for tensors, a note of where their numbers lie in the file.
-Numbers are read when somebody asks for them, so the optimizers of a snapshot cost neither time nor memory.
+A pickle may name any function and call it, which is why `pickle.load` of a stranger's file runs the
+stranger's code. Here `find_class` admits the names that network snapshots are made of, and gives
+for each an inert stand-in: a class whose objects only keep what the file says of them, or, for
+tensors, a note of where their numbers lie in the file. Numbers are read when somebody asks for
+them, so the optimizers of a snapshot cost neither time nor memory.
 """
 
 import io
@@ -156,9 +158,11 @@ class Tensor:
 
 
 def read_tensors(tensors):
-    """{name: Tensor} → {name: torch.Tensor}, contiguous. Each storage is read once, and let go before the next.
+    """{name: Tensor} → {name: torch.Tensor}, contiguous. Each storage is read once, and let go
+    before the next.
 
-    Raises Refused if a view reaches out of its storage, or if the views together are more than their storages.
+    Raises Refused if a view reaches out of its storage, or if the views together are more than
+    their storages.
     """
     of_storage = {}
     for name, tensor in tensors.items():
@@ -183,7 +187,9 @@ def read_tensors(tensors):
 
 @dataclass
 class Budget:
-    """What reading a file may still take: bytes that are copied, and instructions of its pickles."""
+    """What reading a file may still take: bytes that are copied, and instructions of its
+    pickles.
+    """
 
     bytes: int
     instructions: int = MOST_INSTRUCTIONS
@@ -199,7 +205,9 @@ class Budget:
 
 
 class Source:
-    """A stretch of a file, as pickle reads it. Long byte strings are noted and passed over (see `readinto`)."""
+    """A stretch of a file, as pickle reads it. Long byte strings are noted and passed over (see
+    `readinto`).
+    """
 
     def __init__(self, file, start, end):
         self.file, self.at, self.end = file, start, end
@@ -227,10 +235,11 @@ class Source:
         return line
 
     def readinto(self, buffer):
-        """Fill the buffer; or, if it is for a long byte string, only note where that string lies in the file.
+        """Fill the buffer; or, if it is for a long byte string, only note where that string lies in
+        the file.
 
-        The unpickler has made an uninitialized byte string, and keeps it to the end. What is not written to takes no
-        memory; `bytes_at` knows such a string by the token at its beginning.
+        The unpickler has made an uninitialized byte string, and keeps it to the end. What is not
+        written to takes no memory; `bytes_at` knows such a string by the token at its beginning.
         """
         if len(buffer) < LARGE:
             return self.file.readinto(memoryview(buffer)[: self._next(len(buffer))])
@@ -260,10 +269,11 @@ class Source:
 
 @contextmanager
 def opened(path):
-    """What a pickle, or a file of torch.save (zip or the format before it), holds, as data; see the module's docstring.
+    """What a pickle, or a file of torch.save (zip or the format before it), holds, as data; see the
+    module's docstring.
 
-    Tensors can be read while it is open. Raises UserError on anything else than tensors and inert objects, and on a
-    damaged file; also for what is Refused inside the `with` statement.
+    Tensors can be read while it is open. Raises UserError on anything else than tensors and inert
+    objects, and on a damaged file; also for what is Refused inside the `with` statement.
     """
     if not path.is_file():
         raise UserError(f"{path} is not a file")
@@ -318,7 +328,9 @@ def _read_any(source, budget):
 
 
 def _read_zip(source, start, budget):
-    """A zip file of torch.save: <name>/data.pkl, and the bytes of each storage in <name>/data/<key>."""
+    """A zip file of torch.save: <name>/data.pkl, and the bytes of each storage in
+    <name>/data/<key>.
+    """
     if isinstance(source.file, io.BytesIO):
         file = source.file
     elif (start, source.end) == (0, source.file.seek(0, 2)):
@@ -377,7 +389,9 @@ def _read_entry(archive, info, buffer):
 
 
 def _load(source, budget, storage_of=None):
-    """The next pickle of the source → its value. storage_of(dtype, key, numel): what torch.save's ids mean."""
+    """The next pickle of the source → its value. storage_of(dtype, key, numel): what torch.save's
+    ids mean.
+    """
     start, source.skimming = source.at, True
     survey(source, budget)
     end, source.at, source.skimming = source.at, start, False
@@ -387,10 +401,11 @@ def _load(source, budget, storage_of=None):
 
 
 def survey(source, budget):
-    """Look through a pickle's instructions before any is carried out, for what could exhaust the unpickler itself.
+    """Look through a pickle's instructions before any is carried out, for what could exhaust the
+    unpickler itself.
 
-    That is their number, memo indices that are not in use (it has an array of them), and tuples in tuples. Raises
-    Refused on these, and IndexError, KeyError or ValueError on a damaged pickle.
+    That is their number, memo indices that are not in use (it has an array of them), and tuples in
+    tuples. Raises Refused on these, and IndexError, KeyError or ValueError on a damaged pickle.
     """
     stack, memo, count = [], {}, 0  # the stack holds how deep a tuple each value is; None is a mark
     for opcode, arg, _ in pickletools.genops(source):
@@ -475,7 +490,9 @@ class SafeUnpickler(pickle.Unpickler):
         return self.classes[full]
 
     def persistent_object(self, meta):
-        """The release's call that would rebuild a class from its source text, which is left unread."""
+        """The release's call that would rebuild a class from its source text, which is left
+        unread.
+        """
         if not isinstance(meta, dict) or not {"module_src", "class_name", "state"} <= meta.keys():
             raise Refused("it rebuilds a class from something else than its source, name and state")
         if type(meta["class_name"]) is not str:
@@ -503,9 +520,9 @@ class SafeUnpickler(pickle.Unpickler):
         return text.encode("latin1")
 
     def persistent_load(self, key):
-        """What torch.save keeps apart: ('storage', type, key, location, numel), in old files followed by a view, which
-        is None; and in old files ('module', class, its file, its source), whose source is left unread. The location,
-        such as cuda:0, is of no concern.
+        """What torch.save keeps apart: ('storage', type, key, location, numel), in old files
+        followed by a view, which is None; and in old files ('module', class, its file, its source),
+        whose source is left unread. The location, such as cuda:0, is of no concern.
         """
         if self.storage_of is None or not isinstance(key, tuple):
             raise Refused("it refers to something outside of itself")

@@ -1,8 +1,10 @@
-"""Released checkpoints of MoStGAN-V and StyleGAN-V: their networks under our names, and their configuration.
+"""Released checkpoints of MoStGAN-V and StyleGAN-V: their networks under our names, and their
+configuration.
 
-A released file is a pickle {'G': …, 'D': …, 'G_ema': …} of modules (spec §10), which pickles.py reads as data. The
-configuration is pickled with them. What it tells is compared with what the tensors show, and the two must agree; what
-only the tensors show, as in a plain state dict, is inferred, and said to be.
+A released file is a pickle {'G': …, 'D': …, 'G_ema': …} of modules (spec §10), which pickles.py
+reads as data. The configuration is pickled with them. What it tells is compared with what the
+tensors show, and the two must agree; what only the tensors show, as in a plain state dict, is
+inferred, and said to be.
 """
 
 import hashlib
@@ -60,7 +62,8 @@ _RENAMED_DISCRIMINATOR = [
 ]
 _FREQUENCIES = "synthesis.motion_encoder.time_encoder.freqs"
 
-# Where the pickled configuration of a generator, and of a discriminator, tells a field of ModelConfig.
+# Where the pickled configuration of a generator, and of a discriminator, tells a field of
+# ModelConfig.
 _TOLD_BY_GENERATOR = (
     ("motion_distance", "motion.motion_z_distance"),
     ("shortest_period", "time_enc.min_period_len"),
@@ -90,7 +93,8 @@ _TOLD_BY_DISCRIMINATOR = (
     ("mbstd_group", "mbstd_group_size"),
     ("time_condition", "dummy_c"),
 )
-# The whole run's configuration has the discriminator's, too: so a generator alone tells what a new one should be.
+# The whole run's configuration has the discriminator's, too: so a generator alone tells what a new
+# one should be.
 _TOLD_BY_GENERATOR += tuple(
     (name, f"model.discriminator.{path}") for name, path in _TOLD_BY_DISCRIMINATOR
 )
@@ -104,7 +108,8 @@ _CLAMPED = (
     "fromrgb",
     "conv",
 )  # layers whose conv_clamp bounds activations
-# Options of the release that ours has in one way only: in the pickled configuration, and as attributes of modules.
+# Options of the release that ours has in one way only: in the pickled configuration, and as
+# attributes of modules.
 _ONE_WAY = {
     "motion.gen_strategy": "conv",
     "motion.kernel_size": 11,
@@ -130,7 +135,9 @@ _ONE_WAY_ATTRIBUTES = {
 def from_released_names(
     state: dict[str, torch.Tensor], discriminator=False
 ) -> dict[str, torch.Tensor]:
-    """A released generator's (or discriminator's) state dict under our names; load it with strict=True."""
+    """A released generator's (or discriminator's) state dict under our names; load it with
+    strict=True.
+    """
     renamed = {}
     for name, tensor in state.items():
         if _COMPUTED.search(name):
@@ -183,12 +190,13 @@ def read_released(
     half_precision=None,
     motion_distance=None,
 ):
-    """Read a released pickle, a file of torch.save, or a safetensors file of released names → Imported.
+    """Read a released pickle, a file of torch.save, or a safetensors file of released names →
+    Imported.
 
-    network: which generator, G_ema or G; discriminator: D as well; training: G, D and G_ema. half_precision: the
-    resolutions that the release runs so (pre-normalized, motion as demodulation factor only), where that is not as
-    stored; motion_distance: D of spec §2, for a file that does not tell.
-    Executes nothing of the file. Raises UserError on whatever is no such checkpoint.
+    network: which generator, G_ema or G; discriminator: D as well; training: G, D and G_ema.
+    half_precision: the resolutions that the release runs so (pre-normalized, motion as demodulation
+    factor only), where that is not as stored; motion_distance: D of spec §2, for a file that does
+    not tell. Executes nothing of the file. Raises UserError on whatever is no such checkpoint.
     """
     path = Path(path)
     names = ["G_ema", "G", "D"] if training else [network] + ["D"] * discriminator
@@ -234,7 +242,9 @@ def sha256(path):
 
 @torch.no_grad()
 def class_means(state, config):
-    """The mean w of each class over 1,000 latents, the same for all classes: float32 [num_labels, w_dim]."""
+    """The mean w of each class over 1,000 latents, the same for all classes: float32 [num_labels,
+    w_dim].
+    """
     with torch.device("meta"):
         mapping = Generator(config).mapping
     of_mapping = {
@@ -248,11 +258,13 @@ def class_means(state, config):
     return torch.stack([mapping(z, label.expand(len(z), -1)).mean(dim=0) for label in one_hot])
 
 
-# ------------------------------------------------------------------------------ the networks of a file
+# --------------------------------------------------------------------------- the networks of a file
 
 
 def read_networks(path, names):
-    """({name: Network}, whether labels may be classes). Raises UserError if a network is missing or is none."""
+    """({name: Network}, whether labels may be classes). Raises UserError if a network is missing or
+    is none.
+    """
     if path.suffix == ".safetensors":
         found = _read_safetensors(path, names)
         return {name: Network(found[name]) for name in _present(path, found, names)}, True
@@ -286,7 +298,9 @@ def _are_classes(vis):
 
 
 def _read_safetensors(path, names):
-    """Plain state dicts: the generator's names as they are, or those of several networks behind `G_ema.`, `D.`, …"""
+    """Plain state dicts: the generator's names as they are, or those of several networks behind
+    `G_ema.`, `D.`, …
+    """
     try:
         state = load_file(path)
     except (OSError, SafetensorError) as error:
@@ -329,7 +343,9 @@ def _network(value):
 
 
 def _content(path, module):
-    """A module's own tensors, as far as they belong to its state, and its child modules, by name."""
+    """A module's own tensors, as far as they belong to its state, and its child modules, by
+    name.
+    """
     state = module.state if isinstance(module, Inert) else None
     if not isinstance(state, dict):
         raise Refused(f"{path or 'the network'} is no module")
@@ -362,11 +378,12 @@ _MISSING = object()
 
 
 def look_up(cfg, path):
-    """The value at a dotted path of a pickled configuration, references followed; _MISSING if there is none.
+    """The value at a dotted path of a pickled configuration, references followed; _MISSING if there
+    is none.
 
-    Nodes are omegaconf's: `_content` of dictionaries and lists, `_val` of leaves. A text `${a.b}` stands for what is at
-    a.b, counted from the root of all that cfg is a part of; so are paths that begin with `model`.
-    Raises UserError on references that lead nowhere.
+    Nodes are omegaconf's: `_content` of dictionaries and lists, `_val` of leaves. A text `${a.b}`
+    stands for what is at a.b, counted from the root of all that cfg is a part of; so are paths that
+    begin with `model`. Raises UserError on references that lead nowhere.
     """
     root = _root(cfg)
     node = root if path.startswith("model.") else cfg
@@ -389,7 +406,9 @@ def _root(node):
 
 
 class _Lookup:
-    """One look into a configuration, with the references that are being followed, and how many may be."""
+    """One look into a configuration, with the references that are being followed, and how many may
+    be.
+    """
 
     def __init__(self, root, path):
         self.root, self.path, self.following, self.left = root, path, [], MOST_REFERENCES
@@ -450,7 +469,9 @@ class Evidence:
         self.shown[name] = (value, where)
 
     def agreed(self):
-        """({field: value}, names of the fields that only the tensors show). Raises UserError where they disagree."""
+        """({field: value}, names of the fields that only the tensors show). Raises UserError where
+        they disagree.
+        """
         for name in self.told.keys() & self.shown.keys():
             (told, place), (by_tensors, where) = self.told[name], self.shown[name]
             if not _same(told, by_tensors):
@@ -471,7 +492,9 @@ def _said(value):
 
 
 def find_config(generator, discriminator=None, half_precision=None, motion_distance=None):
-    """Networks → ModelConfig, and a line about it. Arguments as in `read_released`. Raises UserError."""
+    """Networks → ModelConfig, and a line about it. Arguments as in `read_released`. Raises
+    UserError.
+    """
     evidence = Evidence()
     resolutions = _show_generator(evidence, generator.state)
     _tell(evidence, generator, _TOLD_BY_GENERATOR, resolutions)
@@ -497,7 +520,8 @@ def find_config(generator, discriminator=None, half_precision=None, motion_dista
         del values["shortest_period"]
     if half_precision is not None and not set(half_precision) <= set(resolutions):
         raise UserError(
-            f"half_precision is {tuple(half_precision)}, but its resolutions are {tuple(resolutions)}"
+            f"half_precision is {tuple(half_precision)}, but its resolutions are "
+            f"{tuple(resolutions)}"
         )
     halves, how = (
         _half_precision(generator, resolutions)
@@ -521,7 +545,8 @@ class _Shapes:
     def __call__(self, name, dims):
         if len(self.shapes.get(name, ())) != dims or 0 in self.shapes[name]:
             raise UserError(
-                f"it has no {name} of {dims} dimensions: this is no {self.what} of MoStGAN-V or StyleGAN-V"
+                f"it has no {name} of {dims} dimensions: this is no {self.what} of MoStGAN-V or "
+                "StyleGAN-V"
             )
         return self.shapes[name]
 
@@ -563,7 +588,9 @@ def _show_generator(evidence, state):
 
 
 def _periods(freqs):
-    """Shortest and longest period, from the frequencies ω = 2π / period, longest period first (spec §2)."""
+    """Shortest and longest period, from the frequencies ω = 2π / period, longest period first (spec
+    §2).
+    """
     if not len(freqs) or not ((freqs > 1e-6) & (freqs < 7)).all():
         raise UserError(f"its {_FREQUENCIES} are no frequencies")
     longest, shortest = (round(2 * math.pi / float(freqs[i]), 3) for i in (0, -1))
@@ -575,7 +602,9 @@ def _periods(freqs):
 
 
 def _motion_styles(of, resolutions, w_dim):
-    """K, motion vectors, rank and where they act: of a MoStGAN-V generator; K = 0 of StyleGAN-V's."""
+    """K, motion vectors, rank and where they act: of a MoStGAN-V generator; K = 0 of
+    StyleGAN-V's.
+    """
     name = "synthesis.b{}.conv1.hypernetwork.weight"
     motion = tuple(r for r in resolutions if name.format(r) in of.shapes)
     if "motion_network.fc0.weight" not in of.shapes:
@@ -687,7 +716,8 @@ def _channels(values, generator, resolutions):
     for r in resolutions:
         if stored[r] != min(told[0] // r, told[1]):
             raise UserError(
-                f"its channel_base {told[0]} and channel_max {told[1]} give {min(told[0] // r, told[1])} "
+                f"its channel_base {told[0]} and channel_max {told[1]} give "
+                f"{min(told[0] // r, told[1])} "
                 f"channels at {r}, but its tensors have {stored[r]}"
             )
 
@@ -707,7 +737,8 @@ def _describe(config, how, inferred):
     """The configuration in a line, and where it comes from."""
     values = ", ".join(f"{name} {_said(value)}" for name, value in asdict(config).items())
     by_tensors = ", ".join(name for name in inferred if name != "stored_channels") or "nothing"
-    return f"{values}; half precision in the release: {how}; inferred from the tensors alone: {by_tensors}"
+    half = f"half precision in the release: {how}"
+    return f"{values}; {half}; inferred from the tensors alone: {by_tensors}"
 
 
 # ------------------------------------------------------------------------------------------ checks
@@ -733,7 +764,9 @@ def _refuse_other(what, value, ours):
 
 
 def _fitted(network, module, config):
-    """The state under our names, float32, for module(config); UserError if they are not for each other."""
+    """The state under our names, float32, for module(config); UserError if they are not for each
+    other.
+    """
     state = from_released_names(network.state, discriminator=module is Discriminator)
     what = module.__name__.lower()
     try:
@@ -752,7 +785,8 @@ def _fitted(network, module, config):
             raise UserError(f"its {what} has no {name}")
         if tuple(state[name].shape) != expected[name]:
             raise UserError(
-                f"its {what} has {name} of shape {tuple(state[name].shape)}, but the rest of it goes with "
+                f"its {what} has {name} of shape {tuple(state[name].shape)}, but the rest of it "
+                "goes with "
                 f"{expected[name]}"
             )
         if not all(map(math.isfinite, state[name].float().aminmax())):
@@ -761,8 +795,9 @@ def _fitted(network, module, config):
 
 
 def _check_dtypes(networks):
-    """Numbers of plain floating point alone: others (float8, complex, integers) are no weights of the release, and
-    PyTorch computes with some of them in part only."""
+    """Numbers of plain floating point alone: others (float8, complex, integers) are no weights of
+    the release, and PyTorch computes with some of them in part only.
+    """
     for which, network in networks.items():
         for name, tensor in network.state.items():
             if tensor.dtype not in WEIGHT_DTYPES:
@@ -773,7 +808,9 @@ def _check_dtypes(networks):
 
 
 def _check_computed(networks, config):
-    """What we compute and the release stores must be the same: FIR filters (spec §1) and frequencies (§2, §7)."""
+    """What we compute and the release stores must be the same: FIR filters (spec §1) and
+    frequencies (§2, §7).
+    """
     taps, M = torch.tensor([1.0, 3, 3, 1]), config.max_num_frames
     longest, shortest = (
         math.log2(config.max_period),

@@ -1,8 +1,10 @@
-"""Scores of generated clips against real ones (spec §9): what is measured between two sets, and what to know of it.
+"""Scores of generated clips against real ones (spec §9): what is measured between two sets, and
+what to know of it.
 
-Fréchet video distances FVD16, FVD128 and FVD128 of every 8th frame, and FID over the frames of FVD16's clips, as far as
-the clips are long enough (frechet.py); how clips move, without a network (motion_statistics.py). sets.py has the two
-sets and the protocol; `python -m mostgan.metrics` (__main__.py) prints and writes a report.
+Fréchet video distances FVD16, FVD128 and FVD128 of every 8th frame, and FID over the frames of
+FVD16's clips, as far as the clips are long enough (frechet.py); how clips move, without a network
+(motion_statistics.py). sets.py has the two sets and the protocol; `python -m mostgan.metrics`
+(__main__.py) prints and writes a report.
 """
 
 from typing import NamedTuple
@@ -56,7 +58,9 @@ class Scores(NamedTuple):
 def score(
     real: ClipSet, generated: ClipSet | GeneratedSet, protocol, detectors, show=True
 ) -> Scores:
-    """All that can be measured between two sets, of which each clip is long enough or left out. Raises UserError."""
+    """All that can be measured between two sets, of which each clip is long enough or left out.
+    Raises UserError.
+    """
     # Motion is measured in clips as long as at least half of those of each set are.
     motion_frames = min(protocol.frames, *(int(np.median(s.lengths())) for s in (real, generated)))
     metrics = protocol.video_metrics
@@ -98,7 +102,9 @@ def score(
 
 
 def add_distance(scores, key, name, real, made):
-    """The Fréchet distance, the numbers of samples, and a note where they are too few for their features."""
+    """The Fréchet distance, the numbers of samples, and a note where they are too few for their
+    features.
+    """
     scores.values[key] = frechet.distance(real, made, name)
     counts, features = (
         [int(sums[f"{name}.count"]) for sums in (real, made)],
@@ -112,7 +118,8 @@ def add_distance(scores, key, name, real, made):
     ]
     if few:
         scores.notes.append(
-            f"{label(key)}: {' and '.join(few)} samples for {features} features: a covariance of less "
+            f"{label(key)}: {' and '.join(few)} samples for {features} features: a covariance of "
+            "less "
             "than full rank, so the value is biased; compare it only at the same numbers of samples"
         )
 
@@ -124,7 +131,8 @@ def add_differences(scores, enough, protocol, real, generated):
             count = int((s.lengths() >= window.span).sum())
             if count < protocol.clips:
                 scores.notes.append(
-                    f"{count:,} {which} clips of {window.span} frames, not {protocol.clips:,}: there are no more"
+                    f"{count:,} {which} clips of {window.span} frames, not {protocol.clips:,}: "
+                    "there are no more"
                 )
     fps = generated.clips.fps if isinstance(generated, ClipSet) else generated.generator.config.fps
     if fps is not None and abs(real.clips.fps - fps) > 0.01:
@@ -146,7 +154,8 @@ def add_spectrum(scores, frames, real, made):
         scores.spectra[which] = motion_statistics.spectrum(sums, lags).tolist()
     if lags < motion_statistics.LAGS:
         scores.notes.append(
-            f"motion is measured in clips of {frames} frames, as half of a set's clips have no more or "
+            f"motion is measured in clips of {frames} frames, as half of a set's clips have no "
+            "more or "
             f"no more were asked for: lags 1 to {lags}, not {motion_statistics.LAGS}"
         )
 
@@ -171,9 +180,9 @@ def evaluate(
 ) -> dict[str, float]:
     """Scores of a generator against packed clips, as training logs them: name → value, FVD16 first.
 
-    most: clips of each set; frames: 16, or 128 for FVD128 too; long_clips: videos searched for repetition. No random
-    state is touched. With torch.distributed running, every process must call it, and all get the same. May raise
-    UserError.
+    most: clips of each set; frames: 16, or 128 for FVD128 too; long_clips: videos searched for
+    repetition. No random state is touched. With torch.distributed running, every process must call
+    it, and all get the same. May raise UserError.
     """
     protocol = Protocol(clips=most, frames=frames, long_clips=long_clips).chosen(detectors)
     conditions = conditions_of(clips, generator.config.num_labels)

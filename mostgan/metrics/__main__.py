@@ -1,13 +1,16 @@
-"""Scores of generated clips against real ones, with the protocol that makes the numbers mean something (spec §9).
+"""Scores of generated clips against real ones, with the protocol that makes the numbers mean
+something (spec §9).
 
-    python -m mostgan.metrics runs/00000-sky-paper256 --data data/sky --detector i3d_torchscript.pt --runs 3
+    python -m mostgan.metrics runs/00000-sky-paper256 --detector i3d_torchscript.pt --runs 3
     python -m mostgan.metrics data/sky other-systems-clips --detector i3d_torchscript.pt
-    torchrun --nproc-per-node 8 -m mostgan.metrics runs/00000-sky-paper256      # the same numbers, sooner
+    torchrun --nproc-per-node 8 -m mostgan.metrics runs/00000-sky-paper256  # the same, sooner
 
-Fréchet video distances FVD16, FVD128 and FVD128 of every 8th frame, and FID over the frames of FVD16's clips, as far as
-the clips are long enough (frechet.py); how clips move, without a network (motion_statistics.py).
+Fréchet video distances FVD16, FVD128 and FVD128 of every 8th frame, and FID over the frames of
+FVD16's clips, as far as the clips are long enough (frechet.py); how clips move, without a network
+(motion_statistics.py).
 
-Real: one random window of each clip that has n frames. Generated: frames 0 … n−1 of each clip. At most --clips of both.
+Real: one random window of each clip that has n frames. Generated: frames 0 … n−1 of each clip. At
+most --clips of both.
 """
 
 import datetime
@@ -46,8 +49,9 @@ PROTOCOLS = {
 
 
 def summarize(runs: list[Scores]):
-    """The scores of several runs → {name: {"mean", "std", "runs"}}, of the runs that have the name, each name in its
-    first run's order; std with n − 1, None for one run."""
+    """The scores of several runs → {name: {"mean", "std", "runs"}}, of the runs that have the name,
+    each name in its first run's order; std with n − 1, None for one run.
+    """
     results = {}
     for key in dict.fromkeys(key for run in runs for key in run.values):
         values = [run.values[key] for run in runs if key in run.values]
@@ -57,7 +61,9 @@ def summarize(runs: list[Scores]):
 
 
 def merge(runs: list[Scores], results) -> Scores:
-    """What the runs say besides their values, each thing once; and a note where not all runs have a value."""
+    """What the runs say besides their values, each thing once; and a note where not all runs have a
+    value.
+    """
     whole = Scores({}, {}, [], {}, {})
     for run in runs:
         whole.skipped.update(
@@ -100,14 +106,15 @@ def protocol_lines(protocol):
     lines = []
     for which in ("real", "generated"):
         described = protocol[which]
-        text = f"{described.get('data') or described.get('checkpoint')}, {described['total']:,} clips of "
-        text += f"{described['resolution']}²"
+        text = f"{described.get('data') or described.get('checkpoint')}, "
+        text += f"{described['total']:,} clips of {described['resolution']}²"
         if "data" in described:
             split = f"{described['split']} split" if described["split"] else "no split"
             text += f", {described['fps']:g} frames/s, crop {described['crop']}, {split}; of each, "
             text += f"{described['window']}; checksum {described['checksum'][:12]}"
         else:
-            text += f" from {described['times']}, in {protocol['precision']}; sha256 {described['sha256'][:12]}"
+            text += f" from {described['times']}, in {protocol['precision']}; "
+            text += f"sha256 {described['sha256'][:12]}"
         lines.append(f"{which:10}{text}")
     for which in ("video", "frame"):
         lines.append(
@@ -160,11 +167,13 @@ def report(runs, results, merged: Scores, sets, protocol, detectors: Detectors, 
     }
 
 
-# ------------------------------------------------------------------------------------------------------- command line
+# ------------------------------------------------------------------------------------- command line
 
 
 def open_checkpoint(path, data, device):
-    """(generator, its path, real clips): the data named, or what the checkpoint's run was trained on."""
+    """(generator, its path, real clips): the data named, or what the checkpoint's run was trained
+    on.
+    """
     path = checkpoint.find(path)
     generator = checkpoint.load(path, device)
     if device.type == "cuda":
@@ -181,7 +190,9 @@ def open_checkpoint(path, data, device):
 
 
 def open_two(first, second, resolution):
-    """Two sets of clips at one resolution: of the packed one, if either is packed, else as asked, else 256."""
+    """Two sets of clips at one resolution: of the packed one, if either is packed, else as asked,
+    else 256.
+    """
     for path in (first, second):  # before the hours that packing the other may take
         if not path.exists():
             raise UserError(f"{path} does not exist")
@@ -210,19 +221,22 @@ def run(
     """Scores generated clips against real ones: FVD, FID, and how they move.
 
     Args:
-        first: a checkpoint or run; or, before SECOND, the real clips: a folder or zip of videos or frames, or a packed
-            folder.
+        first: a checkpoint or run; or, before SECOND, the real clips: a folder or zip of videos or
+            frames, or a packed folder.
         second: another system's clips, in any of these forms.
         data: the real clips to score a checkpoint against. Default: those it was trained on.
         detector: the TorchScript file of I3D, for FVD. Default: a random network, called proxy.
         frame_detector: the TorchScript file of Inception, for FID. Default: likewise.
-        runs: repeat with other latents and other windows of the real clips; gives mean and standard deviation.
+        runs: repeat with other latents and other windows of the real clips; gives mean and standard
+        deviation.
         seed: of the first run.
         protocol: what else decides the numbers.
-        resolution: of two folders of videos, which are center-cropped and packed at it. Default: the packed one's,
-            else 256.
-        random_windows: of SECOND, too, take a window at random from each clip, not its first frames: for real clips.
-        out: the JSON file. Default: metrics-….json beside the checkpoint; of two folders, in the current folder.
+        resolution: of two folders of videos, which are center-cropped and packed at it. Default:
+            the packed one's, else 256.
+        random_windows: of SECOND, too, take a window at random from each clip, not its first
+        frames: for real clips.
+        out: the JSON file. Default: metrics-….json beside the checkpoint; of two folders, in the
+        current folder.
     """
     if runs < 1 or not 0 <= seed < 2**30:
         raise UserError(
@@ -232,7 +246,8 @@ def run(
         raise UserError("give a CHECKPOINT and --data, or two folders of clips, not all of them")
     if second is None and (random_windows or resolution):
         raise UserError(
-            "--random-windows and --resolution are for two folders of clips; a checkpoint has its own"
+            "--random-windows and --resolution are for two folders of clips; a checkpoint has its "
+            "own"
         )
     distributed.start()
     device = pick_device()
@@ -288,7 +303,8 @@ def main():
         sys.exit("interrupted; what is in the cache need not be computed again")
     finally:
         if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()  # not distributed.finish: after an error, nobody waits
+            # not distributed.finish: after an error, nobody waits
+            torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

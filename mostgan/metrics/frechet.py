@@ -1,8 +1,10 @@
-"""The Fréchet distance between two sets of clips or frames, its statistics, networks that describe clips (spec §9).
+"""The Fréchet distance between two sets of clips or frames, its statistics, networks that describe
+clips (spec §9).
 
-Whatever is collected about a set is a sum over its clips, or the mean and scatter of their features, in float64, under
-a name: a dict of tensors. So memory does not grow with the set, what several processes collected can be merged into
-what one would have, and it can be stored and read again.
+Whatever is collected about a set is a sum over its clips, or the mean and scatter of their
+features, in float64, under a name: a dict of tensors. So memory does not grow with the set, what
+several processes collected can be merged into what one would have, and it can be stored and read
+again.
 """
 
 import hashlib
@@ -28,7 +30,9 @@ def add(sums: Sums, name: str, value):
 
 
 def add_features(sums: Sums, name: str, features):
-    """Take in the features [B, F] of B more samples: their number, mean, and scatter Σ (x − mean)(x − mean)ᵀ."""
+    """Take in the features [B, F] of B more samples: their number, mean, and scatter Σ (x − mean)(x
+    − mean)ᵀ.
+    """
     features = features.double()
     mean = features.mean(0)
     centered = features - mean
@@ -40,10 +44,11 @@ def add_features(sums: Sums, name: str, features):
 
 
 def merge(sums: Sums, more: Sums):
-    """Take in what was collected about other samples. Sums add up; means and scatters become those of all samples.
+    """Take in what was collected about other samples. Sums add up; means and scatters become those
+    of all samples.
 
-    That is Chan, Golub and LeVeque's formula. Sums of x and x xᵀ would be simpler, but where a mean is much larger than
-    the spread their difference, the covariance, has few correct digits.
+    That is Chan, Golub and LeVeque's formula. Sums of x and x xᵀ would be simpler, but where a mean
+    is much larger than the spread their difference, the covariance, has few correct digits.
     """
     described = [name.removesuffix(".mean") for name in more if name.endswith(".mean")]
     for count, mean, scatter in (
@@ -63,14 +68,17 @@ def merge(sums: Sums, more: Sums):
 
 
 def mean_and_covariance(sums: Sums, name: str):
-    """Of the features added under name: μ [F], population covariance Σ [F, F] (divided by the count), float64."""
+    """Of the features added under name: μ [F], population covariance Σ [F, F] (divided by the
+    count), float64.
+    """
     return sums[f"{name}.mean"], sums[f"{name}.scatter"] / sums[f"{name}.count"]
 
 
 def square_root(covariance):
     """The symmetric square root of a covariance [F, F], float64.
 
-    Eigenvalues below F · ε · the largest are rounding errors of zero and count as zero: their roots would not be small.
+    Eigenvalues below F · ε · the largest are rounding errors of zero and count as zero: their roots
+    would not be small.
     """
     values, vectors = torch.linalg.eigh((covariance + covariance.T) / 2)
     cutoff = len(values) * torch.finfo(torch.float64).eps * values[-1].clamp(min=0)
@@ -79,10 +87,11 @@ def square_root(covariance):
 
 
 def frechet_distance(mean_1, covariance_1, mean_2, covariance_2) -> float:
-    """‖μ₁−μ₂‖² + tr(Σ₁ + Σ₂ − 2(Σ₁Σ₂)^½) of two Gaussians: means [F], covariances [F, F], float64; of any rank.
+    """‖μ₁−μ₂‖² + tr(Σ₁ + Σ₂ − 2(Σ₁Σ₂)^½) of two Gaussians: means [F], covariances [F, F], float64;
+    of any rank.
 
-    The eigenvalues of Σ₁Σ₂ are the squared singular values of Σ₁^½ Σ₂^½, which are found to rounding precision even
-    where Σ₁Σ₂ is singular; a general matrix square root is not.
+    The eigenvalues of Σ₁Σ₂ are the squared singular values of Σ₁^½ Σ₂^½, which are found to
+    rounding precision even where Σ₁Σ₂ is singular; a general matrix square root is not.
     """
     root_trace = torch.linalg.svdvals(square_root(covariance_1) @ square_root(covariance_2)).sum()
     distance = (
@@ -99,11 +108,13 @@ def distance(real: Sums, generated: Sums, name: str) -> float:
     return frechet_distance(*mean_and_covariance(real, name), *mean_and_covariance(generated, name))
 
 
-# ------------------------------------------------------------------------------------------------------------ detectors
+# ---------------------------------------------------------------------------------------- detectors
 
 
 class Detector(NamedTuple):
-    """A network that describes clips, uint8 [B, 3, n, H, W] → features [B, F], or frames, [B, 3, H, W] → [B, F]."""
+    """A network that describes clips, uint8 [B, 3, n, H, W] → features [B, F], or frames, [B, 3, H,
+    W] → [B, F].
+    """
 
     name: str  # of its file; or PROXY_NAME
     sha256: str  # of the file; or of the proxy's weights
@@ -112,7 +123,9 @@ class Detector(NamedTuple):
 
 
 def video_detector(path, device) -> Detector:
-    """A TorchScript file that is called as I3D is (spec §9). None: the proxy. Raises UserError if it is none."""
+    """A TorchScript file that is called as I3D is (spec §9). None: the proxy. Raises UserError if
+    it is none.
+    """
     return (
         proxy(device)
         if path is None
@@ -121,8 +134,9 @@ def video_detector(path, device) -> Detector:
 
 
 def frame_detector(path, device) -> Detector:
-    """A TorchScript file that takes frames uint8 [B, 3, H, W], as Inception's for FID does. None: the proxy, on clips
-    of one frame. Raises UserError if it is none."""
+    """A TorchScript file that takes frames uint8 [B, 3, H, W], as Inception's for FID does. None:
+    the proxy, on clips of one frame. Raises UserError if it is none.
+    """
     if path is not None:
         return _from_file(path, device, [1, 3, 64, 64])
     of_clips = proxy(device)
@@ -130,7 +144,9 @@ def frame_detector(path, device) -> Detector:
 
 
 def _from_file(path, device, trial, **arguments):
-    """The detector in a TorchScript file, after a first call with samples of shape `trial`: now, not hours later."""
+    """The detector in a TorchScript file, after a first call with samples of shape `trial`: now,
+    not hours later.
+    """
     path = Path(path)
     if not path.is_file():
         raise UserError(
@@ -152,7 +168,8 @@ def _from_file(path, device, trial, **arguments):
             found = module(x, return_features=True, **arguments)
         except RuntimeError as error:
             shape = "[B, 3, n, H, W]" if x.ndim == 5 else "[B, 3, H, W]"
-            call = f"detector(uint8 {shape}, {''.join(f'{name}=True, ' for name in arguments)}return_features=True)"
+            options = ", ".join(f"{name}=True" for name in [*arguments, "return_features"])
+            call = f"detector(uint8 {shape}, {options})"
             raise UserError(f"{path} cannot be called as {call}: {_last_line(error)}") from None
         if (
             not torch.is_tensor(found)
@@ -198,12 +215,13 @@ PROXY_FRAMES = 128  # at a time: its first layer's features are 16 times the siz
 
 
 def proxy(device) -> Detector:
-    """What stands in for a detector where none is given: three 3×3×3 convolutions with fixed random weights.
+    """What stands in for a detector where none is given: three 3×3×3 convolutions with fixed random
+    weights.
 
-    Its 64 features are log mean squares, over time and space, of the last layer's channels. The first layer's filters
-    sum to 0, so that contrast and change count, not brightness, which differs most between real clips and says least.
-    It knows nothing of the world: distances by it compare runs with one another and are no FVD. The weights are the
-    same on every machine.
+    Its 64 features are log mean squares, over time and space, of the last layer's channels. The
+    first layer's filters sum to 0, so that contrast and change count, not brightness, which differs
+    most between real clips and says least. It knows nothing of the world: distances by it compare
+    runs with one another and are no FVD. The weights are the same on every machine.
     """
     weights = []
     for number, (inputs, outputs, _) in enumerate(PROXY_LAYERS):

@@ -16,7 +16,8 @@ ROUNDING_POWER = (
 )  # levels²: what rounding to whole levels alone puts into the difference of two frames
 STATIC_LEVELS = 1.0  # a clip whose pixels deviate less than this from their own means is static
 THUMBNAIL = 32  # pixels a side, for comparing the frames of long videos
-SHORTEST_LONG = 128  # frames that a video must have for its repetition to be measured: it tells periods up to half
+# frames that a video must have for its repetition to be measured: it tells periods up to half
+SHORTEST_LONG = 128
 LONG = 1024  # frames, at most
 REPEATS = 0.5  # a video whose recurrence is more repeats itself
 
@@ -29,11 +30,13 @@ def _inner_products(x):
 
 
 def lag_power(clip):
-    """The temporal spectrum of one clip, uint8 [T, 3, H, W]: power of pixel differences, in levels², by time lag.
+    """The temporal spectrum of one clip, uint8 [T, 3, H, W]: power of pixel differences, in
+    levels², by time lag.
 
         P(τ) = mean over t of ⟨(x_{t+τ} − x_t)²⟩,   τ = 1 … 64
 
-    Returns float64 [64], 0 for τ ≥ T; and the clip's deviation in levels, sqrt(mean over t of ⟨(x_t − mean x)²⟩).
+    Returns float64 [64], 0 for τ ≥ T; and the clip's deviation in levels, sqrt(mean over t of ⟨(x_t
+    − mean x)²⟩).
     """
     products = _inner_products(clip.flatten(1))
     squares = products.diagonal()
@@ -63,8 +66,9 @@ def spectrum_distance(real: Sums, generated: Sums, lags) -> float:
 
         sqrt(mean over τ = 1 … lags of (10 log₁₀ (P(τ) + ε) / (Q(τ) + ε))²),   ε = 1/6 level²
 
-    0 for sets that move alike; 6.02 where one's differences are twice the other's at every lag. ε, the power of
-    rounding, keeps it finite for static clips. It is blind to what moves, and to where.
+    0 for sets that move alike; 6.02 where one's differences are twice the other's at every lag. ε,
+    the power of rounding, keeps it finite for static clips. It is blind to what moves, and to
+    where.
     """
     decibels = [
         10 * torch.log10(spectrum(sums, lags) + ROUNDING_POWER) for sums in (real, generated)
@@ -73,7 +77,9 @@ def spectrum_distance(real: Sums, generated: Sums, lags) -> float:
 
 
 def static_rate(sums: Sums) -> float:
-    """The share of static clips: those whose pixels deviate from their mean over time by less than 1 level (RMS)."""
+    """The share of static clips: those whose pixels deviate from their mean over time by less than
+    1 level (RMS).
+    """
     return float(sums["static"] / sums["clips"])
 
 
@@ -84,17 +90,19 @@ def thumbnails(frames):
 
 
 def periodicity(rows):
-    """Whether a long video repeats itself. rows: its thumbnails [T, P] → (period in frames, recurrence in [0, 1]).
+    """Whether a long video repeats itself. rows: its thumbnails [T, P] → (period in frames,
+    recurrence in [0, 1]).
 
-    By the autocorrelation of frames about their mean over time, each lag normalized by what it compares (as McLeod and
-    Wyvill's pitch method does), so that a perfect loop reaches 1 at its period wherever the video begins and ends:
+    By the autocorrelation of frames about their mean over time, each lag normalized by what it
+    compares (as McLeod and Wyvill's pitch method does), so that a perfect loop reaches 1 at its
+    period wherever the video begins and ends:
 
         r(τ) = Σ_t ⟨x_t, x_{t+τ}⟩ / ½ Σ_t (⟨x_t²⟩ + ⟨x_{t+τ}²⟩),   τ = 1 … T/2
 
-    Recurrence is how much of the likeness that was lost comes back, (r(τ) − m) / (1 − m) with m the least r before τ:
-    0 for a video that drifts away, 1 for a loop. The video's is that of its best peak; its period is the first peak
-    that is at least 0.9 as high, so that a period is not taken for its multiple. Static or ever-drifting videos give
-    (0, 0).
+    Recurrence is how much of the likeness that was lost comes back, (r(τ) − m) / (1 − m) with m the
+    least r before τ: 0 for a video that drifts away, 1 for a loop. The video's is that of its best
+    peak; its period is the first peak that is at least 0.9 as high, so that a period is not taken
+    for its multiple. Static or ever-drifting videos give (0, 0).
     """
     products = _inner_products(rows).cpu()
     squares = products.diagonal()
@@ -129,8 +137,10 @@ def add_long(sums: Sums, index, count, rows):
 
 
 def repetition(sums: Sums):
-    """Of a set's long videos: the share that repeats itself (recurrence above ½), mean recurrence, and the median
-    period of those that do (or None). A slow swing may come back by chance: compare rates, do not expect 0."""
+    """Of a set's long videos: the share that repeats itself (recurrence above ½), mean recurrence,
+    and the median period of those that do (or None). A slow swing may come back by chance: compare
+    rates, do not expect 0.
+    """
     period, recurrence = sums["periodicity"].T
     repeating = recurrence > REPEATS
     median = float(period[repeating].median()) if repeating.any() else None

@@ -1,6 +1,8 @@
-"""The two sets that are compared, packed clips and a generator's; measuring one; keeping what was measured (spec §9).
+"""The two sets that are compared, packed clips and a generator's; measuring one; keeping what was
+measured (spec §9).
 
-Several processes share a set batch by batch, so each batch is computed as one process alone would compute it.
+Several processes share a set batch by batch, so each batch is computed as one process alone would
+compute it.
 """
 
 import hashlib
@@ -59,8 +61,9 @@ class Protocol:
     """What besides the two sets, the detectors and the seed decides the numbers."""
 
     protocol: Literal["ours", "release"] | None = None
-    """which clips and windows are compared (mostgan/metrics/README.md); default: release for FVD with a detector, else
-    ours"""
+    """which clips and windows are compared (mostgan/metrics/README.md); default: release for FVD
+    with a detector, else ours
+    """
     clips: int = 2048
     """most clips of either set; of generated ones, exactly so many"""
     frames: int = 128
@@ -89,12 +92,14 @@ class Protocol:
         return VIDEO_METRICS[self.protocol or "ours"]
 
 
-# --------------------------------------------------------------------------------------------------------- the two sets
+# ------------------------------------------------------------------------------------- the two sets
 
 
 @dataclass(frozen=True)
 class ClipSet:
-    """Packed clips. from_start: take each clip's first frames, as a generator's, instead of a random window."""
+    """Packed clips. from_start: take each clip's first frames, as a generator's, instead of a
+    random window.
+    """
 
     clips: Clips
     protocol: Protocol
@@ -107,8 +112,9 @@ class ClipSet:
     def windows(self, window):
         """(clip, first frame) of one such window for each clip that is long enough for it.
 
-        If those are more than the protocol's number of clips: a random part of them, or, by the release's protocol, the
-        first in the order of their names. Random numbers are keyed by (seed, frames, clip).
+        If those are more than the protocol's number of clips: a random part of them, or, by the
+        release's protocol, the first in the order of their names. Random numbers are keyed by
+        (seed, frames, clip).
         """
         usable = np.flatnonzero(self.clips.lengths >= window.span)
         key = [self.seed, window.frames if window.stride == 1 else window.span]
@@ -139,7 +145,9 @@ class ClipSet:
                 )
 
     def long_videos(self):
-        """Yields, for each of the longest clips, a function that yields its frames uint8 [n, 3, R, R], up to 1,024."""
+        """Yields, for each of the longest clips, a function that yields its frames uint8 [n, 3, R,
+        R], up to 1,024.
+        """
         order = np.argsort(-self.clips.lengths, kind="stable")[: self.protocol.long_clips]
         for clip in order[self.clips.lengths[order] >= motion_statistics.SHORTEST_LONG]:
             frames = np.arange(min(self.clips.lengths[clip], motion_statistics.LONG))
@@ -166,8 +174,9 @@ class ClipSet:
 
 @dataclass(frozen=True)
 class GeneratedSet:
-    """A generator's clips, at times 0, 1, …; clip i has seed (run's seed) · 2³² + i and a condition drawn
-    from `conditions` [N, num_labels]."""
+    """A generator's clips, at times 0, 1, …; clip i has seed (run's seed) · 2³² + i and a condition
+    drawn from `conditions` [N, num_labels].
+    """
 
     generator: Generator
     protocol: Protocol
@@ -230,12 +239,14 @@ class GeneratedSet:
             "psi": 1.0,
             "times": "0 to n − 1",
             "seeds": "clip i of a run: (the run's seed) · 2³² + i",
-            "precision": f"{self.protocol.precision} (the release: half in its four highest resolutions)",
+            "precision": f"{self.protocol.precision} "
+            "(the release: half in its four highest resolutions)",
         }
 
 
 def conditions_of(clips, num_labels):
-    """What a generator of this num_labels is told of each packed clip: float32 [N, num_labels]; None if that is 0.
+    """What a generator of this num_labels is told of each packed clip: float32 [N, num_labels];
+    None if that is 0.
 
     It may know more classes than these clips have. Raises UserError if they do not fit.
     """
@@ -245,8 +256,10 @@ def conditions_of(clips, num_labels):
     if clips.num_labels != num_labels and not (classes and clips.num_labels < num_labels):
         have = f"{clips.num_labels} {'classes' if classes else 'numbers per clip'}"
         raise UserError(
-            f"the model takes {num_labels} numbers as a condition, or as many classes, but {clips.path} has "
-            f"{have if clips.num_labels else 'no labels'}: evaluate it on labelled clips of its training data"
+            f"the model takes {num_labels} numbers as a condition, or as many classes, but "
+            f"{clips.path} has "
+            f"{have if clips.num_labels else 'no labels'}: evaluate it on labelled clips of its "
+            "training data"
         )
     conditions = np.zeros((len(clips), num_labels), np.float32)
     for clip in range(len(clips)):
@@ -259,7 +272,7 @@ def data_checksum(clips):
     return clips.fingerprint
 
 
-# ------------------------------------------------------------------------------------------------------------ measuring
+# ---------------------------------------------------------------------------------------- measuring
 
 
 class Detectors(NamedTuple):
@@ -269,16 +282,17 @@ class Detectors(NamedTuple):
 
 
 def open_detectors(video, frame, device):
-    """The detectors in these files; the proxy for both where none is given. With one of them alone, the other's metrics
-    are by the proxy, and say so."""
+    """The detectors in these files; the proxy for both where none is given. With one of them alone,
+    the other's metrics are by the proxy, and say so.
+    """
     return Detectors(
         frechet.video_detector(video, device), frechet.frame_detector(frame, device), device
     )
 
 
 def add_batch(sums: Sums, batch, window, video_metrics, detectors):
-    """Take in clips uint8 [B, n, 3, H, W], each such a window: motion if its frames follow one another, features where
-    a metric is defined for the window. video_metrics: of the protocol.
+    """Take in clips uint8 [B, n, 3, H, W], each such a window: motion if its frames follow one
+    another, features where a metric is defined for the window. video_metrics: of the protocol.
     """
     if window.stride == 1:
         motion_statistics.add_motion(sums, batch)
@@ -294,8 +308,8 @@ def add_batch(sums: Sums, batch, window, video_metrics, detectors):
 
 
 def measure(clip_set, windows, detectors, bar):
-    """Sums over a set's clips for each of these windows: {window: Sums}. Several begin at one frame: a generated clip
-    is rendered once for all of them.
+    """Sums over a set's clips for each of these windows: {window: Sums}. Several begin at one
+    frame: a generated clip is rendered once for all of them.
     """
     rank, world = distributed.rank(), distributed.size()
     sums = {window: {} for window in windows}
@@ -324,7 +338,9 @@ def measure_long(clip_set, detectors, bar):
 
 
 def measure_once(clip_set: ClipSet, window, detectors, show):
-    """Sums over such windows of packed clips, or over "long" ones: those in the cache, else measured and put there."""
+    """Sums over such windows of packed clips, or over "long" ones: those in the cache, else
+    measured and put there.
+    """
     file = cache_file(clip_set, window, detectors)
     sums = from_rank_0(lambda: read_sums(file))
     if sums is not None:
@@ -341,7 +357,7 @@ def measure_once(clip_set: ClipSet, window, detectors, show):
     return sums
 
 
-# ------------------------------------------------------------------------------------------------- processes, the cache
+# ----------------------------------------------------------------------------- processes, the cache
 
 
 def all_together(sums: Sums) -> Sums:
@@ -366,8 +382,10 @@ def from_rank_0(function):
 
 
 def cache_file(clip_set, window, detectors):
-    """Where the sums of packed clips are kept: ~/.cache/mostgan/metrics (or below $XDG_CACHE_HOME), under a name made
-    of all that they depend on: the data's checksum, the protocol, the detectors."""
+    """Where the sums of packed clips are kept: ~/.cache/mostgan/metrics (or below $XDG_CACHE_HOME),
+    under a name made of all that they depend on: the data's checksum, the protocol, the
+    detectors.
+    """
     protocol = clip_set.protocol
     key = [CACHE_VERSION, data_checksum(clip_set.clips), clip_set.from_start, window, clip_set.seed]
     key += [detectors.device.type, protocol.protocol or "ours"]

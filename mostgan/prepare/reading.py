@@ -1,4 +1,6 @@
-"""Reading one source: what can be told of it at once, its frames from any place on, their square."""
+"""Reading one source: what can be told of it at once, its frames from any place on, their
+square.
+"""
 
 import os
 import re

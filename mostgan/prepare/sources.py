@@ -1,4 +1,6 @@
-"""What is a clip: finding videos, animations, arrays and folders of pictures in whatever there is."""
+"""What is a clip: finding videos, animations, arrays and folders of pictures in whatever there
+is.
+"""
 
 import errno
 import os
@@ -14,13 +16,16 @@ from mostgan.prepare.reading import NUMBER, UNREADABLE, Source, natural, printab
 STILLS = set(".jpg .jpeg .jpe .jfif .bmp .dib .ppm .pgm .pbm .pnm .tga .jp2 .j2k .pcx .sgi".split())
 STILLS |= pictures.ANIMATED
 VIDEOS = set(
-    ".mp4 .m4v .mov .qt .mkv .webm .avi .mpg .mpeg .m2v .mpv .ts .mts .m2ts .vob .wmv .asf .flv .f4v .ogv .3gp .3g2"
+    ".mp4 .m4v .mov .qt .mkv .webm .avi .mpg .mpeg .m2v .mpv .ts .mts .m2ts .vob .wmv .asf .flv "
+    ".f4v .ogv .3gp .3g2"
     " .mxf .dv .rm .rmvb .nut .y4m .h264 .264 .h265 .265 .hevc .ivf .obu .mjpeg .mjpg .wtv".split()
 )
 # Files that are known not to be videos. Others are shown to FFmpeg.
 OTHERS = set(
-    ".txt .json .csv .tsv .md .html .xml .yaml .yml .nfo .srt .vtt .ass .ssa .sub .idx .sup .log .pdf .doc .docx"
-    " .md5 .sha1 .sha256 .sfv .ini .db .url .lnk .py .sh .bat .exe .safetensors .npz .pkl .pt .pth .h5 .part .tmp"
+    ".txt .json .csv .tsv .md .html .xml .yaml .yml .nfo .srt .vtt .ass .ssa .sub .idx .sup .log "
+    ".pdf .doc .docx"
+    " .md5 .sha1 .sha256 .sfv .ini .db .url .lnk .py .sh .bat .exe .safetensors .npz .pkl .pt .pth "
+    ".h5 .part .tmp"
     " .mp3 .wav .flac .aac .m4a .opus .wma .aif .aiff .mid .svg .psd .ai .eps .heic .ico".split()
 )
 PLAYLISTS = set(".m3u8 .m3u .ffconcat .concat .mpd .sdp .pls .xspf .imf .cue .asx".split())

@@ -16,8 +16,8 @@ from mostgan.prepare.frames import PICTURE_RATE, ROUNDING, Shown, Timing, square
 av.logging.set_level(av.logging.PANIC)
 
 # Containers that are read. Playlists (hls, concat, dash, sdp, imf, …) are not among them: they name
-# other files and addresses, which FFmpeg would open. Nor are patterns of picture files. (jpeg_pipe is
-# what FFmpeg takes some .mjpeg files for: JPEGs one after the other in a file.)
+# other files and addresses, which FFmpeg would open. Nor are patterns of picture files. (jpeg_pipe
+# is what FFmpeg takes some .mjpeg files for: JPEGs one after the other in a file.)
 CONTAINERS = "mov matroska avi mpegts mpeg mpegvideo asf flv ogg mxf h264 hevc m4v yuv4mpegpipe"
 CONTAINERS = ",".join(f"{CONTAINERS} ivf obu dv rm nut wtv mjpeg jpeg_pipe vc1".split())
 UNSEEKABLE = "avi mpeg mpegvideo h264 hevc m4v mjpeg jpeg_pipe yuv4mpegpipe dv vc1 obu ivf"

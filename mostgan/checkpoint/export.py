@@ -23,7 +23,7 @@ torch.export.load(FILE).module()(z, t, noise, first_anchor, psi) -> frames
 
 z             float32 [{clips}, {z_dim}]: content latents, normal numbers, one per clip
 t             float64 [{clips}, T]: times in frames, any real numbers >= 0; T is any number, 1 too
-noise         float32 [{clips}, J, {motion_noise_dim}]: motion noise, a row of normal numbers per anchor.
+noise         float32 [{clips}, J, {motion_noise_dim}]: normal numbers, a row per anchor.
               Anchor j lies at time {motion_distance} j; needed are, for every t, the anchors
               a to a + 21, where a = floor(t / {motion_distance}).
               A video goes on from call to call where each anchor keeps its row

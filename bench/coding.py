@@ -6,8 +6,8 @@ CLIPS: whatever prepare takes; cut into clips of 16 frames (a rest is left out).
 bytes   of a frame, on average
 PSNR    of decoded frames, in dB: mean, exact frames left out, and worst
 decode  processor time relative to JPEG 95, decoded in turn with it; median of the clips
-shift   of proxy FVD16 (mostgan/metrics/frechet.py) of half of the sources against the other half, both
-        coded, relative to both raw: median, lowest and highest of 8 random splits
+shift   of proxy FVD16 (mostgan/metrics/frechet.py) of half of the sources against the other
+        half, both coded, relative to both raw: median, lowest and highest of 8 random splits
 """
 
 import argparse

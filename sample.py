@@ -11,7 +11,6 @@ python sample.py --motion-style 0=0 3=2         # without style 0, style 3 twice
 """
 
 import dataclasses
-import hashlib
 import json
 import re
 import signal
@@ -28,12 +27,14 @@ from tqdm import tqdm
 
 import kernels
 from mostgan import checkpoint
-from mostgan.config import DATASETS, UserError
+from mostgan.config import UserError
 from mostgan.device import choose_kernels, peak_memory_mb, pick_device, to_host
-from mostgan.render import exact, loop_step
-from mostgan.run import read_config
+from mostgan.files import sha256_of
+from mostgan.program import run_program
+from mostgan.rendering import exact, loop_step, render
 from mostgan.video_writer import BackgroundWriter, VideoWriter, grid
 
+DEFAULT_FPS = 25.0  # of a checkpoint that does not know its data's
 Shared = Literal["content", "motion", "nothing"]
 
 
@@ -94,24 +95,15 @@ class Options:
 
 
 def sample(options: Options):
-    """Render and write a video. Returns whether it is complete: Ctrl-C ends it early. Raises
+    """Renders and writes a video. Returns whether it is complete: Ctrl-C ends it early. Raises
     UserError.
     """
     stop = stop_signal()
     path = checkpoint.find(options.checkpoint)
-    name = (
-        path.parent.name if path.name.startswith("checkpoint-") else path.name
-    )  # of the run, if it is of one
-    out = options.out or Path("samples", f"{name}-seed{options.seed}.mp4")
-    rate = dataset_fps(path)
+    rate = checkpoint.read_config(path).fps or DEFAULT_FPS
     rows, columns = parse_grid(options.grid)
     fps, frames, way = way_through_time(options, rate)
-    video = VideoWriter(out, fps, options.crf, describe(options, path, fps))
-    for file in (out, video.sidecar):
-        if file is not None and file.exists() and not options.force:
-            raise UserError(
-                f"{file} is there already: choose another --out, or write over it with --force"
-            )
+    video = open_video(options, path, fps)
     device = pick_device()
     choose_kernels(options.kernels, options.compile, device)
     generator = checkpoint.load(path, device)
@@ -120,33 +112,67 @@ def sample(options: Options):
         mode = "reduce-overhead" if device.type == "cuda" else "default"
         generator.synthesis.compile(fullgraph=True, dynamic=False, mode=mode)
     content, motion = grid_seeds(options, rows, columns)
-    windows = generator.render(
+    windows = render(
+        generator,
         content,
         options.start,
         frames,
         rows * columns,
-        motion,
-        list(options.condition) or options.label,
-        options.psi,
+        motion_seed=motion,
+        label=list(options.condition) or options.label,
+        psi=options.psi,
         content_frames=exact(options.content_seconds) * exact(rate),
         style_gain=parse_gains(options.motion_style),
         **way,
     )
     if options.loop is not None:
         print_loop(generator.config, fps, exact(rate), **way)
+    with torch.autocast(device.type, torch.bfloat16, enabled=options.precision == "bf16"):
+        pictures = (grid(window, rows, columns) for window in to_host(windows, device))
+        done, seconds = write_video(video, pictures, frames, stop, device)
+    print(
+        f"{video.path}: {counted(done, 'frame')} of {counted(rows * columns, 'clip')} from {path}"
+    )
+    of_frame = {name: 1000 * total / (done * rows * columns) for name, total in seconds.items()}
+    compiled = "compiled" if options.compile else "not compiled"
+    print(
+        f"{of_frame['all']:.2f} ms/frame: rendering and transfer {of_frame['rendering']:.2f}, and "
+        f"beside them encoding {of_frame['encoding']:.2f}; peak memory "
+        f"{peak_memory_mb(device):.0f} MB, on {device}, {options.precision}, {compiled}, "
+        f"kernels: {kernels.summary(device)}"
+    )
+    return done == frames
 
-    windows = to_host(windows, device)
+
+def open_video(options, path, fps):
+    """The VideoWriter of --out. UserError where something is in its place."""
+    of_run = path.name.startswith("checkpoint-")
+    name = path.parent.name if of_run else path.name
+    out = options.out or Path("samples", f"{name}-seed{options.seed}.mp4")
+    video = VideoWriter(out, fps, options.crf, describe(options, path, fps))
+    for file in (out, video.sidecar):
+        if file is not None and file.exists() and not options.force:
+            raise UserError(
+                f"{file} is there already: choose another --out, or write over it with --force"
+            )
+    return video
+
+
+def write_video(video, pictures, frames, stop, device):
+    """Writes pictures as they are rendered, until there are no more or `stop` is set.
+
+    Returns how many, and the seconds that rendering, encoding and all of it took, a dict. Raises
+    KeyboardInterrupt where there are none.
+    """
     done, rendering, started = 0, 0.0, time.perf_counter()
     bar = tqdm(total=frames, unit="frame", disable=None, delay=0.3)
-    half = torch.autocast(device.type, torch.bfloat16, enabled=options.precision == "bf16")
-    with BackgroundWriter(video) as writer, half:
+    with BackgroundWriter(video) as writer:
         while not stop.is_set():
             before = time.perf_counter()
-            window = next(windows, None)
-            if window is None:
+            picture = next(pictures, None)
+            if picture is None:
                 break
             rendering += time.perf_counter() - before
-            picture = grid(window, rows, columns)
             writer.write(picture)
             if not done and device.type == "cuda":
                 bar.write(f"kernels: {kernels.summary(device)}")
@@ -155,20 +181,8 @@ def sample(options: Options):
         if not done:
             raise KeyboardInterrupt
     bar.close()
-    seconds = time.perf_counter() - started
-    per_frame = 1000 / (done * rows * columns)
-    print(
-        f"{out}: {done} frame{'s' * (done > 1)} of {rows * columns} "
-        f"clip{'s' * (rows * columns > 1)} from {path}"
-    )
-    print(
-        f"{seconds * per_frame:.2f} ms/frame: rendering and transfer {rendering * per_frame:.2f}, "
-        "and beside them "
-        f"encoding {writer.seconds * per_frame:.2f}; "
-        f"peak memory {peak_memory_mb(device):.0f} MB, on {device}, {options.precision}, "
-        f"{'compiled' if options.compile else 'not compiled'}, kernels: {kernels.summary(device)}"
-    )
-    return done == frames
+    whole = time.perf_counter() - started
+    return done, {"all": whole, "rendering": rendering, "encoding": writer.seconds}
 
 
 def stop_signal():
@@ -204,11 +218,14 @@ def way_through_time(options, rate):
 def print_loop(config, fps, rate, step, loop):
     pace, anchors = loop_step(config, step, loop)
     print(
-        f"a loop of {loop} frame{'s' * (loop > 1)} ({float(loop / fps):g} s) goes through "
-        f"{anchors} motion "
-        f"anchor{'s' * (anchors > 1)}, {config.motion_distance} frames apart: speed "
-        f"{float(pace * fps / rate):.4g}"
+        f"a loop of {counted(loop, 'frame')} ({float(loop / fps):g} s) goes through "
+        f"{counted(anchors, 'motion anchor')}, {config.motion_distance} frames apart: "
+        f"speed {float(pace * fps / rate):.4g}"
     )
+
+
+def counted(number, noun):
+    return f"{number} {noun}{'s' * (number != 1)}"
 
 
 def parse_grid(text):
@@ -222,26 +239,21 @@ def parse_grid(text):
 def grid_seeds(options, rows, columns):
     """Content and motion seeds of the clips, row by row, as `render` takes them."""
 
-    def numbers(
-        what,
-    ):  # which content, or motion, each clip shows: by its row, its column, neither or both
+    def numbers(what):
+        """Which content, or motion, each clip shows: by its row, its column, neither or both."""
         by_row, by_column = options.rows == what, options.columns == what
-        return [
-            (r if not by_column else 0) if by_row else c if by_column else r * columns + c
-            for r in range(rows)
-            for c in range(columns)
-        ]
+        along_column, along_row = (0 if by_column else 1), (0 if by_row else 1)
+        if along_column and along_row:
+            along_column = columns  # each clip has its own
+        return [along_column * r + along_row * c for r in range(rows) for c in range(columns)]
 
-    motion = [
-        (options.seed if options.motion_seed is None else options.motion_seed) + i
-        for i in numbers("motion")
-    ]
+    first_motion = options.seed if options.motion_seed is None else options.motion_seed
+    motion = [first_motion + i for i in numbers("motion")]
     path = options.content_seeds
-    if path:  # each clip starts at a seed of its own
-        return [
-            tuple(path[(i + k) % len(path)] for k in range(len(path))) for i in numbers("content")
-        ], motion
-    return [options.seed + i for i in numbers("content")], motion
+    if not path:
+        return [options.seed + i for i in numbers("content")], motion
+    # Each clip starts at a seed of its own.
+    return [path[i % len(path) :] + path[: i % len(path)] for i in numbers("content")], motion
 
 
 def parse_gains(texts):
@@ -262,10 +274,6 @@ def describe(options, path, fps):
 
     fps: that of the video, for which the options may hold None.
     """
-    with open(path / "model.safetensors", "rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(1 << 20):
-            digest.update(block)
     chosen = dataclasses.asdict(options) | {"fps": float(fps)}
     for key in ("checkpoint", "out", "force"):
         del chosen[key]
@@ -273,36 +281,17 @@ def describe(options, path, fps):
         {
             "program": "MoStGAN-V",
             "checkpoint": f"{path.resolve().parent.name}/{path.name}",
-            "model.safetensors sha256": digest.hexdigest(),
+            "model.safetensors sha256": sha256_of(path / "model.safetensors"),
             "options": chosen,
         }
     )
 
 
-def dataset_fps(path):
-    """Frames per second of a checkpoint's data; of an older one, the preset's of its run, else
-    25.
-    """
-    fps = checkpoint.read_config(path).fps
-    if fps is not None:
-        return fps
-    try:
-        return DATASETS[read_config(path.parent).dataset].fps
-    except UserError:
-        return 25.0
+def main():
+    if not sample(tyro.cli(Options, description=__doc__)):
+        print("interrupted; the video ends with what was rendered", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":
-    try:
-        if not sample(tyro.cli(Options, description=__doc__)):
-            sys.exit("sample.py: interrupted; the video ends with what was rendered")
-    except UserError as error:
-        print(f"sample.py: {error}", file=sys.stderr)
-        sys.exit(2)
-    except torch.OutOfMemoryError:
-        sys.exit(
-            "sample.py: the GPU's memory is too small for so many clips at once: choose a smaller "
-            "--grid"
-        )
-    except KeyboardInterrupt:
-        sys.exit("sample.py: interrupted; nothing was written")
+    run_program(main, interrupted="interrupted; nothing was written")

@@ -10,50 +10,65 @@ torchrun --nproc_per_node=8 train.py --dataset sky       # the same run on eight
 
 import argparse
 import atexit
-import dataclasses
+import contextlib
+import functools
 import gc
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated
 
-import numpy as np
 import torch
 import tyro
 from tqdm import tqdm
 
 import kernels
-from mostgan import augment, checkpoint, distributed, metrics
-from mostgan.config import TrainConfig, UserError, train_preset
-from mostgan.data import batches, sample_fake
+from mostgan import augment, distributed, metrics
+from mostgan.checkpoint.training import Saver, State, load_state, start_from
+from mostgan.config import TrainConfig, train_preset
+from mostgan.data import batches
 from mostgan.device import choose_kernels, make_deterministic, pick_device
 from mostgan.discriminator import Discriminator
-from mostgan.faults import memory_advice
-from mostgan.loss import Latents, discriminator_objective, frozen, generator_objective, r1_objective
+from mostgan.draws import latents_of_piece, random_stream, transforms_of_piece
+from mostgan.loss import (
+    Clips,
+    discriminator_objective,
+    frozen,
+    generated,
+    generator_objective,
+    r1_objective,
+)
 from mostgan.model import Generator
-from mostgan.motion import FRAME_ANCHORS
 from mostgan.prepare import open_data
-from mostgan.run import (
-    Resume,
+from mostgan.program import run_program
+from mostgan.progress import (
+    Skips,
     Stats,
-    StopSignal,
-    open_run,
-    read_config,
+    log,
+    print_end,
+    print_start,
     save_grids,
     save_real_grid,
-    what_to_resume,
 )
-from mostgan.state import Saver, State, load_state, start_from
+from mostgan.run import (
+    Resume,
+    StopSignal,
+    fine_tuning,
+    memory_advice,
+    open_run,
+    read_config,
+    what_to_resume,
+    with_data,
+    with_shares,
+)
 
 G_LAZY_INTERVAL = 8  # the release corrects G's Adam for a lazy regularizer that it no longer has
 W_AVG_DECAY = 0.995
-LONGEST_SPAN = 32  # frames of a clip lie at most this far apart (spec §8)
 
 
 def train(config: TrainConfig, out: Path | None = None, resume: Resume | None = None):
-    """Train to the end, or to a signal. out: the folder of a new run; resume: the run to go on
+    """Trains to the end, or to a signal. out: the folder of a new run; resume: the run to go on
     with, and from where.
     """
     if config.deterministic:
@@ -67,300 +82,172 @@ def train(config: TrainConfig, out: Path | None = None, resume: Resume | None = 
     detectors = None
     if config.eval_every:
         detectors = metrics.open_detectors(config.eval_detector, config.eval_frame_detector, device)
-    state, fps = new_state(config, device), config.model.fps
-    saved = resume.checkpoint if resume else None
-    origin = start_from(state, config.start_from) if config.start_from and saved is None else None
-    run = open_run(out, resume, config, clips)
-    if saved is not None:
-        load_state(state, saved)
-    elif main:
-        save_real_grid(run, clips, fps)
-        if origin:
-            print(origin)
-            save_grids(run, state.ema, clips, 0, fps)  # the checkpoint's own frames
-    print_start(config, clips, run, device, state)
+    state, run, saved = start(config, clips, device, out, resume)
 
-    world, rank = distributed.size(), distributed.rank()
-    data = batches(
-        clips,
-        config.batch_clips // world,
-        config.model.frames_per_clip,
-        config.seed,
-        state.step,
-        config.mirror,
-        config.workers,
-        config.model.max_num_frames,
-        device,
-        config.sampling,
-        rank,
-        world,
-    )
     total, logged, first = round(config.total_kframes * 1000), state.frames, state.frames
     bar = tqdm(
         total=total,
-        initial=state.frames,
+        initial=first,
         unit="frame",
         unit_scale=True,
         smoothing=0.02,
         disable=None if main else True,
     )
-    stats, stop, objective = Stats(run, device, bar.write), StopSignal(run), objectives(config)
+    stats, skips, stop = Stats(run, device, bar.write), Skips(), StopSignal(run)
     stats.drop_after(state.frames)
     saver = Saver(run, saved, config.save_minutes, config.keep_checkpoints, bar.write)
-    started = time.perf_counter() - state.seconds
-    gc.collect()
-    # what exists now lives to the end: Python's garbage collector need not look at it every step
-    gc.freeze()
-    atexit.register(gc.unfreeze)
-    stopping = False
-    while state.frames < total and not stopping:
-        real = next(data)
-        draw = Draws(config, clips, device, state)
+    began = time.perf_counter() - state.seconds
+    stopping = state.frames >= total
+    loop = steps(state, config, clips, device, stats, skips)
+    while not stopping:
         with memory_advice(config, run):
-            fakes = generator_step(state, draw, objective.generator, config, stats)
-            real = draw.pieces(real)
-            discriminator_step(state, real, fakes, draw, objective.discriminator, config, stats)
-            if config.r1_gamma and state.step % config.r1_interval == 0:
-                r1_step(state, real, draw, objective.r1, config, stats)
-        update_ema(state, config)
-        state.step += 1
-        state.frames += config.frames_per_step
-        adjust_ada(state, config)
-
+            next(loop)
         bar.update(config.frames_per_step)
         if main and device.type == "cuda" and state.frames - first == config.frames_per_step:
             bar.write(f"kernels: {kernels.summary(device)}")
-        state.seconds = time.perf_counter() - started
-        # Read once, and the same in every process: a signal after this line waits for the next step
-        # to be saved.
+        state.seconds = time.perf_counter() - began
+        # Read once, and the same in every process: a signal that comes later waits for the next
+        # step.
         stopping, overdue = distributed.any_of(stop.requested, saver.due())
-        shown = passes(state, config, config.snapshot_kframes) or state.frames >= total
+        is_last = state.frames >= total
+        shows = is_last or passes(state, config, config.snapshot_kframes)
         scores = {}
         if detectors and passes(state, config, config.eval_every) and not stopping:
-            scores = metrics.evaluate(
-                state.ema,
-                clips,
-                detectors,
-                config.eval_clips,
-                config.eval_frames,
-                config.eval_long_clips,
-            )
+            wanted = config.eval_clips, config.eval_frames, config.eval_long_clips
+            scores = metrics.evaluate(state.ema, clips, detectors, *wanted)
             if main:
                 bar.write(f"{state.frames / 1000:.1f} k frames: {metrics.in_a_line(scores)}")
-        saves = bool(shown or stopping or overdue or scores)
-        if passes(state, config, config.log_kframes) or saves:
-            line = stats.write(
-                state.frames - logged,
-                step=state.step,
-                frames=state.frames,
-                seconds=round(state.seconds, 1),
-                ada_p=round(state.ada_p, 5),
-                **scores,
-            )
-            if line["skipped_steps"] and main:
-                bar.write(
-                    f"warning: {line['skipped_steps']} optimizer steps before step {state.step} "
-                    "were left out: "
-                    "a loss or gradient was not finite"
-                )
-            stats.skips.check(
-                config.skip_limit, {"G": state.G, "D": state.D, "R1": state.D}, state.step, saver
-            )
-            bar.set_postfix_str(
-                f"G {line['loss_G']:.2f} D {line['loss_D']:.2f} ada {state.ada_p:.3f}"
-            )
+        saves = bool(shows or stopping or overdue or scores)
+        if saves or passes(state, config, config.log_kframes):
+            log(state, state.frames - logged, stats, scores, bar)
+            skips.check(config.skip_limit, state, saver)
             logged = state.frames
         if saves:
             saver.start(state, next(iter(scores.values()), None))  # the best by FVD16 is kept
-        if shown and main:
-            save_grids(run, state.ema, clips, state.frames, fps, bar.write)
+        if shows and main:
+            save_grids(run, state.ema, clips, state.frames, config.model.fps, bar.write)
+        stopping = stopping or is_last
+    loop.close()
     bar.close()
-    data.close()
     saver.last(state)
-    if stopping:
-        distributed.say(
-            f"stopped and saved at {state.frames / 1000:.1f} k frames; "
-            f"go on with: {distributed.resume_command(run)}"
-        )
-    else:
-        distributed.say(
-            f"{state.frames / 1000:.1f} k frames in {state.seconds / 60:.1f} min, "
-            f"{state.frames / max(state.seconds, 1e-9):.0f} frames/s; grids are in {run}\n"
-            f"sample with: python sample.py --checkpoint {saver.saved} --frames 1024"
-        )
+    print_end(state, run, saver.saved, total)
 
 
-class Objectives(NamedTuple):
-    """The functions of loss.py that a step differentiates; each compiled as one graph if the config
-    says so.
+def steps(state, config, clips, device, stats, skips, backend="inductor"):
+    """The training loop: takes one step (spec §8) after another, and yields after each, for ever.
+
+    state: a State, which this loop alone changes. stats: collects losses and logits; skips: counts
+    steps left out. backend: torch.compile's.
     """
+    G, D = state.G, state.D
+    compiled = functools.partial(torch.compile, fullgraph=True, dynamic=False, backend=backend)
+    functions = generator_objective, discriminator_objective, r1_objective, generated
+    of_generator, of_discriminator, of_r1, generate = (
+        map(compiled, functions) if config.compile else functions
+    )
+    autocast = functools.partial(
+        torch.autocast, device.type, torch.bfloat16, enabled=config.precision == "bf16"
+    )
+    pieces, share = own_pieces(config), 1 / config.batch_split
+    draw_latents = functools.partial(latents_of_piece, config, clips, device)
+    draw_transforms = functools.partial(transforms_of_piece, config, device)
+    with contextlib.closing(open_batches(config, clips, device, state.step)) as data:
+        for batch in data:
+            real, fakes = pieces_of(batch, config), []
 
-    generator: Callable
-    discriminator: Callable
-    r1: Callable
+            # The generator makes the discriminator take its clips for real ones, with motion styles
+            # that differ (paper 3.4).
+            total, w_mean = 0.0, 0.0
+            for piece in pieces:
+                rng = random_stream(config.seed, state.step, "G", piece)
+                latents, transforms = draw_latents(rng), draw_transforms(rng, state.ada_p)
+                with autocast():
+                    loss, adversarial, diverse, logits, made, w = of_generator(
+                        G, frozen(D), latents, transforms, config.diversity_weight
+                    )
+                (share * loss).backward(inputs=list(G.parameters()))
+                total = total + share * loss.detach()
+                w_mean = w_mean + share * w.detach().float().mean(dim=0)
+                fakes.append(made._replace(frames=made.frames.detach()))
+                stats.add(loss_G=adversarial, diversity=diverse, D_fake=logits)
+            left_out = optimize(state.adam_G, "G", total, stats, skips, w_mean)
+            update_w_avg(G.mapping.w_avg, w_mean, left_out)
 
+            # The discriminator tells real clips from generated ones: fresh ones, or the generator
+            # step's.
+            total, sign = 0.0, 0.0
+            for piece, real_clips, kept in zip(pieces, real, fakes):
+                rng = random_stream(config.seed, state.step, "D", piece)
+                with autocast():
+                    fake_clips = kept if config.shared_fakes else generate(G, draw_latents(rng))
+                    transforms = [draw_transforms(rng, state.ada_p) for _ in ("real", "fake")]
+                    loss, logits = of_discriminator(
+                        D, real_clips, transforms[0], fake_clips, transforms[1]
+                    )
+                (share * loss).backward(inputs=list(D.parameters()))
+                total = total + share * loss.detach()
+                sign = sign + share * logits.detach().float().sign().mean()
+                stats.add(loss_D=loss, D_real=logits)
+            optimize(state.adam_D, "D", total, stats, skips, sign)
+            state.ada_sign = state.ada_sign + sign.nan_to_num(0.0)
 
-def objectives(config, backend="inductor"):
-    """The objectives as config.compile says; backend: torch.compile's."""
-    chosen = generator_objective, discriminator_objective, r1_objective
-    if config.compile:  # every shape of a step is the same as in the step before
-        chosen = (
-            torch.compile(objective, fullgraph=True, dynamic=False, backend=backend)
-            for objective in chosen
-        )
-    return Objectives(*chosen)
+            # R1, lazily: every r1_interval steps and that many times as strong. In float32, for its
+            # gradients are small (a GPU's convolutions round to tf32, as is PyTorch's default).
+            if config.r1_gamma and state.step % config.r1_interval == 0:
+                total = 0.0
+                for piece, real_clips in zip(pieces, real):
+                    rng = random_stream(config.seed, state.step, "R1", piece)
+                    penalty = of_r1(D, real_clips, draw_transforms(rng, state.ada_p))
+                    loss = share * config.r1_gamma / 2 * config.r1_interval * penalty
+                    loss.backward(inputs=list(D.parameters()))
+                    total = total + loss.detach()
+                    stats.add(r1=penalty)
+                optimize(state.adam_D, "R1", total, stats, skips)
 
-
-def generator_step(state, draw, objective, config, stats):
-    """Make D take generated clips for real ones, and motion styles differ (paper 3.4).
-
-    Returns, per piece of the batch, what the D step needs of its generated clips: see
-    `discriminator_step`.
-    """
-    G, D, fakes, total, w_mean = state.G, state.D, [], 0.0, 0.0
-    keeps_graph = config.shared_fakes and not config.compile
-    for _ in draw.shares("G"):
-        latents, params = draw.latents(), draw.augmentation()
-        with draw.autocast():
-            judge = D if keeps_graph else frozen(D)
-            loss, adversarial, diverse, logits, frames, w = objective(
-                G, judge, latents, params, config.diversity_weight
-            )
-        (loss / config.batch_split).backward(inputs=list(G.parameters()), retain_graph=keeps_graph)
-        total = total + loss.detach() / config.batch_split
-        w_mean = w_mean + w.detach().float().mean(dim=0) / config.batch_split
-        stats.add(loss_G=adversarial, diversity=diverse, D_fake=logits)
-        if (
-            config.shared_fakes
-        ):  # D has not changed: eagerly its graph serves again, a compiled one is used up
-            fakes.append(
-                (logits if keeps_graph else (frames.detach(), latents.t, latents.label), params)
-            )
-        else:
-            fakes.append((None, None))
-    skip = optimize(state.adam_G, "G", total, stats, w_mean)
-    G.mapping.w_avg.lerp_(torch.where(skip > 0, G.mapping.w_avg, w_mean), 1 - W_AVG_DECAY)
-    return fakes
-
-
-def discriminator_step(state, real, fakes, draw, objective, config, stats):
-    """Tell real clips from generated ones: the G step's with --shared-fakes, else fresh ones."""
-    D, total, sign = state.D, 0.0, 0.0
-    for _, piece, (fake, params) in zip(draw.shares("D"), real, fakes):
-        if fake is None:
-            fake, params = draw.latents(), draw.augmentation()
-        with draw.autocast():
-            loss, logits = objective(state.G, D, piece, draw.augmentation(), fake, params)
-        (loss / config.batch_split).backward(inputs=list(D.parameters()))
-        total = total + loss.detach() / config.batch_split
-        sign = sign + logits.detach().float().sign().mean() / config.batch_split
-        stats.add(loss_D=loss, D_real=logits)
-    optimize(state.adam_D, "D", total, stats, sign)
-    state.ada_sign = state.ada_sign + sign.nan_to_num(0.0)
-
-
-def r1_step(state, real, draw, objective, config, stats):
-    """R1, lazily: every r1_interval steps and that many times as strong. In float32, for its
-    gradients are small (a GPU's convolutions round to tf32, as is PyTorch's default).
-    """
-    D, total = state.D, 0.0
-    for _, piece in zip(draw.shares("R1"), real):
-        penalty = objective(D, piece, draw.augmentation())
-        loss = penalty * (config.r1_gamma / 2 * config.r1_interval / config.batch_split)
-        loss.backward(inputs=list(D.parameters()))
-        total = total + loss.detach()
-        stats.add(r1=penalty)
-    optimize(state.adam_D, "R1", total, stats)
+            state.step += 1
+            state.frames += config.frames_per_step
+            update_ema(state.ema, G, ema_weight(config, state.step))
+            if config.augment != "none" and state.step % config.ada_interval == 0:
+                mean_sign = float(state.ada_sign) / config.ada_interval
+                state.ada_p, state.ada_sign = next_ada_p(config, state.ada_p, mean_sign), 0.0
+            yield
 
 
-class Draws:
-    """Everything that one step draws at random, from streams keyed by (seed, step, phase, piece of
-    the batch).
-    """
+# --------------------------------------------------------------------------------- parts of a step
 
-    def __init__(self, config, clips, device, state):
-        self.config, self.clips, self.device, self.ada_p = config, clips, device, state.ada_p
-        self.step, self.rows = state.step, config.batch_clips // config.batch_split
-        self.host, self.on_device = torch.Generator(), torch.Generator(device)
-        self.start("G", 0)
 
-    def start(self, phase, piece):
-        """Start the streams of a piece, numbered in the whole batch, in a phase of the step: "G",
-        "D" or "R1".
-        """
-        # The 2 keeps them apart from the loader's streams; numpy takes a key [a, b] for the same as
-        # [a, b, 0].
-        key = [self.config.seed, 2, self.step, ("G", "D", "R1").index(phase), piece]
-        self.rng = np.random.default_rng(key)
-        for generator, seed in zip((self.host, self.on_device), self.rng.integers(2**62, size=2)):
-            generator.manual_seed(int(seed))
+def open_batches(config, clips, device, step):
+    """The batches of real clips of this process from a step on, each on the device."""
+    world, rank, model = distributed.size(), distributed.rank(), config.model
+    return batches(
+        clips,
+        config.batch_clips // world,
+        model.frames_per_clip,
+        config.seed,
+        step,
+        mirror=config.mirror,
+        workers=config.workers,
+        max_num_frames=model.max_num_frames,
+        device=device,
+        sampling=config.sampling,
+        rank=rank,
+        world=world,
+    )
 
-    def shares(self, phase):
-        """The pieces of the batch that are this process's, by number; their streams start as they
-        come.
-        """
-        count = self.config.batch_split // distributed.size()
-        for piece in range(distributed.rank() * count, (distributed.rank() + 1) * count):
-            self.start(phase, piece)
-            yield piece
 
-    def autocast(self):
-        return torch.autocast(
-            self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"
-        )
+def own_pieces(config):
+    """The pieces of the batch that are this process's, by number in the whole batch."""
+    count = config.batch_split // distributed.size()
+    return range(distributed.rank() * count, (distributed.rank() + 1) * count)
 
-    def pieces(self, real):
-        """This process's real clips in pieces of (frames float [N, 3, H, W], t [B, T], label or
-        None).
-        """
-        frames = real.frames.float() / 127.5 - 1
-        conditional = self.config.model.num_labels > 0
-        return [
-            (f.flatten(0, 1), t, label if conditional else None)
-            for f, t, label in zip(*(x.split(self.rows) for x in (frames, real.t, real.label)))
-        ]
 
-    def latents(self):
-        """Latents of a piece of generated clips."""
-        model, B, device = self.config.model, self.rows, self.device
-        t = sample_fake(
-            self.clips.lengths,
-            B,
-            model.frames_per_clip,
-            self.rng,
-            model.max_num_frames,
-            self.config.sampling,
-        )
-        first_anchor = torch.from_numpy(
-            np.floor(t[:, 0] / model.motion_distance).astype(np.int64)
-        ).to(device)
-        longest = LONGEST_SPAN
-        if self.config.sampling == "uniform":
-            longest = min(int(self.clips.lengths.max()), model.max_num_frames)
-        rows = FRAME_ANCHORS + -(-max(longest, model.frames_per_clip) // model.motion_distance)
-        label = None
-        if model.num_labels:
-            conditions = [
-                self.clips.condition(clip) for clip in self.rng.choice(len(self.clips), B)
-            ]
-            label = torch.from_numpy(np.stack(conditions)).to(device)
-        z = torch.randn(B, model.z_dim, generator=self.on_device, device=device)
-        noise = torch.randn(
-            B, rows, model.motion_noise_dim, generator=self.on_device, device=device
-        )
-        return Latents(z, torch.from_numpy(t).to(device), noise, first_anchor, label)
-
-    def augmentation(self):
-        """ADA's transforms of a piece, one per clip, or None. Drawn at p = 0 too: a compiled step
-        never changes.
-        """
-        if self.config.augment == "none":
-            return None
-        size, T = self.config.model.resolution, self.config.model.frames_per_clip
-        params = augment.draw(self.config.augment, self.ada_p, self.rows, size, size, self.host)
-        return augment.on_device(
-            params, (self.rows, 3 * T, size, size), self.device, generator=self.on_device
-        )
+def pieces_of(batch, config):
+    """This process's share of a batch of real clips, in pieces: a list of Clips."""
+    frames, label = batch.frames.float() / 127.5 - 1, batch.label
+    size = config.batch_clips // config.batch_split
+    parts = zip(frames.split(size), batch.t.split(size), label.split(size))
+    conditional = config.model.num_labels > 0
+    return [Clips(f.flatten(0, 1), t, label if conditional else None) for f, t, label in parts]
 
 
 def make_adam(module, lr, interval):
@@ -371,7 +258,7 @@ def make_adam(module, lr, interval):
     return torch.optim.Adam(module.parameters(), lr * c, betas=(0.0, 0.99**c), eps=1e-8, fused=True)
 
 
-def optimize(adam, phase, loss, stats, *also):
+def optimize(adam, phase, loss, stats, skips, *also):
     """An Adam step by the gradients of all processes; left out, and counted, if the loss or a
     gradient is not finite.
 
@@ -381,7 +268,7 @@ def optimize(adam, phase, loss, stats, *also):
     """
     parameters = [p for group in adam.param_groups for p in group["params"]]
     distributed.sum_([*(p.grad for p in parameters if p.grad is not None), loss, *also])
-    adam.found_inf = stats.skips.count(phase, loss, parameters)
+    adam.found_inf = skips.count(phase, loss, parameters)
     stats.add_count(skipped_steps=adam.found_inf)
     adam.step()
     adam.zero_grad(set_to_none=True)
@@ -389,30 +276,33 @@ def optimize(adam, phase, loss, stats, *also):
 
 
 @torch.no_grad()
-def update_ema(state, config):
-    """ema ← G + (ema − G) · ½^(clips of a step / half-life); buffers (w_avg) are copied."""
+def update_w_avg(w_avg, w_mean, left_out):
+    """Moves the mean w of truncation (spec §3) towards a batch's, unless its step was left out."""
+    w_avg.lerp_(torch.where(left_out > 0, w_avg, w_mean), 1 - W_AVG_DECAY)
+
+
+def ema_weight(config, step):
+    """What remains of the average after step number `step` (from 1): ½^(clips of a step /
+    half-life).
+    """
     half_life = config.ema_half_life_kclips * 1000
     if config.ema_rampup:
-        half_life = min(half_life, config.ema_rampup * config.batch_clips * (state.step + 1))
-    beta = 0.5 ** (config.batch_clips / half_life)
-    torch._foreach_lerp_(list(state.ema.parameters()), list(state.G.parameters()), 1 - beta)
-    for average, buffer in zip(state.ema.buffers(), state.G.buffers()):
+        half_life = min(half_life, config.ema_rampup * config.batch_clips * step)
+    return 0.5 ** (config.batch_clips / half_life)
+
+
+@torch.no_grad()
+def update_ema(ema, G, weight):
+    """ema ← G + (ema − G) · weight; buffers (w_avg) are copied."""
+    torch._foreach_lerp_(list(ema.parameters()), list(G.parameters()), 1 - weight)
+    for average, buffer in zip(ema.buffers(), G.buffers()):
         average.copy_(buffer)
 
 
-def adjust_ada(state, config):
-    """Every ada_interval steps, move p by how often D knows real clips (spec §8)."""
-    if config.augment != "none" and state.step % config.ada_interval == 0:
-        mean_sign = float(state.ada_sign) / config.ada_interval
-        state.ada_p = augment.update_p(
-            state.ada_p,
-            mean_sign,
-            config.batch_clips,
-            config.ada_interval,
-            config.ada_target,
-            config.ada_kclips,
-        )
-        state.ada_sign = 0.0
+def next_ada_p(config, p, mean_sign):
+    """ADA's p, moved by how often D knows real clips (spec §8)."""
+    interval, target = config.ada_interval, config.ada_target
+    return augment.update_p(p, mean_sign, config.batch_clips, interval, target, config.ada_kclips)
 
 
 def passes(state, config, kframes):
@@ -421,45 +311,11 @@ def passes(state, config, kframes):
     return state.frames // every > (state.frames - config.frames_per_step) // every
 
 
-def with_data(config, clips):
-    """The configuration with what the data decides: the size of a clip's condition, and the frame
-    rate.
-    """
-    if config.conditional and not clips.num_labels:
-        raise UserError(
-            f"--conditional needs labels, but {clips.path} has none: leave it out, or add a "
-            "dataset.json"
-        )
-    model = dataclasses.replace(
-        config.model,
-        num_labels=clips.num_labels if config.conditional else 0,
-        fps=config.model.fps or clips.fps,
-    )
-    return dataclasses.replace(config, model=model)
-
-
-def with_shares(config):
-    """The batch in pieces enough for every process to have as many; see distributed.py."""
-    processes = distributed.size()
-    if config.batch_clips % processes:
-        raise UserError(
-            f"{processes} processes cannot share a batch of {config.batch_clips} clips: "
-            "choose --batch-clips to be a multiple"
-        )
-    split = next(
-        split
-        for split in range(config.batch_split, config.batch_clips + 1)
-        if config.batch_clips % split == 0 and split % processes == 0
-    )
-    if split != config.batch_split:
-        distributed.say(
-            f"batch_split is {split} instead of {config.batch_split}, for {processes} processes to "
-            "share"
-        )
-    return dataclasses.replace(config, batch_split=split)
+# ------------------------------------------------------------------------------- around the loop
 
 
 def new_state(config, device):
+    """The State at the start of a run: G and D drawn by config.seed, and the average as G."""
     torch.manual_seed(config.seed)
     G, D = Generator(config.model).to(device), Discriminator(config.model).to(device)
     ema = Generator(config.model).to(device).eval().requires_grad_(False)
@@ -468,53 +324,27 @@ def new_state(config, device):
     return State(G, D, ema, adam_G, make_adam(D, config.discriminator_lr, config.r1_interval))
 
 
-def print_start(config, clips, run, device, state):
-    millions = [sum(p.numel() for p in module.parameters()) / 1e6 for module in (state.G, state.D)]
-    where = (
-        torch.cuda.get_device_name()
-        if device.type == "cuda"
-        else f"CPU, {torch.get_num_threads()} threads"
-    )
-    distributed.say(
-        f"{run}: preset {config.preset}, {config.model.resolution}², on {where}, "
-        f"{config.precision}, "
-        f"{'compiled' if config.compile else 'not compiled'}, kernels: {kernels.chosen(device)}"
-    )
-    distributed.say(
-        f"data: {clips.path}, {len(clips)} clips of {clips.lengths.min()} to {clips.lengths.max()} "
-        "frames"
-    )
-    if clips.builtin:
-        distributed.say(
-            "warning: there is no data/sky, so this trains on the built-in procedural sky; "
-            "put real clips into data/sky or name them with --data"
-        )
-    distributed.say(
-        f"generator {millions[0]:.1f} M parameters, discriminator {millions[1]:.1f} M; "
-        f"{config.total_kframes:g} k frames in steps of {config.batch_clips} clips × "
-        f"{config.model.frames_per_clip}"
-    )
-    if config.preset == "tiny":
-        minutes = max(1, round((config.total_kframes - state.frames / 1000) / 5))
-        distributed.say(
-            f"the tiny preset takes about {minutes} min for this on two cores; Ctrl-C saves and "
-            "stops"
-        )
-
-
-def fine_tuning(config, path):
-    """config with the model of the checkpoint at path, and with an average that keeps what the
-    checkpoint's has.
+def start(config, clips, device, out, resume):
+    """(state, run folder, checkpoint that it goes on from, or None) of a new run, or of one to go
+    on with.
     """
-    if Path(path).is_file() and not path.endswith((".json", ".safetensors")):
-        raise UserError(
-            f"{path} is a file, and a checkpoint is a folder. Import a released snapshot with: "
-            f"python -m mostgan.checkpoint import {path} runs/released --training"
-        )
-    model = dataclasses.replace(checkpoint.read_config(checkpoint.find(path)), fps=None)
-    return dataclasses.replace(
-        config, model=model, conditional=model.num_labels > 0, ema_rampup=0.0
-    )
+    state, fps = new_state(config, device), config.model.fps
+    saved = resume.checkpoint if resume else None
+    origin = start_from(state, config.start_from) if config.start_from and saved is None else None
+    run = open_run(out, resume, config, clips)
+    if saved is not None:
+        load_state(state, saved)
+    elif distributed.main():
+        save_real_grid(run, clips, fps)
+        if origin:
+            print(origin)
+            save_grids(run, state.ema, clips, 0, fps)  # the checkpoint's own frames
+    print_start(config, clips, run, device, state)
+    # What exists now lives to the end: Python's garbage collector need not look at it every step.
+    gc.collect()
+    gc.freeze()
+    atexit.register(gc.unfreeze)
+    return state, run, saved
 
 
 @dataclass(frozen=True)
@@ -543,11 +373,12 @@ def parse(args):
     resume = what_to_resume(known.out, known.resume)
     if resume is not None:
         resume = resume._replace(names_data=known.data is not None)
-    config = (
-        train_preset(known.preset, known.dataset) if resume is None else read_config(resume.run)
-    )
-    if resume is None and known.start_from:
-        config = fine_tuning(config, known.start_from)
+    if resume is not None:
+        config = read_config(resume.run)
+    else:
+        config = train_preset(known.preset, known.dataset)
+        if known.start_from:
+            config = fine_tuning(config, known.start_from)
     if known.resume == "":
         args = [arg for arg in args if arg != "--resume"]
     options = tyro.cli(
@@ -560,12 +391,12 @@ def parse(args):
     return options, resume
 
 
+def main():
+    distributed.start()
+    options, resume = parse(sys.argv[1:])
+    train(options.config, options.out, resume)
+    distributed.finish()
+
+
 if __name__ == "__main__":
-    try:
-        distributed.start()
-        options, resume = parse(sys.argv[1:])
-        train(options.config, options.out, resume)
-        distributed.finish()
-    except (UserError, OSError) as error:
-        print(f"train.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_program(main)

@@ -35,8 +35,8 @@ sys.path.insert(
 )  # before this folder, whose kernels.py is not the package
 import train as training
 from mostgan import checkpoint
+from mostgan.checkpoint.training import Saver
 from mostgan.config import UserError, train_preset
-from mostgan.state import Saver
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS, CLIPS, FRAMES = 60, 4, 3

@@ -35,6 +35,7 @@ from bench.timing import copy_rate, describe, matmul_rate, seconds, write
 from mostgan.config import ModelConfig
 from mostgan.device import choose_kernels, peak_memory_mb, pick_device, to_host
 from mostgan.model import Generator
+from mostgan.rendering import render as render_video
 
 GFLOP_PER_FRAME, MB_PER_FRAME = 30.8, 100
 VARIANTS = {  # name → kernels, torch.compile's mode (None: eager)
@@ -72,7 +73,7 @@ def measure(variant, frames, device, dtype, repeats, config):
 
     def render(to=lambda windows, device: windows):
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            for _ in to(generator.render(seed=0, frames=frames * windows, window=frames), device):
+            for _ in to(render_video(generator, 0, 0, frames * windows, window=frames), device):
                 pass
 
     if device.type == "cuda":
@@ -100,11 +101,11 @@ def end_to_end(variant, window, device, dtype, repeats, config):
     ):
         for _ in range(repeats + 1):
             started = time.perf_counter()
-            for pictures in generator.render(seed=0, frames=frames, window=window):
+            for pictures in render_video(generator, seed=0, frames=frames, window=window):
                 pictures.cpu()
             rendered = time.perf_counter()
             with BackgroundWriter(VideoWriter(Path(folder, "sample.mp4"), 25)) as video:
-                for pictures in generator.render(seed=0, frames=frames, window=window):
+                for pictures in render_video(generator, seed=0, frames=frames, window=window):
                     video.write(pictures[0].cpu())
             times.append((rendered - started, time.perf_counter() - rendered, video.seconds))
     render_only, to_mp4, encoding = (

@@ -1,13 +1,21 @@
-"""MoStGAN-V: video generation with temporal motion styles.
+"""MoStGAN-V: video generation with temporal motion styles. README.md beside this file is the guide.
 
-generator = mostgan.load("runs/00000-sky-paper256")
-for window in generator.render(seed=0, frames=1024):  # uint8 [1, n, 3, H, W]
-    ...
+    generator = mostgan.load("runs/00000-sky-paper256")
+    for window in mostgan.render(generator, seed=0, frames=1024):  # uint8 [1, n, 3, H, W]
+        ...
+
+load, render, Generator, Discriminator, ModelConfig, TrainConfig, UserError and mostgan.checkpoint
+are the public interface; all else may change.
 """
 
+import sys
 from importlib import import_module
 
-from mostgan.config import ModelConfig, TrainConfig, UserError
+if sys.platform == "win32":
+    print("error: MoStGAN-V runs on Linux and macOS; on Windows, run it in WSL", file=sys.stderr)
+    sys.exit(2)
+
+from mostgan.config import ModelConfig, TrainConfig, UserError  # noqa: E402
 
 __all__ = [
     "Discriminator",
@@ -17,23 +25,21 @@ __all__ = [
     "UserError",
     "checkpoint",
     "load",
+    "render",
 ]
 
-
-def load(path=None, device="cpu"):
-    """The generator of a checkpoint, ready to sample. path: a checkpoint or run folder; None: the
-    newest of runs/.
-
-    Raises UserError on a missing, damaged or wrong checkpoint.
-    """
-    return import_module("mostgan.checkpoint").load(path, device)
+# What needs PyTorch is imported when it is asked for: commands without networks start fast.
+LATER = {
+    "Discriminator": "mostgan.discriminator",
+    "Generator": "mostgan.model",
+    "load": "mostgan.checkpoint",
+    "render": "mostgan.rendering",
+}
 
 
 def __getattr__(name):
-    """What needs PyTorch is imported when it is asked for: commands without networks start fast."""
     if name == "checkpoint":
         return import_module("mostgan.checkpoint")
-    modules = {"Discriminator": "mostgan.discriminator", "Generator": "mostgan.model"}
-    if name not in modules:
+    if name not in LATER:
         raise AttributeError(f"module 'mostgan' has no attribute {name!r}")
-    return getattr(import_module(modules[name]), name)
+    return getattr(import_module(LATER[name]), name)

@@ -73,9 +73,11 @@ def diversity(scores, num_ws):
     / num_ws.
 
     scores: one [N, O, K] per MoStAtt layer. Rows, one per frame and style, are divided by their
-    detached norm; the Gram matrix is of all N·K rows of the batch, diagonal included. ‖R Rᵀ‖² = ‖Rᵀ
-    R‖², so the smaller product is taken.
+    detached norm; the Gram matrix is of all N·K rows of the batch, diagonal included. The smaller
+    of the products R Rᵀ and Rᵀ R is taken, for their norms are equal.
     """
+    if not scores:
+        return torch.zeros(())  # a model without motion styles
     total = 0.0
     for score in scores:
         rows = score.float() if score.dtype in (torch.bfloat16, torch.float16) else score
@@ -86,6 +88,9 @@ def diversity(scores, num_ws):
     return total / num_ws
 
 
+# --------------------------------------------------------------------------------------- objectives
+
+
 class Latents(NamedTuple):
     """What B generated clips are drawn from: the arguments of Generator.forward, in its order."""
 
@@ -94,6 +99,14 @@ class Latents(NamedTuple):
     noise: Tensor
     first_anchor: Tensor
     label: Tensor | None
+
+
+class Clips(NamedTuple):
+    """B clips, real or generated: the arguments of Discriminator.forward, in its order."""
+
+    frames: Tensor  # [B·T, 3, H, W], about [-1, 1]
+    t: Tensor  # [B, T]
+    label: Tensor | None  # [B, num_labels]
 
 
 def frozen(module):
@@ -107,59 +120,61 @@ def stacked(frames, clips):
     return frames.reshape(clips, -1, *frames.shape[2:])
 
 
-def augmented(frames, params):
-    """ADA on frames [N, 3, H, W]: one transform per clip. params: of augment.on_device, or None."""
-    if params is None:
+def augmented(frames, transforms):
+    """ADA on frames [N, 3, H, W]: one transform per clip. transforms: of augment.on_device, or
+    None.
+    """
+    if transforms is None:
         return frames
-    clips = augment.resample(stacked(frames, len(params.geometry)), params.geometry)
-    return augment.recolor(clips, params).view(frames.shape)
+    clips = augment.resample(stacked(frames, len(transforms.geometry)), transforms.geometry)
+    return augment.recolor(clips, transforms).view(frames.shape)
 
 
-def generator_objective(G, D, latents, params, diversity_weight):
-    """Make D take generated clips for real ones, and motion styles differ.
+def generated(G, latents):
+    """Clips that the generator makes of latents, with no gradient."""
+    with torch.no_grad():
+        return Clips(G(*latents), latents.t, latents.label)
 
-    Returns loss, its two parts, D's logits [B], and what later steps may use: frames [N, 3, H, W],
-    w [B, w_dim].
+
+def generator_objective(G, D, latents, transforms, diversity_weight):
+    """Make D take generated clips for real ones, and motion styles differ (paper 3.4).
+
+    Returns the loss, its two parts, D's logits [B], the clips and their w [B, w_dim].
     """
     z, t, noise, first_anchor, label = latents
     w = G.content_code(z, label)
-    frames, scores = G.synthesis(
-        G.synthesis.content(w), *G.motion(w, t, noise, first_anchor, label)
-    )
-    logits = D(augmented(frames, params), t, label)
+    motion = G.motion(w, t, noise, first_anchor, label)
+    frames, scores = G.synthesis(G.synthesis.content(w), *motion)
+    logits = D(augmented(frames, transforms), t, label)
     adversarial, diverse = generator_loss(logits), diversity(scores, G.config.num_ws)
-    return adversarial + diversity_weight * diverse, adversarial, diverse, logits, frames, w
+    loss = adversarial + diversity_weight * diverse
+    return loss, adversarial, diverse, logits, Clips(frames, t, label), w
 
 
-def discriminator_objective(G, D, real, real_params, fake, fake_params):
-    """Tell real clips, real = (frames, t, label), from generated ones. fake: Latents of fresh
-    clips; or clips made before, as real; or D's logits of them. Returns loss, logits of the real
-    clips.
+def discriminator_objective(D, real, real_transforms, fake, fake_transforms):
+    """Tell real clips from generated ones, wherever those come from.
+
+    real, fake: Clips. Returns the loss and D's logits of the real clips [B].
     """
-    if isinstance(fake, Latents):
-        with torch.no_grad():
-            fake = G(*fake), fake.t, fake.label
-    if not isinstance(fake, Tensor):
-        frames, t, label = fake
-        fake = D(augmented(frames, fake_params), t, label)
-    frames, t, label = real
-    logits = D(augmented(frames, real_params), t, label)
-    return discriminator_loss(logits, fake), logits
+    fake_logits = D(augmented(fake.frames, fake_transforms), fake.t, fake.label)
+    real_logits = D(augmented(real.frames, real_transforms), real.t, real.label)
+    return discriminator_loss(real_logits, fake_logits), real_logits
 
 
-def r1_objective(D, real, params):
+def r1_objective(D, real, transforms):
     """R1 of the augmented discriminator, without its γ/2. ADA's geometry is linear, and stays
     outside of what is differentiated twice.
     """
     frames, t, label = real
-    if params is None:
+    if transforms is None:
         return r1_penalty(lambda x: D(x, t, label), frames)
     clips = len(t)
 
     def logits_of(moved):
-        return D(augment.recolor(stacked(moved, clips), params).view(frames.shape), t, label)
+        recolored = augment.recolor(stacked(moved, clips), transforms)
+        return D(recolored.view(frames.shape), t, label)
 
     def geometry(x, transposed):
-        return augment.resample(stacked(x, clips), params.geometry, transposed).view(x.shape)
+        return augment.resample(stacked(x, clips), transforms.geometry, transposed).view(x.shape)
 
     return r1_penalty(logits_of, geometry(frames, False), geometry)

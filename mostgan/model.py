@@ -15,7 +15,6 @@ import kernels
 from mostgan.config import ModelConfig
 from mostgan.layers import Linear, Mapping, full_precision
 from mostgan.motion import MotionCodes, MotionNetwork
-from mostgan.render import render
 
 
 class ContentMapping(nn.Module):
@@ -48,13 +47,11 @@ class LayerContent(NamedTuple):
 
     raw_weight: torch.Tensor  # [O, I, 3, 3]
     style: torch.Tensor  # content style s, [B, I]
-    weight: (
-        torch.Tensor | None
-    )  # raw_weight · s, [B, O, I, 3, 3], where it serves more than one window
+    # raw_weight · s, [B, O, I, 3, 3], where it serves more than one window
+    weight: torch.Tensor | None
     demod: torch.Tensor | None  # [B, O], in layers without motion styles
-    style_gain: torch.Tensor | None = (
-        None  # [K], where motion styles are scaled by hand (paper B.1)
-    )
+    # [K], where motion styles are scaled by hand (paper B.1)
+    style_gain: torch.Tensor | None = None
 
 
 class SynthesisLayer(nn.Module):
@@ -87,15 +84,13 @@ class SynthesisLayer(nn.Module):
         """
         weight, style = self.weight, self.affine(w)
         if self.prenorm:
-            weight = weight / (
-                weight.abs().amax(dim=(1, 2, 3), keepdim=True) * math.sqrt(weight[0].numel())
-            )
+            largest = weight.abs().amax(dim=(1, 2, 3), keepdim=True)
+            weight = weight / (largest * math.sqrt(weight[0].numel()))
             style = style / style.abs().amax(dim=1, keepdim=True)
         content_weight = demod = None
         # In training, many clips share a weight once: MoStAtt then takes weight and s as they are.
-        if len(w) == 1 or (
-            self.hypernetwork is not None and self.content_first and not self.training
-        ):
+        shares_weight = self.hypernetwork is not None and self.content_first and not self.training
+        if len(w) == 1 or shares_weight:
             content_weight = weight * style[:, None, :, None, None]
         if self.hypernetwork is None:  # Σ (weight · s)² over inputs and taps is a matrix product
             demod = (style.square() @ weight.square().sum(dim=(2, 3)).t() + 1e-8).rsqrt()
@@ -107,9 +102,8 @@ class SynthesisLayer(nn.Module):
         Returns features [N, O, up·H, up·W] and MoStAtt's score [N, O, K], None without motion
         styles.
         """
-        frames_per_clip = x.shape[0] // len(
-            content.style
-        )  # not len(x): torch.export keeps a shape open
+        # x.shape[0] rather than len(x): torch.export keeps a shape open.
+        frames_per_clip = x.shape[0] // len(content.style)
         score = frame_weight = None
         if self.hypernetwork is None:
             demod = content.demod.repeat_interleave(frames_per_clip, dim=0)
@@ -118,9 +112,7 @@ class SynthesisLayer(nn.Module):
         epilogue = demod, self.bias, self.up, self.clamp
         if frame_weight is not None and not self.demod_only:
             return kernels.conv2d_epilogue(x, frame_weight, *epilogue), score
-        if (
-            len(content.style) == 1
-        ):  # one clip: s goes into the weight, and no pass over the features is needed
+        if len(content.style) == 1:  # s goes into the weight, and saves a pass over the features
             x = kernels.conv2d_shared(x, content.weight[0], self.up)
         else:
             style = content.style.repeat_interleave(frames_per_clip, dim=0)[:, :, None, None]
@@ -231,9 +223,8 @@ class Synthesis(nn.Module):
                 x, score = conv(x, conv_content, motion_vectors)
                 if score is not None:
                     scores.append(score)
-            rgb = torgb(x, rgb_weight).to(
-                motion_code.dtype
-            )  # the image is summed in float32 under autocast too
+            # The image is summed in float32, under autocast too.
+            rgb = torgb(x, rgb_weight).to(motion_code.dtype)
             image = rgb if image is None else kernels.upsample2d(image) + rgb
         return image, scores
 
@@ -241,7 +232,7 @@ class Synthesis(nn.Module):
 class Generator(nn.Module):
     """MoStGAN-V's generator: a pure function of latent, times, motion noise and label.
 
-    `generator(z, t, noise)` → frames; `render` streams video from a seed.
+    `generator(z, t, noise)` → frames; `mostgan.render` streams video from a seed.
     """
 
     def __init__(self, config: ModelConfig):
@@ -283,28 +274,6 @@ class Generator(nn.Module):
         if label is not None:
             label = label.repeat_interleave(rows // len(label), dim=0)
         motion_code = self.motion_codes(t.double().reshape(rows, -1), noise, first_anchor, label)
-        return motion_code, self.motion_network(
-            w, motion_code
-        ) if self.motion_network is not None else None
-
-    render = render  # generator.render(seed, …): mostgan/render.py
-
-    def render_window(self, content, motion_code, motion_vectors):
-        """The synthesis of a window. On a CPU one frame of each clip at a time: its kernels and
-        features then stay in the caches, which is worth more than the larger batch (measured in
-        bench/ms_per_frame.py).
-        """
-        if motion_code.is_cuda:
-            return self.synthesis(content, motion_code, motion_vectors)[0]
-        clips = len(content[0][1])
-        pick = [
-            torch.arange(i, len(motion_code), len(motion_code) // clips)
-            for i in range(len(motion_code) // clips)
-        ]
-        frames = [
-            self.synthesis(
-                content, motion_code[i], None if motion_vectors is None else motion_vectors[i]
-            )[0]
-            for i in pick
-        ]
-        return torch.stack(frames, dim=1).flatten(0, 1)
+        if self.motion_network is None:
+            return motion_code, None
+        return motion_code, self.motion_network(w, motion_code)

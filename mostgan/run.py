@@ -1,30 +1,27 @@
-"""A run folder: its config, going on with it, stats.jsonl, sample grids, and stopping cleanly."""
+"""A run and its folder: its configuration, starting it and going on with it, and what stops it, on
+purpose or not. progress.py has what it writes and says on its way.
+"""
 
+import contextlib
 import dataclasses
 import fcntl
 import json
 import os
 import re
 import signal
-import time
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 
 from mostgan import checkpoint, distributed
 from mostgan.config import ModelConfig, TrainConfig, UserError
-from mostgan.device import peak_memory_mb
-from mostgan.faults import Skips
-from mostgan.video_writer import VideoWriter, grid, write_png
+from mostgan.files import read_json, write_whole
 
-GRID_SIDE, GRID_FRAMES = 4, 32  # a snapshot shows 4 × 4 clips of 32 frames …
-STRIP_FRAMES = 8  # … and its png these many frames of each, in a row
-SHARED_MOTION_SEED = 10_000  # of the grid whose clips all move alike
 # What weights, random streams and the loader's position depend on, and the presets, which chose all
 # else at the start.
 FIXED = ("preset", "dataset", "start_from", "conditional", "seed", "batch_clips")
+VERSION = 2  # of what a run's steps draw at random: a run goes on with the version it began with
 
 
 class Resume(NamedTuple):
@@ -45,65 +42,60 @@ def what_to_resume(out, resume):
     out: the run folder or None; resume: None, the path of a run or checkpoint, or "": the run in
     out, if there is one already, else the newest of all runs. A torchrun that restarts its
     processes gives them the same command line again, and means its own run. Damaged checkpoints are
-    named and passed over; UserError where nothing fits.
+    named, and the one before is taken; UserError where nothing fits.
     """
     # On other nodes than that of the failure, torchrun restarts processes without counting.
     (restarted,) = distributed.any_of(distributed.restarted())
-    if not distributed.main():
-        found = distributed.from_main("")
-        return (
-            Resume(*(Path(path) if path else None for path in found.split("\n"))) if found else None
-        )
-    found = _what_to_resume(out, resume, restarted)
-    distributed.from_main(f"{found.run}\n{found.checkpoint or ''}" if found else "")
-    return found
-
-
-def _what_to_resume(out, resume, restarted):
-    if resume is None and restarted:
-        resume, out = "", out or _launched_by(distributed.launch())
-        if out is None:  # interrupted before it made its folder
-            return None
-    if resume is None or resume == "" and out is not None and not (out / "config.json").exists():
+    found = None
+    if distributed.main():
+        path = _run_or_checkpoint(out, resume, restarted)
+        found = _resume(path) if path else None
+    told = distributed.from_main(f"{found.run}\n{found.checkpoint or ''}" if found else "")
+    if not told:
         return None
+    run, checkpoint_path = told.split("\n")
+    return Resume(Path(run), Path(checkpoint_path) if checkpoint_path else None)
+
+
+def _run_or_checkpoint(out, resume, restarted):
+    """The path that is to be gone on with, or None: a new run."""
     if resume and out is not None:
         raise UserError(f"--resume {resume} goes on in that run's own folder: leave out --out")
-    path = (
-        out
-        if resume == "" and out is not None
-        else Path(resume)
-        if resume
-        else checkpoint.find(None).parent
-    )
+    if resume:
+        return Path(resume)
+    if resume is None and not restarted:
+        return None
+    if resume is None:  # what torchrun has started again may not have made its folder yet
+        out = out or _launched_by(distributed.launch())
+        return out if out is not None and (out / "config.json").exists() else None
+    if out is None:
+        return checkpoint.find(None).parent
+    return out if (out / "config.json").exists() else None
+
+
+def _resume(path):
+    """The Resume of a run folder, or of one of its checkpoints. UserError where it is neither."""
     if not (path / "config.json").exists():
         raise UserError(f"there is no run or checkpoint at {path}")
-    if (path / "model.safetensors").exists() and not (path / "training.json").exists():
+    is_model = (path / "model.safetensors").exists()
+    if is_model and not (path / "training.json").exists():
         raise UserError(
             f"{path} is an imported checkpoint, not a run to go on with: start a new one from it "
-            "with: "
-            f"python train.py --start-from {path}"
+            f"with: python train.py --start-from {path}"
         )
-    if not (path / "model.safetensors").exists() and not path.name.startswith("checkpoint-"):
+    if not is_model and not path.name.startswith("checkpoint-"):
         return Resume(path, checkpoint.newest_whole(path))
     if wrong := checkpoint.damage(path):
-        raise UserError(
-            f"{path} is damaged: {wrong}; go on from the newest whole one with --resume "
-            f"{path.parent}"
-        )
+        newest = f"go on from the newest whole one with --resume {path.parent}"
+        raise UserError(f"{path} is damaged: {wrong}; {newest}")
     return Resume(path.parent, path)
 
 
 def _launched_by(launch, runs="runs"):
     """The newest run that this torchrun started, or None."""
-    configs = sorted(Path(runs).glob("*/config.json"), key=lambda path: path.stat().st_mtime)
-    return next(
-        (
-            p.parent
-            for p in reversed(configs)
-            if json.loads(p.read_text()).get("torchrun") == launch
-        ),
-        None,
-    )
+    configs = Path(runs).glob("*/config.json")
+    own = [path for path in configs if read_json(path).get("torchrun") == launch]
+    return max(own, key=lambda path: path.stat().st_mtime).parent if own else None
 
 
 def open_run(out, resume, config, clips):
@@ -142,40 +134,39 @@ def continue_run(resume, config, clips):
     """Make a run folder ready to be gone on with: its config may have changed where the state does
     not depend on it.
 
-    Prints what changed. Raises UserError naming the fields that do not fit, or if another process
-    trains there.
+    Prints what changed. Raises UserError naming the fields that do not fit.
     """
     run, old = resume.run, read_config(resume.run)
-    described = json.loads((run / "config.json").read_text())
-    _check_data(resume, described, clips)
+    _check_data(resume, read_json(run / "config.json"), clips)
     new = dataclasses.replace(config, data=_data_path(config, clips))
-    before, now = (
-        {name: getattr(c, name) for name in vars(c) if name != "model"}
-        | {f"model.{name}": value for name, value in vars(c.model).items()}
-        for c in (old, new)
-    )
-    changed = {
-        name: f"{name} {before[name]} → {now[name]}" for name in before if before[name] != now[name]
-    }
-    wrong = [
-        text
-        for name, text in changed.items()
-        if name in FIXED or name.startswith("model.") and name != "model.fps"
-    ]
+    before, now = _fields(old), _fields(new)
+    changed = [name for name in before if before[name] != now[name]]
+    told = {name: f"{name} {before[name]} → {now[name]}" for name in changed}
+    wrong = [told[name] for name in changed if _is_fixed(name)]
     if wrong:
         raise UserError(
             f"{run} cannot go on with another {', '.join(wrong)}: leave that out, or start a new "
             "run"
         )
     if changed:
-        print(f"changed since {run} was started: {', '.join(changed.values())}")
+        print(f"changed since {run} was started: {', '.join(told.values())}")
     _write_config(run, config, clips)
     checkpoint.tidy(run)
-    step = (
-        -1 if resume.checkpoint is None else int(resume.checkpoint.name.removeprefix("checkpoint-"))
-    )
+    step = -1
+    if resume.checkpoint is not None:
+        step = int(resume.checkpoint.name.removeprefix("checkpoint-"))
     for path in checkpoint.set_aside(run, step):
         print(f"{path.name} is not of this course any more: set aside")
+
+
+def _fields(config):
+    """All fields of a TrainConfig by name, those of its model as model.<name>."""
+    fields = dict(vars(config))
+    return fields | {f"model.{name}": value for name, value in vars(fields.pop("model")).items()}
+
+
+def _is_fixed(name):
+    return name in FIXED or name.startswith("model.") and name != "model.fps"
 
 
 def _check_data(resume, described, clips):
@@ -185,16 +176,15 @@ def _check_data(resume, described, clips):
     before = described.get("data_fingerprint")
     if before in (None, clips.fingerprint):
         return
-    run, path = resume.run, clips.info.get("origin") or clips.path
+    run, path, count = resume.run, clips.info.get("origin") or clips.path, described.get("clips")
     if not resume.names_data:
         raise UserError(
-            f"{run} was trained on other clips than {path} has now ({described.get('clips')} then, "
-            f"{len(clips)} now): name the data to go on with by --data, or put back the former ones"
+            f"{run} was trained on other clips than {path} has now ({count} then, {len(clips)} "
+            "now): name the data to go on with by --data, or put back the former ones"
         )
     print(
         f"warning: {run} goes on with other data than before: {path}, {len(clips)} clips instead "
-        "of "
-        f"{described.get('clips')}"
+        f"of {count}"
     )
 
 
@@ -210,10 +200,10 @@ def _data_path(config, clips):
 def _write_config(run, config, clips):
     data = {"builtin_data": clips.builtin, "data": _data_path(config, clips), "clips": len(clips)}
     data["data_fingerprint"] = clips.fingerprint
-    described = dataclasses.asdict(config) | data
+    described = {"version": VERSION} | dataclasses.asdict(config) | data
     if distributed.launch():
         described["torchrun"] = distributed.launch()
-    write_text(run / "config.json", json.dumps(described, indent=2) + "\n")
+    write_whole(run / "config.json", json.dumps(described, indent=2) + "\n")
 
 
 def lock(run):
@@ -222,9 +212,8 @@ def lock(run):
     """
     handle = os.open(run / ".lock", os.O_CREAT | os.O_WRONLY, 0o644)  # stays open
     try:
-        fcntl.lockf(
-            handle, fcntl.LOCK_EX | fcntl.LOCK_NB
-        )  # unlike flock's, not its forked workers' too
+        # Unlike flock's, this lock is not its forked workers' too.
+        fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise UserError(
             f"another process is training in {run}: stop it, or choose another --out"
@@ -235,162 +224,76 @@ def lock(run):
 
 def read_config(run):
     """The TrainConfig of a run folder; UserError if it has none."""
+    path = run / "config.json"
     try:
-        values = json.loads((run / "config.json").read_text())
-        fields = {field.name for field in dataclasses.fields(TrainConfig)}
-        model = ModelConfig(**values["model"])
-        return TrainConfig(
-            **{key: value for key, value in values.items() if key in fields} | {"model": model}
-        )
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"cannot read {run / 'config.json'}: {error}") from None
-
-
-def write_text(path, text):
-    """Write a file whole or not at all."""
-    temporary = path.with_name(f".{path.name}.partial")
-    with open(temporary, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-
-
-class Stats:
-    """Means, and counts, since the last line of stats.jsonl. Values stay on their device until a
-    line is written.
-
-    Means are over all processes, and over the values that are finite. The main process writes.
-    """
-
-    def __init__(self, run, device, say=print):
-        self.path, self.device, self.say = run / "stats.jsonl", device, say
-        self.values, self.counts, self.since = {}, {}, time.perf_counter()
-        self.skips, self.unwritten = Skips(), []  # unwritten: lines that a full disk did not take
-
-    def add(self, **values):
-        for name, value in values.items():
-            self.values.setdefault(name, []).append(value.detach().float().mean())
-
-    def add_count(self, **values):
-        """Count what every process sees alike."""
-        for name, value in values.items():
-            self.counts[name] = self.counts.get(name, 0) + value
-
-    def write(self, frames_since, **more):
-        """Append a line: the means, `more`, frames/s over frames_since frames, peak memory. Returns
-        it as a dict.
-
-        Every process must call it. A mean without finite values is NaN, in the file null.
-        """
-        now = time.perf_counter()
-        line = more | self._means() | {name: int(value) for name, value in self.counts.items()}
-        line["frames_per_second"] = round(frames_since / (now - self.since), 2)
-        line["peak_memory_mb"] = round(peak_memory_mb(self.device), 1)
-        self.values, self.counts, self.since = {}, {}, now
-        if distributed.main():
-            written = {name: None if value != value else value for name, value in line.items()}
-            self.unwritten.append(json.dumps(written) + "\n")
-            self._append()
-        return line
-
-    def _means(self):
-        if not self.values:
-            return {}
-        stacked = [torch.stack(values) for values in self.values.values()]
-        sums = torch.stack([values.nan_to_num(0, 0, 0).sum() for values in stacked])
-        finite = torch.stack([values.isfinite().sum() for values in stacked]).float()
-        distributed.sum_([sums, finite])
-        return {
-            name: round(total / count, 6) if count else float("nan")
-            for name, total, count in zip(self.values, sums.tolist(), finite.tolist())
-        }
-
-    def _append(self):
-        size = self.path.stat().st_size if self.path.exists() else 0
-        try:
-            with open(self.path, "a") as file:
-                file.writelines(self.unwritten)
-            self.unwritten = []
-        except OSError as error:
-            if self.path.exists():
-                os.truncate(self.path, size)  # no half line
-            self.say(
-                f"warning: could not write {self.path}: {error.strerror}; kept, to be written with "
-                "the next line"
+        values = json.loads(path.read_text())
+        if "batch_clips" in values and values.get("version") != VERSION:
+            raise UserError(
+                f"{run} was started by another version of MoStGAN-V, and cannot go on: start a "
+                f"new run from its newest checkpoint with: python train.py --start-from {run}"
             )
-
-    def drop_after(self, frames):
-        """Remove lines past `frames`, which a run resumed from there writes again, and what is not
-        a whole line.
-        """
-        if distributed.main() and self.path.exists():
-            kept = []
-            for line in self.path.read_text(errors="replace").splitlines(keepends=True):
-                try:
-                    if line.endswith("\n") and json.loads(line)["frames"] <= frames:
-                        kept.append(line)
-                except (ValueError, KeyError, TypeError):
-                    pass
-            write_text(self.path, "".join(kept))
+        fields = {field.name for field in dataclasses.fields(TrainConfig)} - {"model"}
+        chosen = {name: value for name, value in values.items() if name in fields}
+        return TrainConfig(ModelConfig(**values["model"]), **chosen)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"cannot read {path}: {error}") from None
 
 
-def save_grids(run, generator, clips, frames_done, fps, say=print):
-    """Sample grids with fixed latents: one where every clip moves by itself, one where all share
-    their motion.
+# ------------------------------------------------------------------------------------ configuration
 
-    clips: the real clips, whose classes or condition vectors the generated ones take. A disk that
-    is full is said, and does not stop the training.
+
+def with_data(config, clips):
+    """The configuration with what the data decides: the size of a clip's condition, and the frame
+    rate.
     """
-    count = GRID_SIDE**2
-    label = None
-    if generator.config.num_labels:
-        classes = clips.labels.ndim == 1
-        label = [
-            i % clips.num_labels if classes else clips.condition(i % len(clips)).tolist()
-            for i in range(count)
-        ]
-    moment = f"{frames_done // 1000:06d}k" + (str(frames_done) if 0 < frames_done < 1000 else "")
-    for name, motion_seed in (("samples", None), ("shared-motion", SHARED_MOTION_SEED)):
-        windows = generator.render(
-            0, frames=GRID_FRAMES, clips=count, motion_seed=motion_seed, label=label, window=4
+    if config.conditional and not clips.num_labels:
+        raise UserError(
+            f"--conditional needs labels, but {clips.path} has none: leave it out, or add a "
+            "dataset.json"
         )
-        made, path = torch.cat(list(windows), dim=1), run / f"{name}-{moment}"
-        try:
-            write_grid(path, made, fps)
-        except OSError as error:
-            say(f"warning: could not write {path.name}: {error}")
-
-
-def save_real_grid(run, clips, fps):
-    """The same grid of real clips: their first frames."""
-    chosen = np.linspace(0, len(clips) - 1, min(len(clips), GRID_SIDE**2)).astype(int)
-    length = (
-        min(GRID_FRAMES, *(int(clips.lengths[i]) for i in chosen))
-        if len(chosen) > 1
-        else int(clips.lengths[0])
+    model = dataclasses.replace(
+        config.model,
+        num_labels=clips.num_labels if config.conditional else 0,
+        fps=config.model.fps or clips.fps,
     )
-    length = min(length, GRID_FRAMES)
-    write_grid(
-        run / "real",
-        torch.from_numpy(np.stack([clips.frames(i, np.arange(length)) for i in chosen])),
-        fps,
-    )
+    return dataclasses.replace(config, model=model)
 
 
-def write_grid(path, clips, fps):
-    """uint8 [n, T, 3, H, W] → path.mp4, all clips side by side, and path.png, a row of frames over
-    time per clip.
+def with_shares(config):
+    """The batch in pieces enough for every process to have as many; see distributed.py."""
+    processes = distributed.size()
+    if config.batch_clips % processes:
+        raise UserError(
+            f"{processes} processes cannot share a batch of {config.batch_clips} clips: "
+            "choose --batch-clips to be a multiple"
+        )
+    split = config.batch_split
+    while config.batch_clips % split or split % processes:
+        split += 1
+    if split != config.batch_split:
+        distributed.say(
+            f"batch_split is {split} instead of {config.batch_split}, for {processes} processes to "
+            "share"
+        )
+    return dataclasses.replace(config, batch_split=split)
+
+
+def fine_tuning(config, path):
+    """config with the model of the checkpoint at path, and with an average that keeps what the
+    checkpoint's has.
     """
-    with VideoWriter(path.with_suffix(".mp4"), fps) as video:
-        video.write(grid(clips, GRID_SIDE, GRID_SIDE))
-    moments = (
-        torch.linspace(0, clips.shape[1] - 1, min(STRIP_FRAMES, clips.shape[1])).round().long()
+    if Path(path).is_file() and not path.endswith((".json", ".safetensors")):
+        raise UserError(
+            f"{path} is a file, and a checkpoint is a folder. Import a released snapshot with: "
+            f"python -m mostgan.checkpoint import {path} runs/released --training"
+        )
+    model = dataclasses.replace(checkpoint.read_config(checkpoint.find(path)), fps=None)
+    return dataclasses.replace(
+        config, model=model, conditional=model.num_labels > 0, ema_rampup=0.0
     )
-    strips = clips[: 2 * GRID_SIDE, moments].flatten(0, 1).unsqueeze(1)
-    write_png(
-        path.with_suffix(".png"), grid(strips, -(-len(strips) // len(moments)), len(moments))[0]
-    )
+
+
+# ---------------------------------------------------------------------------- what stops a training
 
 
 class StopSignal:
@@ -412,3 +315,23 @@ class StopSignal:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
             os.kill(os.getpid(), signal.SIGINT)
         self.requested, self.interrupted = True, number == signal.SIGINT
+
+
+@contextlib.contextmanager
+def memory_advice(config, run):
+    """Turns running out of GPU memory into a UserError that names the next larger batch_split that
+    is possible.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        clips, group, processes = config.batch_clips, config.model.mbstd_group, distributed.size()
+        again = f"no larger --batch-split is possible than {config.batch_split}: "
+        again += "start with a smaller model"
+        for split in range(config.batch_split + 1, clips + 1):
+            piece = clips // split
+            if clips % split == 0 == split % processes and piece % min(group, piece) == 0:
+                again = f"go on with: {distributed.resume_command(run)} --batch-split {split}"
+                break
+        piece = clips // config.batch_split
+        raise UserError(f"out of GPU memory with {piece} clips at a time; {again}") from None

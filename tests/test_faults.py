@@ -20,11 +20,11 @@ from safetensors.torch import load_file
 import mostgan
 import train as training
 from mostgan import augment, checkpoint, distributed
+from mostgan.checkpoint.training import Saver
 from mostgan.config import ModelConfig, TrainConfig, UserError
 from mostgan.data import Clips, batches
 from mostgan.prepare import pack_sky
 from mostgan.run import Resume, Stats, StopSignal, continue_run, what_to_resume
-from mostgan.state import Saver
 
 ROOT = Path(__file__).parent.parent
 MODEL = ModelConfig(

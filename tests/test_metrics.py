@@ -17,6 +17,7 @@ import scipy.linalg
 import torch
 from safetensors.torch import save_file
 
+import mostgan
 import train as training
 from mostgan import checkpoint, metrics
 from mostgan.config import ModelConfig, TrainConfig, UserError
@@ -302,7 +303,7 @@ def test_generated_clips_have_their_own_seeds_and_start_at_0():
     clips = torch.cat(list(GeneratedSet(generator, SMALL, 3).batches(Window(16), 0, 1)))
     for i in (0, 5):
         # one clip alone is the same but for float32 rounding in another batch
-        alone = torch.cat(list(generator.render((3 << 32) + i, 0, 16)), dim=1)[0]
+        alone = torch.cat(list(mostgan.render(generator, (3 << 32) + i, 0, 16)), dim=1)[0]
         assert (alone.int() - clips[i].int()).abs().max() <= 1
     assert not torch.equal(clips[0], clips[5])
 
@@ -334,7 +335,7 @@ def test_labels_are_drawn_from_the_data():
             )
         )
     )
-    alone = torch.cat(list(generator.render(0, 0, 16, clips=4, label=2)), dim=1)
+    alone = torch.cat(list(mostgan.render(generator, 0, 0, 16, clips=4, label=2)), dim=1)
     assert (alone.int() - one[:4].int()).abs().max() <= 1
 
 
@@ -383,7 +384,7 @@ def test_a_toy_detector_end_to_end(packed, run_folder, detectors, tmp_path, caps
     toy, clips, generator = ToyVideo(), Clips(packed), checkpoint.load(run_folder)
     for run, seed in enumerate((2, 3)):
         made = [
-            torch.cat(list(generator.render((seed << 32) + i, 0, 128, n)), dim=1)
+            torch.cat(list(mostgan.render(generator, (seed << 32) + i, 0, 128, n)), dim=1)
             for i, n in ((0, 4), (4, 1))
         ]
         made = torch.cat(made)

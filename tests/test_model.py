@@ -8,10 +8,11 @@ import pytest
 import torch
 
 import kernels
+import mostgan
 from mostgan.config import ModelConfig, UserError
 from mostgan.model import Generator
 from mostgan.motion import content_latent, motion_noise
-from mostgan.render import to_uint8
+from mostgan.rendering import to_uint8
 
 TINY = ModelConfig(
     resolution=32,
@@ -107,24 +108,26 @@ def test_labels_matter():
     assert (frames[0] - frames[1]).abs().max() > 1e-2 and (frames[1] - frames[2]).abs().max() > 1e-2
     for bad in (None, 3, -1):
         with pytest.raises(UserError, match="label"):
-            next(generator.render(0, label=bad))
+            next(mostgan.render(generator, 0, label=bad))
     with pytest.raises(UserError, match="without labels"):
-        next(make().render(0, label=1))
+        next(mostgan.render(make(), 0, label=1))
 
 
 @pytest.mark.parametrize("start", [0, 13, 10_000_000])
 def test_a_window_alone_equals_the_longer_render(start):
     generator = make()
-    whole = torch.cat(list(generator.render(3, start=start, frames=40, clips=2, window=16)), dim=1)
+    whole = torch.cat(
+        list(mostgan.render(generator, 3, start=start, frames=40, clips=2, window=16)), dim=1
+    )
     assert whole.shape == (2, 40, 3, 32, 32) and whole.dtype == torch.uint8
     for first, count, window in ((0, 1, 16), (5, 20, 7), (16, 24, 64)):
         part = torch.cat(
-            list(generator.render(3, start + first, count, clips=2, window=window)), dim=1
+            list(mostgan.render(generator, 3, start + first, count, clips=2, window=window)), dim=1
         )
         # The same numbers up to rounding; at the edge between two levels of uint8 that may show.
         difference = (part.int() - whole[:, first : first + count].int()).abs()
         assert difference.max() <= 1 and (difference > 0).float().mean() < 1e-3
-    alone = torch.cat(list(generator.render(4, start, 8)), dim=1)
+    alone = torch.cat(list(mostgan.render(generator, 4, start, 8)), dim=1)
     assert (alone[0].int() - whole[1, :8].int()).abs().max() <= 1  # clip i has seed + i
 
 
@@ -132,16 +135,17 @@ def test_render_is_the_forward_pass():
     generator = make()
     t = 5 + torch.arange(6, dtype=torch.float64)[None]
     expected = to_uint8(frames_of(generator, [2], t, psi=0.7))
-    rendered = next(generator.render(2, start=5, frames=6, psi=0.7))[0]
+    rendered = next(mostgan.render(generator, 2, start=5, frames=6, psi=0.7))[0]
     assert (rendered.int() - expected.int()).abs().max() <= 1
-    whole = next(generator.render(2, start=5, frames=6, psi=1.0))[0]
+    whole = next(mostgan.render(generator, 2, start=5, frames=6, psi=1.0))[0]
     assert not torch.equal(whole, rendered)
 
 
 def test_shared_motion_differs_from_own_motion():
     generator = make()
     own, shared = (
-        next(generator.render(0, frames=4, clips=2, motion_seed=seed)) for seed in (None, 0)
+        next(mostgan.render(generator, 0, frames=4, clips=2, motion_seed=seed))
+        for seed in (None, 0)
     )
     assert torch.equal(own[0], shared[0]) and not torch.equal(own[1], shared[1])
 
@@ -204,4 +208,4 @@ def test_impossible_configurations_are_named(changes, word):
 )
 def test_impossible_renders_are_named(options, word):
     with pytest.raises(UserError, match=word):
-        next(make().render(**{"seed": 0} | options))
+        next(mostgan.render(make(), **{"seed": 0} | options))

@@ -34,7 +34,7 @@ from mostgan.loss import diversity
 from mostgan.model import Generator
 from mostgan.motion import content_latent, motion_noise
 from mostgan.prepare import pack_sky
-from mostgan.render import to_uint8
+from mostgan.rendering import to_uint8
 from mostgan.run import what_to_resume
 from tests import snapshots
 from tests.snapshots import HOWS, Persistent, snapshot, write
@@ -236,7 +236,7 @@ def test_labels_one_hot_and_vectors(tmp_path):
     for k, mean in enumerate(of_classes.mapping.class_means):
         w = made[0].mapping(z, torch.eye(3)[k].expand(len(z), -1))
         assert (w.mean(dim=0) - mean).norm() < 4 * w.std(dim=0).norm() / 1000**0.5
-    window = next(of_classes.render(5, label=2, psi=0.0, frames=1))
+    window = next(mostgan.render(of_classes, 5, label=2, psi=0.0, frames=1))
     t = torch.zeros(1, 1, dtype=torch.float64)
     noise, first_anchor = motion_noise([5], t, of_classes.config)
     condition = torch.eye(3)[2:]
@@ -244,19 +244,21 @@ def test_labels_one_hot_and_vectors(tmp_path):
     motion = of_classes.motion(centre, t, noise, first_anchor, condition)
     frames, _ = of_classes.synthesis(of_classes.synthesis.content(centre), *motion)
     assert (window[0].int() - to_uint8(frames).int()).abs().max() <= 1
-    same_class = next(of_classes.render(5, label=condition[0], psi=0.0, frames=1))
+    same_class = next(mostgan.render(of_classes, 5, label=condition[0], psi=0.0, frames=1))
     assert torch.equal(window, same_class)
     z = content_latent([5], 10)
     assert torch.equal(
         of_classes.content_code(z, condition, 0.0)[0], made[0].mapping.w_avg
     )  # spec §3
     for generator in (of_vectors, made[0]):  # and so rendering where there are no classes
-        flat = [next(g.render(5, label=2, psi=0.0, frames=1)) for g in (generator, made[0])]
+        flat = [
+            next(mostgan.render(g, 5, label=2, psi=0.0, frames=1)) for g in (generator, made[0])
+        ]
         assert torch.equal(*flat)
     with pytest.raises(UserError, match="a vector of 3 numbers"):
-        of_vectors.render(0, label=[0.5, 0.5])
+        mostgan.render(of_vectors, 0, label=[0.5, 0.5])
     some = [
-        next(of_vectors.render(0, label=label, frames=1))
+        next(mostgan.render(of_vectors, 0, label=label, frames=1))
         for label in ([0.5, 0.1, 2.0], [0.5, 0.1, -2.0])
     ]
     assert not torch.equal(*some)

@@ -10,7 +10,6 @@ class_means.safetensors.
 """
 
 import dataclasses
-import hashlib
 import json
 import math
 import os
@@ -25,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from mostgan.checkpoint.released import from_released_names
 from mostgan.config import ModelConfig, UserError
 from mostgan.discriminator import Discriminator
+from mostgan.files import read_json, sha256_of, write_whole
 from mostgan.model import Generator
 
 __all__ = [
@@ -63,15 +63,14 @@ def save(folder, step, config, model, tensors, scalars, keep=2, metric=None):
         write_json(
             temporary / "checksums.json", {name: _checksum(temporary / name) for name in FILES}
         )
-        for file in [
-            *temporary.iterdir(),
-            temporary,
-        ]:  # on the disk before it gets its name, or a power cut could …
+        # On the disk before it gets its name, or a power cut could leave the name without the
+        # content.
+        for file in [*temporary.iterdir(), temporary]:
             fsync(file)
         if path.exists():
             _remove(path)
         temporary.rename(path)
-        fsync(folder)  # … leave the name without the content
+        fsync(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     if metric is not None:
@@ -92,36 +91,24 @@ def mark_best(path, metric):
     """
     path = Path(path)
     note = path.parent / "best.json"
-    if (
-        not math.isfinite(metric)
-        or best_checkpoint(path.parent)
-        and read_file(note, json.loads)["metric"] <= metric
-    ):
+    best = read_json(note).get("metric", math.inf) if best_checkpoint(path.parent) else math.inf
+    if not metric < best:
         return False
-    temporary = note.with_name(".best.json.partial")
-    write_json(temporary, {"checkpoint": path.name, "metric": float(metric)})
-    fsync(temporary)
-    temporary.replace(note)
-    fsync(note.parent)
+    write_whole(note, json.dumps({"checkpoint": path.name, "metric": float(metric)}) + "\n")
     return True
 
 
 def best_checkpoint(run):
     """The best checkpoint of a run by the metric given to mark_best, or None."""
-    try:
-        path = Path(run) / json.loads((Path(run) / "best.json").read_text())["checkpoint"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return path if path.is_dir() else None
+    name = read_json(Path(run) / "best.json").get("checkpoint")
+    return Path(run) / name if name and (Path(run) / name).is_dir() else None
 
 
 def write_tensors(path, tensors):
     try:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
         path.chmod(0o644)  # safetensors makes files that only their owner reads
-    except (
-        SafetensorError
-    ) as error:  # a full disk, most likely: what it says is all there is to know
+    except SafetensorError as error:  # a full disk, most likely; it says all there is to know
         raise OSError(str(error).removeprefix("Error while serializing: ")) from None
 
 
@@ -130,12 +117,7 @@ def write_json(path, values):
 
 
 def _checksum(path):
-    digest, size = hashlib.sha256(), 0
-    with open(path, "rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-            size += len(block)
-    return {"bytes": size, "sha256": digest.hexdigest()}
+    return {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
 
 
 def fsync(path):
@@ -232,20 +214,17 @@ def find(path=None, runs="runs"):
     Raises UserError if there is none.
     """
     if path is None:
-        newest = sorted(
-            (
-                c
-                for run in Path(runs).glob("*")
-                for c in _checkpoints(run, "model.safetensors")[-1:]
-            ),
-            key=lambda checkpoint: checkpoint.stat().st_mtime,
-        )
+        newest = [
+            checkpoint
+            for run in Path(runs).glob("*")
+            for checkpoint in _checkpoints(run, "model.safetensors")[-1:]
+        ]
         if not newest:
             raise UserError(
                 f"no checkpoint in {runs}/: make one with `python train.py --dataset sky`, "
                 "or name one with --checkpoint"
             )
-        return newest[-1]
+        return max(newest, key=lambda checkpoint: checkpoint.stat().st_mtime)
     path = Path(path)
     if path.is_file():
         path = path.parent
@@ -253,8 +232,7 @@ def find(path=None, runs="runs"):
         return path
     if not path.is_dir() or not _checkpoints(path, "model.safetensors"):
         raise UserError(
-            f"{path} is neither a checkpoint (a folder with model.safetensors) nor a run that has "
-            "one"
+            f"{path} is neither a checkpoint (a folder with model.safetensors) nor a run with one"
         )
     return _checkpoints(path, "model.safetensors")[-1]
 
@@ -299,9 +277,8 @@ def read_training(path):
         raise UserError(
             f"{path} holds a model but no training state: it can be sampled from, not resumed"
         )
-    return read_tensors(path / "training.safetensors"), read_file(
-        path / "training.json", json.loads
-    )
+    scalars = read_file(path / "training.json", json.loads)
+    return read_tensors(path / "training.safetensors"), scalars
 
 
 def read_file(path, parse):
@@ -345,8 +322,15 @@ def read_networks(path):
             states[name] = read_tensors(path / f"{file}.safetensors")
     if (path / "training.safetensors").exists():
         tensors = read_tensors(path / "training.safetensors")
-        for name in ("G", "D"):
-            states[name] = {
-                key[2:]: value for key, value in tensors.items() if key.startswith(f"{name}.")
-            }
+        states |= {name: part(tensors, name) for name in ("G", "D")}
     return states
+
+
+def part(tensors, name):
+    """The tensors whose names begin with `name` and a dot, by the rest of their names."""
+    prefix = f"{name}."
+    return {
+        key.removeprefix(prefix): tensor
+        for key, tensor in tensors.items()
+        if key.startswith(prefix)
+    }

@@ -16,7 +16,7 @@ from torch import nn
 from mostgan.config import UserError
 from mostgan.model import Generator
 from mostgan.motion import FRAME_ANCHORS, motion_noise
-from mostgan.render import to_uint8
+from mostgan.rendering import to_uint8
 
 USAGE = """\
 torch.export.load(FILE).module()(z, t, noise, first_anchor, psi) -> frames

@@ -28,6 +28,7 @@ from mostgan.data import Clips
 from mostgan.metrics import frechet, motion_statistics
 from mostgan.metrics.frechet import Detector, Sums
 from mostgan.model import Generator
+from mostgan.rendering import render
 
 CACHE_VERSION = 3  # raise it when what is collected changes, or how frames are decoded
 
@@ -196,8 +197,8 @@ class GeneratedSet:
         window = min(
             frames, 16
         )  # a GPU renders whole windows, and most of the clips have 16 frames
-        return self.generator.render(
-            (self.seed << 32) + first, 0, frames, count, label=label, window=window
+        return render(
+            self.generator, (self.seed << 32) + first, 0, frames, count, label=label, window=window
         )
 
     def _autocast(self):

@@ -8,12 +8,20 @@ import pytest
 import torch
 from test_model import TINY, frames_of, make
 
+import mostgan
 from mostgan.config import UserError
-from mostgan.render import choose_window, content_at, content_stops, exact, frame_times, loop_step
+from mostgan.rendering import (
+    choose_window,
+    content_at,
+    content_stops,
+    exact,
+    frame_times,
+    loop_step,
+)
 
 
 def render(generator, seed=3, **options):
-    return torch.cat(list(generator.render(seed, **options)), dim=1)
+    return torch.cat(list(mostgan.render(generator, seed, **options)), dim=1)
 
 
 def assert_close(frames, expected):
@@ -104,7 +112,7 @@ def test_windows_are_powers_of_two_that_fit():
 
 
 def test_a_gpus_windows_follow_its_memory(monkeypatch):
-    import mostgan.render as module
+    import mostgan.rendering as module
 
     monkeypatch.setattr(module, "memory_bytes", lambda device: 2**30)
     windows = [choose_window(TINY, clips, torch.device("cuda")) for clips in (1, 4, 100, 10**6)]
@@ -116,7 +124,7 @@ def test_bad_arguments_are_said_before_the_first_window():
     generator = make()
     for bad in ({"step": 0, "loop": 5}, {"label": 1}, {"style_gain": {9: 1.0}}, {"seed": [1, 2]}):
         with pytest.raises(UserError):
-            generator.render(**{"seed": 0} | bad)
+            mostgan.render(generator, **{"seed": 0} | bad)
 
 
 # pace
@@ -194,7 +202,7 @@ def test_a_loop_is_a_path_of_whole_anchors():
 
 
 def test_the_seam_would_show_without_periodic_noise(monkeypatch):
-    import mostgan.render as module
+    import mostgan.rendering as module
 
     noise = module.motion_noise
     monkeypatch.setattr(

@@ -9,6 +9,7 @@ backwards or in a circle.
 import math
 from fractions import Fraction
 from numbers import Integral
+from typing import NamedTuple
 
 import torch
 
@@ -19,12 +20,35 @@ from mostgan.motion import content_latent, motion_noise
 FARTHEST = 10**8  # frames from 0, either way: so far float64 tells phases apart to eight digits
 
 
+class Way(NamedTuple):
+    """A way through time: frame number i is at offset + i · step, modulo period if it is a loop."""
+
+    offset: Fraction
+    step: Fraction
+    first: int  # the number of the first frame that is wanted
+    loop: int | None  # frames after which the way repeats …
+    anchors: int | None  # … the anchors of motion noise that it passes …
+    period: int | None  # … and the time between them
+
+
+class Shown(NamedTuple):
+    """What the clips of a rendering show."""
+
+    seeds: list  # content seeds, a tuple per clip
+    motion_seeds: list
+    condition: torch.Tensor | None  # [clips, num_labels]
+    psi: float
+    content_frames: float  # time from one content seed to the next
+    style_gain: torch.Tensor | None  # [K]
+
+
 def render(
     generator,
     seed,
     start=0,
     frames=16,
     clips=1,
+    *,
     motion_seed=None,
     label=None,
     psi=1.0,
@@ -34,16 +58,16 @@ def render(
     content_frames=100,
     style_gain=None,
 ):
-    """Stream a video: yields uint8 [clips, n, 3, H, W] for consecutive windows of n ≤ window
+    """Streams a video: yields uint8 [clips, n, 3, H, W] for consecutive windows of n ≤ window
     frames.
 
     seed: of the first clip, clip i having seed + i; or a list with, per clip, a seed, or a tuple of
     seeds through which its content moves smoothly and round again, content_frames of time from one
     to the next. motion_seed: of all clips, or a list; None: as the content (of a tuple the first).
     label: class index, or one per clip; or condition vectors, float [num_labels] or [clips,
-    num_labels].
+    num_labels]. psi: truncation.
     start: time of the first frame; step: time between frames, negative for backwards. Times are
-    from −10⁸ to 10⁸.
+    from −10⁸ to 10⁸ frames of the data.
     loop: frames after which the video repeats exactly; `loop_step` says at what pace. The way
     through a tuple of seeds then takes one loop. style_gain: {style: gain}, scales motion styles by
     hand (paper B.1; 0 removes one).
@@ -59,87 +83,69 @@ def render(
     config, device = generator.config, generator.mapping.w_avg.device
     start, step = exact(start), exact(step)
     check_render(start, step, frames, clips, psi, window, loop, content_frames)
-    condition = conditions(config, label, clips, device)
-    window = window or choose_window(config, clips, device)
+    way = way_through_time(config, start, step, loop)
     seeds, motion_seeds = clip_seeds(seed, motion_seed, clips)
-    gain = gains(config, style_gain, device)
-    return windows(
-        generator,
-        seeds,
-        motion_seeds,
-        start,
-        step,
-        frames,
-        condition,
-        psi,
-        window,
-        loop,
-        content_frames,
-        gain,
-    )
+    if loop is not None:
+        content_frames = Fraction(way.period, len(seeds[0]))
+    condition, gain = conditions(config, label, clips, device), gains(config, style_gain, device)
+    shown = Shown(seeds, motion_seeds, condition, psi, float(content_frames), gain)
+    return windows(generator, shown, way, frames, window or choose_window(config, clips, device))
 
 
 @torch.inference_mode()
-def windows(
-    generator,
-    seeds,
-    motion_seeds,
-    start,
-    step,
-    frames,
-    condition,
-    psi,
-    window,
-    loop,
-    content_frames,
-    gain,
-):
-    """The windows of `render`, from its arguments, checked; start and step are fractions; gain: of
-    `gains`; condition: of `conditions`.
-    """
-    config, device, clips = generator.config, generator.mapping.w_avg.device, len(seeds)
-    stops = content_stops(generator, seeds, condition, psi)  # [clips, stops, w_dim]
-    moving, content = stops.shape[1] > 1, None
-    if not moving:
-        content = generator.synthesis.content(stops[:, 0], gain)
-
-    anchors = period = None
-    if loop is not None:
-        step, anchors = loop_step(config, step, loop)
-        period = anchors * config.motion_distance
-        content_frames = Fraction(period, stops.shape[1])
-    index = math.floor(
-        start / step
-    )  # of the first frame on the raster of times offset + index · step
-    offset = start - index * step
+def windows(generator, shown, way, frames, window):
+    """Yields the windows of `render`: `frames` frames of what is shown, along the way."""
+    stops = content_stops(generator, shown)  # [clips, stops, w_dim]
+    content = None  # else that of all frames
+    if stops.shape[1] == 1:
+        content = generator.synthesis.content(stops[:, 0], shown.style_gain)
+    index = way.first
     while frames > 0:
-        index = index % loop if loop is not None else index
+        index = index if way.loop is None else index % way.loop
         lead = index % window  # frames of this window that come before the wanted ones
-        count = min(window - lead, frames, loop - index if loop is not None else frames)
-        t = frame_times(offset, step, index - lead, window, period).expand(clips, -1)
-        noise, first_anchor = motion_noise(motion_seeds, t, config, anchors)
-        w = content_at(stops, t / float(content_frames)).flatten(0, 1) if moving else stops[:, 0]
-        motion = generator.motion(
-            w, t.to(device), noise.to(device), first_anchor.to(device), condition
-        )
-        wanted = slice(lead, lead + count)
-        made = (
-            slice(0, window) if device.type == "cuda" else wanted
-        )  # a GPU always renders windows of one shape
-        motion = [pick(of_frames, clips, made) for of_frames in motion]
-        if moving:
-            rendered = moving_window(generator, pick(w, clips, made), motion, gain, clips)
-        else:
-            rendered = generator.render_window(content, *motion)
-        yield to_uint8(
-            pick(
-                rendered,
-                clips,
-                slice(wanted.start - made.start, wanted.stop - made.start),
-                flat=False,
-            )
-        )
+        left = frames if way.loop is None else min(frames, way.loop - index)
+        count = min(window - lead, left)
+        t = frame_times(way, index - lead, window)
+        yield one_window(generator, shown, way, t, slice(lead, lead + count), stops, content)
         index, frames = index + count, frames - count
+
+
+def one_window(generator, shown, way, t, wanted, stops, content):
+    """uint8 [clips, n, 3, H, W]: the wanted ones, a slice, of the frames at times t [window]."""
+    clips, device = len(stops), stops.device
+    t = t.expand(clips, -1)
+    noise, first_anchor = motion_noise(shown.motion_seeds, t, generator.config, way.anchors)
+    w = stops[:, 0]
+    if content is None:
+        w = content_at(stops, t / shown.content_frames).flatten(0, 1)
+    motion = generator.motion(
+        w, t.to(device), noise.to(device), first_anchor.to(device), shown.condition
+    )
+    # A GPU always renders windows of one shape.
+    made = slice(0, t.shape[1]) if device.type == "cuda" else wanted
+    motion = [pick(of_frames, clips, made) for of_frames in motion]
+    if content is None:
+        rendered = moving_window(generator, pick(w, clips, made), motion, shown.style_gain, clips)
+    else:
+        rendered = render_frames(generator, content, *motion)
+    kept = slice(wanted.start - made.start, wanted.stop - made.start)
+    return to_uint8(rendered.unflatten(0, (clips, -1))[:, kept])
+
+
+def render_frames(generator, content, motion_code, motion_vectors):
+    """Frames [N, 3, H, W] of motion codes and vectors of N frames, clip by clip.
+
+    On a CPU one frame of each clip at a time: its kernels and features then stay in the caches,
+    which is worth more than the larger batch (measured in bench/ms_per_frame.py).
+    """
+    synthesis, clips = generator.synthesis, len(content[0][1])
+    if motion_code.is_cuda:
+        return synthesis(content, motion_code, motion_vectors)[0]
+    frames = []
+    for i in range(len(motion_code) // clips):
+        motion = (pick(of, clips, slice(i, i + 1)) for of in (motion_code, motion_vectors))
+        frames.append(synthesis(content, *motion)[0])
+    return torch.stack(frames, dim=1).flatten(0, 1)
 
 
 def moving_window(generator, w, motion, gain, clips):
@@ -147,31 +153,28 @@ def moving_window(generator, w, motion, gain, clips):
     own.
 
     w: [clips · n, w_dim]; motion: codes and vectors; gain: of `gains`. On a CPU one frame of each
-    clip at a time, as
-    render_window does it, and for memory: a frame's content weights are as large as the model.
+    clip at a time, as in render_frames, and for memory: a frame's content weights are as large as
+    the model.
     """
     n = len(w) // clips
     frames = []
     for some in [slice(0, n)] if w.is_cuda else [slice(i, i + 1) for i in range(n)]:
         content = generator.synthesis.content(pick(w, clips, some), gain)
-        rendered = generator.render_window(
-            content, *(pick(of_frames, clips, some) for of_frames in motion)
-        )
+        rendered = render_frames(generator, content, *(pick(of, clips, some) for of in motion))
         frames.append(rendered.unflatten(0, (clips, -1)))
     return torch.cat(frames, dim=1).flatten(0, 1)
 
 
-def pick(of_frames, clips, wanted, flat=True):
-    """The wanted frames of each clip: [clips · window, …] → [clips · n, …], [clips, n, …] if not
-    flat; None stays.
+def pick(of_frames, clips, wanted):
+    """The wanted frames, a slice, of each clip: [clips · window, …] → [clips · n, …]; None
+    stays.
     """
     if of_frames is None:
         return None
-    picked = of_frames.unflatten(0, (clips, -1))[:, wanted]
-    return picked.flatten(0, 1) if flat else picked
+    return of_frames.unflatten(0, (clips, -1))[:, wanted].flatten(0, 1)
 
 
-# time
+# --------------------------------------------------------------------------------------------- time
 
 
 def exact(number):
@@ -182,6 +185,16 @@ def exact(number):
         return Fraction(str(number))
     except ValueError:
         raise UserError(f"a time, speed or rate is {number}, but must be a finite number") from None
+
+
+def way_through_time(config, start, step, loop):
+    """The Way of a video from `start` on, in steps of `step`; loop: see `render`."""
+    anchors = period = None
+    if loop is not None:
+        step, anchors = loop_step(config, step, loop)
+        period = anchors * config.motion_distance
+    first = math.floor(start / step)
+    return Way(start - first * step, step, first, loop, anchors, period)
 
 
 def loop_step(config, step, loop):
@@ -195,37 +208,31 @@ def loop_step(config, step, loop):
     return (pace if step > 0 else -pace), anchors
 
 
-def frame_times(offset, step, first, count, period=None):
-    """Times offset + i · step of frames i = first … first+count−1, modulo period: float64 [count],
-    rounded once.
-    """
-    times = [offset + i * step for i in range(first, first + count)]
-    return torch.tensor(
-        [float(t if period is None else t % period) for t in times], dtype=torch.float64
-    )
+def frame_times(way, first, count):
+    """Times of frames number first … first + count − 1, rounded once: float64 [count]."""
+    times = (way.offset + i * way.step for i in range(first, first + count))
+    if way.period is not None:
+        times = (t % way.period for t in times)
+    return torch.tensor([float(t) for t in times], dtype=torch.float64)
 
 
-# content
+# ------------------------------------------------------------------------------------------ content
 
 
 def clip_seeds(seed, motion_seed, clips):
     """Seeds per clip: content as tuples, all of one length, and motion, as `render` takes them."""
     seeds = [seed + i for i in range(clips)] if isinstance(seed, Integral) else list(seed)
     seeds = [(s,) if isinstance(s, Integral) else tuple(s) for s in seeds]
-    motion_seeds = [s[0] for s in seeds if s] if motion_seed is None else motion_seed
-    motion_seeds = (
-        [motion_seeds] * clips if isinstance(motion_seeds, Integral) else list(motion_seeds)
-    )
-    if (
-        len(seeds) != clips
-        or len(motion_seeds) != clips
-        or len({len(s) for s in seeds}) != 1
-        or not seeds[0]
-    ):
+    if motion_seed is None:
+        motion_seeds = [s[0] for s in seeds if s]
+    else:
+        is_one = isinstance(motion_seed, Integral)
+        motion_seeds = [motion_seed] * clips if is_one else list(motion_seed)
+    one_length = len({len(s) for s in seeds}) == 1 and seeds[0]
+    if not len(seeds) == len(motion_seeds) == clips or not one_length:
         raise UserError(
             f"{len(seeds)} content seeds and {len(motion_seeds)} motion seeds for {clips} clips: "
-            "give one "
-            "of each per clip, or tuples of content seeds, all equally long"
+            "give one of each per clip, or tuples of content seeds, all equally long"
         )
     for s in [s for of_clip in seeds for s in of_clip] + motion_seeds:
         if not 0 <= s < 2**63:
@@ -250,20 +257,21 @@ def conditions(config, label, clips, device):
     if not whole or not ((0 <= wanted) & (wanted < C)).all():
         raise UserError(
             f"the model is conditional: give a label from 0 to {C - 1}, or a vector of {C} "
-            "numbers, "
-            f"not {label}"
+            f"numbers, not {label}"
         )
     return torch.eye(C, device=device)[wanted.reshape(-1)].expand(clips, C)
 
 
-def content_stops(generator, seeds, condition, psi):
+def content_stops(generator, shown):
     """w of the seeds that each clip's content goes through: [clips, stops, w_dim]."""
+    seeds, label = shown.seeds, shown.condition
     z = content_latent([s for of_clip in seeds for s in of_clip], generator.config.z_dim)
     z = z.to(generator.mapping.w_avg)
-    label = None if condition is None else condition.repeat_interleave(len(seeds[0]), dim=0)
+    if label is not None:
+        label = label.repeat_interleave(len(seeds[0]), dim=0)
     w = generator.mapping(z, label)
-    if psi != 1:
-        w = torch.lerp(truncation_center(generator.mapping, label), w, psi)
+    if shown.psi != 1:
+        w = torch.lerp(truncation_center(generator.mapping, label), w, shown.psi)
     return w.unflatten(0, (len(seeds), -1))
 
 
@@ -275,12 +283,9 @@ def truncation_center(mapping, condition):
     """
     if condition is None or mapping.class_means is None:
         return mapping.w_avg
-    is_class = ((condition == 0) | (condition == 1)).all(1, keepdim=True) & (
-        condition.sum(1, keepdim=True) == 1
-    )
-    return torch.where(
-        is_class, mapping.class_means.to(mapping.w_avg)[condition.argmax(1)], mapping.w_avg
-    )
+    one_hot = ((condition == 0) | (condition == 1)).all(1) & (condition.sum(1) == 1)
+    of_class = mapping.class_means.to(mapping.w_avg)[condition.argmax(1)]
+    return torch.where(one_hot[:, None], of_class, mapping.w_avg)
 
 
 def content_at(stops, u):
@@ -304,11 +309,9 @@ def gains(config, style_gain, device):
     gain = torch.ones(config.motion_styles, device=device)
     for style, value in style_gain.items():
         if not 0 <= style < config.motion_styles:
-            have = (
-                f"has styles 0 to {config.motion_styles - 1}"
-                if config.motion_styles
-                else "has none"
-            )
+            have = "has none"
+            if config.motion_styles:
+                have = f"has styles 0 to {config.motion_styles - 1}"
             raise UserError(f"motion style {style}: the model {have}")
         if not math.isfinite(value):
             raise UserError(
@@ -318,7 +321,7 @@ def gains(config, style_gain, device):
     return gain
 
 
-# windows
+# ------------------------------------------------------------------------------------------ windows
 
 
 def choose_window(config, clips, device):
@@ -331,15 +334,12 @@ def choose_window(config, clips, device):
     and pays for that with frames that nobody sees.
     """
     if device.type == "cuda":
-        of_layer = [
-            4 * config.channels(r) * (r * r + 9 * config.channels(r)) * 4
-            for r in config.resolutions
-        ]
-        limit = min(64, memory_bytes(device) // 4 // (clips * max(of_layer)))
+        sizes = [(r * r, config.channels(r)) for r in config.resolutions]
+        of_layer = max(4 * 4 * channels * (pixels + 9 * channels) for pixels, channels in sizes)
+        limit = min(64, memory_bytes(device) // 4 // (clips * of_layer))
     else:
-        limit = min(
-            max(4, 16 // clips), memory_bytes(device) // 8 // (clips * 3 * 8 * config.resolution**2)
-        )
+        of_frame = 3 * 8 * config.resolution**2
+        limit = min(max(4, 16 // clips), memory_bytes(device) // 8 // (clips * of_frame))
     return 2 ** int(math.log2(max(1, limit)))
 
 

@@ -1,4 +1,4 @@
-"""The training state, and saving it while training goes on."""
+"""The state of a training run: what a checkpoint keeps of it, and saving it as training goes on."""
 
 import dataclasses
 import time
@@ -18,8 +18,8 @@ LAST_TRIES, LAST_RETRY_SECONDS = 3, 5  # of the last save of a run, which nothin
 
 @dataclass
 class State:
-    """All that a resumed run needs. Random numbers need no state: each step has streams keyed by
-    (seed, step).
+    """All that a resumed run needs. Only the training loop changes it. Random numbers need no
+    state: each step has streams keyed by (seed, step).
     """
 
     G: Generator
@@ -40,18 +40,18 @@ def snapshot(state):
     """
     tensors = {}
     for name in ("G", "D"):
-        tensors |= {
-            f"{name}.{key}": value for key, value in getattr(state, name).state_dict().items()
-        }
+        for key, value in getattr(state, name).state_dict().items():
+            tensors[f"{name}.{key}"] = value
         for i, moments in getattr(state, f"adam_{name}").state_dict()["state"].items():
-            tensors |= {f"adam_{name}.{i}.{key}": value for key, value in moments.items()}
+            for key, value in moments.items():
+                tensors[f"adam_{name}.{i}.{key}"] = value
     scalars = {key: getattr(state, key) for key in ("step", "frames", "seconds", "ada_p")}
     scalars["ada_sign"] = float(state.ada_sign)
-    copies = [
-        {key: value.detach().to("cpu", copy=True) for key, value in of.items()}
-        for of in (state.ema.state_dict(), tensors)
-    ]
-    return *copies, scalars
+    return _on_host(state.ema.state_dict()), _on_host(tensors), scalars
+
+
+def _on_host(tensors):
+    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
 
 
 def load_state(state, path):
@@ -59,18 +59,11 @@ def load_state(state, path):
     tensors, scalars = checkpoint.read_training(path)
     checkpoint.load_state(state.ema, checkpoint.read_tensors(path / "model.safetensors"), path)
     for name in ("G", "D"):
-        of = {
-            key.removeprefix(f"{name}."): value
-            for key, value in tensors.items()
-            if key.startswith(f"{name}.")
-        }
-        checkpoint.load_state(getattr(state, name), of, path)
-        adam = getattr(state, f"adam_{name}")
-        moments = {}
-        for key, value in tensors.items():
-            if key.startswith(f"adam_{name}."):
-                _, i, moment = key.split(".")
-                moments.setdefault(int(i), {})[moment] = value
+        checkpoint.load_state(getattr(state, name), checkpoint.part(tensors, name), path)
+        adam, moments = getattr(state, f"adam_{name}"), {}
+        for key, value in checkpoint.part(tensors, f"adam_{name}").items():
+            i, moment = key.split(".")
+            moments.setdefault(int(i), {})[moment] = value
         adam.load_state_dict(adam.state_dict() | {"state": moments})
     for key, value in scalars.items():
         setattr(state, key, value)
@@ -94,28 +87,24 @@ def start_from(state, path):
     checkpoint.load_state(state.G, states.get("G", states["ema"]), path)
     if "D" in states:
         checkpoint.load_state(state.D, states["D"], path)
-    last = (
-        "its generator" if "G" in states else "the generator from its average, for it has no other"
-    )
-    judge = "its discriminator" if "D" in states else "a new discriminator, for it has none"
+    last, judge = "its generator", "its discriminator"
+    if "G" not in states:
+        last = "the generator from its average, for it has no other"
+    if "D" not in states:
+        judge = "a new discriminator, for it has none"
     return f"starts from {path}: its average, {last}, {judge}"
 
 
-def _shapes(config):
-    with torch.device("meta"):
-        networks = {"G": Generator(config), "D": Discriminator(config)}
-    return {
-        name: {key: value.shape for key, value in of.state_dict().items()}
-        for name, of in networks.items()
-    }
-
-
 def _fits(config, states):
-    shapes = _shapes(config)
-    return all(
-        {key: value.shape for key, value in of.items()} == shapes["D" if name == "D" else "G"]
-        for name, of in states.items()
-    )
+    """Whether the networks of a configuration have tensors of the same names and shapes."""
+    with torch.device("meta"):
+        G, D = Generator(config).state_dict(), Discriminator(config).state_dict()
+    expected = {"ema": G, "G": G, "D": D}
+    return all(_shapes(state) == _shapes(expected[name]) for name, state in states.items())
+
+
+def _shapes(state):
+    return {name: tensor.shape for name, tensor in state.items()}
 
 
 def _misfits(config, stored, states):
@@ -126,9 +115,8 @@ def _misfits(config, stored, states):
     for field in dataclasses.fields(config):
         wanted, has = getattr(config, field.name), getattr(stored, field.name)
         try:
-            alone = wanted == has or _fits(
-                dataclasses.replace(stored, **{field.name: wanted}), states
-            )
+            changed = dataclasses.replace(stored, **{field.name: wanted})
+            alone = wanted == has or _fits(changed, states)
         except UserError:  # a field that goes with another, such as motion_code_dim
             alone = False
         if not alone:
@@ -141,17 +129,13 @@ class Saver:
     one at a time.
 
     A save that fails is said (by `say`) and tried again later; the checkpoints before it stay.
-    saved: the newest checkpoint known to be whole, or None. Only the main process saves.
+    saved: the newest checkpoint known to be whole, or None. Only the main process saves. The thread
+    ends when `last` has returned.
     """
 
     def __init__(self, run, saved, minutes, keep, say):
-        self.run, self.saved, self.seconds, self.keep, self.say = (
-            run,
-            saved,
-            minutes * 60,
-            keep,
-            say,
-        )
+        self.run, self.saved, self.keep, self.say = run, saved, keep, say
+        self.seconds = minutes * 60
         self.thread, self.pending, self.failed = ThreadPoolExecutor(1), None, False
         self.next = time.monotonic() + self.seconds
 
@@ -170,17 +154,15 @@ class Saver:
         if distributed.main():
             self.finish()
             self.next = time.monotonic() + self.seconds
-            self.pending = self.thread.submit(
-                self._write, state.step, state.ema.config, *snapshot(state), metric
-            )
+            of_step = state.step, state.ema.config, *snapshot(state)
+            self.pending = self.thread.submit(self._write, of_step, metric)
 
-    def _write(self, step, config, model, tensors, scalars, metric):
-        broken = [name for name, value in (model | tensors).items() if not value.isfinite().all()]
-        if broken:
-            raise OSError(
-                f"the state is not finite ({broken[0]})"
-            )  # not to be kept in a good checkpoint's place
-        return checkpoint.save(self.run, step, config, model, tensors, scalars, self.keep, metric)
+    def _write(self, of_step, metric):
+        _, _, model, tensors, _ = of_step
+        for name, value in (model | tensors).items():
+            if not value.isfinite().all():  # not to be kept in a good checkpoint's place
+                raise OSError(f"the state is not finite ({name})")
+        return checkpoint.save(self.run, *of_step, self.keep, metric)
 
     def finish(self):
         """Wait for the save that is under way. Returns whether the last one succeeded."""
@@ -200,12 +182,12 @@ class Saver:
         """Save for the last time. Raises UserError if that fails, several times."""
         for _ in range(LAST_TRIES):
             if self.finish():
+                self.thread.shutdown()
                 return
             time.sleep(LAST_RETRY_SECONDS)
             self.start(state)
         if not self.finish():
             raise UserError(
                 f"could not save step {state.step} in {self.run}; its last checkpoint is "
-                f"{self.saved}: "
-                f"make room and go on with: python train.py --resume {self.run}"
+                f"{self.saved}: make room and go on with: python train.py --resume {self.run}"
             )

@@ -1,0 +1,48 @@
+"""What every program does around its work: errors are one line, whatever the terminal can print."""
+
+import contextlib
+import os
+import sys
+
+from mostgan.config import UserError
+
+
+def run_program(work, interrupted="interrupted"):
+    """Runs work(), a program's own function, and ends the process with an exit status: 0; 2 after
+    an error that the user can mend; 130 after Ctrl-C, of which `interrupted` is said.
+
+    work: returns None, or an exit status. An error is one line on stderr. What the terminal's
+    encoding cannot print, such as a file's name, is written with backslashes.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")
+    try:
+        status = work() or 0
+        sys.stdout.flush()
+    except UserError as error:
+        status = _say(f"error: {error}", 2)
+    except KeyboardInterrupt:
+        status = _say(interrupted, 130)
+    except BrokenPipeError:  # the reader of a pipe, such as `head`, has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 1
+    except OSError as error:
+        told = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        status = _say(f"error: {told}", 2)
+    except Exception as error:
+        if not _is_out_of_memory(error):
+            raise
+        status = _say("error: the GPU's memory is too small: choose fewer clips at once", 2)
+    sys.exit(status)
+
+
+def _say(text, status):
+    with contextlib.suppress(OSError):
+        print(" ".join(text.split()), file=sys.stderr, flush=True)
+    return status
+
+
+def _is_out_of_memory(error):
+    """Whether it is PyTorch's error for that; a program without PyTorch does not import it here."""
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(error, torch.OutOfMemoryError)

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
+import mostgan.augment as augment
 from mostgan.augment import _SYM6, PIPELINES, apply, draw, on_device, recolor, resample, update_p
 from mostgan.config import UserError
 
@@ -344,3 +345,22 @@ def test_controller():
     assert update_p(0.001, -1.0, 64) == 0.0
     assert update_p(0.999, 1.0, 64) == 1.0
     assert math.isclose(update_p(0.0, 1.0, 8, interval=2, target=0.5, kclips=10), 0.0016)
+
+
+def test_deterministic_augmentation_is_the_same_augmentation():
+    """With --deterministic, ADA's resampling takes another way backwards: the same numbers, by
+    algorithms that may.
+    """
+    frames = torch.rand(4, 9, 32, 32)
+    params = augment.draw("bgc", 1.0, 4, 32, 32, torch.Generator().manual_seed(0))
+    gradients = []
+    for deterministic in (False, True):
+        torch.use_deterministic_algorithms(deterministic)
+        try:
+            x = frames.clone().requires_grad_()
+            augment.apply(x, params).square().sum().backward()
+        finally:
+            torch.use_deterministic_algorithms(False)
+        gradients.append(x.grad)
+    assert not torch.equal(*gradients), "the other way was not taken"
+    assert torch.allclose(*gradients, rtol=1e-5, atol=1e-5)

@@ -11,6 +11,8 @@ from test_model import TINY, frames_of, make
 import mostgan
 from mostgan.config import UserError
 from mostgan.rendering import (
+    Shown,
+    Way,
     choose_window,
     content_at,
     content_stops,
@@ -98,12 +100,11 @@ def test_times_are_decimals_rounded_once():
     assert (start, step) == (Fraction(1, 10), Fraction(7, 10)) and exact(
         Fraction(1, 3)
     ) == Fraction(1, 3)
-    assert frame_times(start, step, 17, 3).tolist() == [
-        12.0,
-        12.7,
-        13.4,
-    ]  # 0.1 + 17 · 0.7 in floats is 11.999…
-    assert frame_times(exact(1e7), -step, 0, 2, period=32).tolist() == [0.0, 31.3]
+    way = Way(start, step, first=17, loop=None, anchors=None, period=None)
+    # 0.1 + 17 · 0.7 in floats is 11.999…
+    assert frame_times(way, 17, 3).tolist() == [12.0, 12.7, 13.4]
+    circle = Way(exact(1e7), -step, first=0, loop=7, anchors=2, period=32)
+    assert frame_times(circle, 0, 2).tolist() == [0.0, 31.3]
 
 
 def test_windows_are_powers_of_two_that_fit():
@@ -252,7 +253,8 @@ def test_content_moves_through_its_seeds(changes):
 
 
 def test_the_way_of_the_content_is_smooth():
-    stops = content_stops(make().double(), [(1, 2, 3, 4)], None, 1.0)
+    shown = Shown([(1, 2, 3, 4)], [1], None, 1.0, 1.0, None)
+    stops = content_stops(make().double(), shown)
     u = torch.linspace(-1, 5, 6001, dtype=torch.float64)[None]
     w = content_at(stops, u)
     velocity = (w[:, 1:] - w[:, :-1]) * 1000

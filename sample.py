@@ -32,7 +32,7 @@ from mostgan.config import DATASETS, UserError
 from mostgan.device import choose_kernels, peak_memory_mb, pick_device, to_host
 from mostgan.render import exact, loop_step
 from mostgan.run import read_config
-from mostgan.video_writer import BackgroundWriter, VideoWriter, grid
+from mostgan.video import VideoWriter, grid
 
 Shared = Literal["content", "motion", "nothing"]
 
@@ -139,7 +139,7 @@ def sample(options: Options):
     done, rendering, started = 0, 0.0, time.perf_counter()
     bar = tqdm(total=frames, unit="frame", disable=None, delay=0.3)
     half = torch.autocast(device.type, torch.bfloat16, enabled=options.precision == "bf16")
-    with BackgroundWriter(video) as writer, half:
+    with video, half:
         while not stop.is_set():
             before = time.perf_counter()
             window = next(windows, None)
@@ -147,7 +147,7 @@ def sample(options: Options):
                 break
             rendering += time.perf_counter() - before
             picture = grid(window, rows, columns)
-            writer.write(picture)
+            video.write(picture)
             if not done and device.type == "cuda":
                 bar.write(f"kernels: {kernels.summary(device)}")
             done += len(picture)
@@ -164,7 +164,7 @@ def sample(options: Options):
     print(
         f"{seconds * per_frame:.2f} ms/frame: rendering and transfer {rendering * per_frame:.2f}, "
         "and beside them "
-        f"encoding {writer.seconds * per_frame:.2f}; "
+        f"encoding {video.seconds * per_frame:.2f}; "
         f"peak memory {peak_memory_mb(device):.0f} MB, on {device}, {options.precision}, "
         f"{'compiled' if options.compile else 'not compiled'}, kernels: {kernels.summary(device)}"
     )

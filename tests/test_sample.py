@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from test_model import make
-from test_video_writer import comment_in, frames_in
+from test_video import comment_in, frames_in
 
 import sample as program
 from mostgan import checkpoint

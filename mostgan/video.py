@@ -66,7 +66,7 @@ class VideoWriter:
         if self.fps <= 0:
             raise UserError(f"{path}: frames per second must be positive, not {fps}")
         slowest, fastest = self.format.rates
-        if not slowest <= self.fps <= fastest:
+        if not slowest <= float(self.fps) <= fastest:
             raise UserError(
                 f"{path}: {self.format.name} has at least {slowest} and at most {fastest} frames "
                 f"per second, not {float(fps):.10g}"

@@ -32,7 +32,7 @@ from mostgan.device import choose_kernels, peak_memory_mb, pick_device, to_host
 from mostgan.files import sha256_of
 from mostgan.program import run_program
 from mostgan.rendering import exact, loop_step, render
-from mostgan.video_writer import BackgroundWriter, VideoWriter, grid
+from mostgan.video import VideoWriter, grid
 
 DEFAULT_FPS = 25.0  # of a checkpoint that does not know its data's
 Shared = Literal["content", "motion", "nothing"]
@@ -166,14 +166,14 @@ def write_video(video, pictures, frames, stop, device):
     """
     done, rendering, started = 0, 0.0, time.perf_counter()
     bar = tqdm(total=frames, unit="frame", disable=None, delay=0.3)
-    with BackgroundWriter(video) as writer:
+    with video:
         while not stop.is_set():
             before = time.perf_counter()
             picture = next(pictures, None)
             if picture is None:
                 break
             rendering += time.perf_counter() - before
-            writer.write(picture)
+            video.write(picture)
             if not done and device.type == "cuda":
                 bar.write(f"kernels: {kernels.summary(device)}")
             done += len(picture)
@@ -182,7 +182,7 @@ def write_video(video, pictures, frames, stop, device):
             raise KeyboardInterrupt
     bar.close()
     whole = time.perf_counter() - started
-    return done, {"all": whole, "rendering": rendering, "encoding": writer.seconds}
+    return done, {"all": whole, "rendering": rendering, "encoding": video.seconds}
 
 
 def stop_signal():

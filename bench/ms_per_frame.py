@@ -87,10 +87,7 @@ def end_to_end(variant, window, device, dtype, repeats, config):
     """A video of four windows (a GPU: of 1,024 frames at least), rendered only and to a finished
     mp4, in turn.
     """
-    from mostgan.video_writer import (
-        BackgroundWriter,
-        VideoWriter,
-    )  # here: the rest does without PyAV
+    from mostgan.video import VideoWriter  # here: the rest does without PyAV
 
     generator = make_generator(variant, device, config)
     frames = window * (4 if device.type == "cpu" else max(4, 1024 // window))
@@ -104,7 +101,7 @@ def end_to_end(variant, window, device, dtype, repeats, config):
             for pictures in render_video(generator, seed=0, frames=frames, window=window):
                 pictures.cpu()
             rendered = time.perf_counter()
-            with BackgroundWriter(VideoWriter(Path(folder, "sample.mp4"), 25)) as video:
+            with VideoWriter(Path(folder, "sample.mp4"), 25) as video:
                 for pictures in render_video(generator, seed=0, frames=frames, window=window):
                     video.write(pictures[0].cpu())
             times.append((rendered - started, time.perf_counter() - rendered, video.seconds))

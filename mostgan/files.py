@@ -1,8 +1,9 @@
-"""Files that are written whole or not at all, and checksums."""
+"""Files and folders that are written whole or not at all, and checksums."""
 
 import hashlib
 import json
 import os
+import shutil
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -25,6 +26,28 @@ def whole_file(path):
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def whole_folder(path):
+    """Yields a new folder that takes the name `path` when the block ends well, its files synced to
+    the disk before. An older folder of this name goes away then, and not earlier.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    older = path.with_name(f".{path.name}.{os.getpid()}.old.part")
+    try:
+        temporary.mkdir()
+        yield temporary
+        for file in temporary.iterdir():
+            with open(file, "rb") as written:
+                os.fsync(written.fileno())
+        if path.exists():
+            path.rename(older)
+        temporary.rename(path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(older, ignore_errors=True)
 
 
 def write_whole(path, data):

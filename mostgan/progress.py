@@ -13,7 +13,7 @@ from mostgan.config import UserError
 from mostgan.device import peak_memory_mb
 from mostgan.files import write_whole
 from mostgan.rendering import render
-from mostgan.video_writer import VideoWriter, grid, write_png
+from mostgan.video import VideoWriter, film_strips, grid, write_png
 
 GRID_SIDE, GRID_FRAMES = 4, 32  # a snapshot shows 4 × 4 clips of 32 frames …
 STRIP_FRAMES = 8  # … and its png these many frames of each, in a row
@@ -194,11 +194,7 @@ def write_grid(path, clips, fps):
     """
     with VideoWriter(path.with_suffix(".mp4"), fps) as video:
         video.write(grid(clips, GRID_SIDE, GRID_SIDE))
-    length = clips.shape[1]
-    moments = torch.linspace(0, length - 1, min(STRIP_FRAMES, length)).round().long()
-    strips = clips[: 2 * GRID_SIDE, moments].flatten(0, 1).unsqueeze(1)
-    rows = -(-len(strips) // len(moments))
-    write_png(path.with_suffix(".png"), grid(strips, rows, len(moments))[0])
+    write_png(path.with_suffix(".png"), film_strips(clips[: 2 * GRID_SIDE], STRIP_FRAMES))
 
 
 # ----------------------------------------------------------------------------------------- messages

@@ -30,7 +30,7 @@ from mostgan.model import Generator
 from mostgan.prepare import pack, sky
 from mostgan.prepare.reading import Settings
 from mostgan.run import Resume
-from mostgan.video_writer import VideoWriter
+from mostgan.video import VideoWriter
 
 ROOT = Path(__file__).parent.parent
 MODEL = ModelConfig(

@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 from mostgan.config import UserError
-from mostgan.video_writer import VideoWriter
+from mostgan.video import VideoWriter
 
 # ------------------------------------------------------------------------------------ orientation
 

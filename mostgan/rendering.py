@@ -144,6 +144,8 @@ def render_frames(generator, content, motion_code, motion_vectors):
     frames = []
     for i in range(len(motion_code) // clips):
         motion = (pick(of, clips, slice(i, i + 1)) for of in (motion_code, motion_vectors))
+        # In one memory layout, whatever the window: a compiled synthesis is of one.
+        motion = (None if of is None else of.contiguous() for of in motion)
         frames.append(synthesis(content, *motion)[0])
     return torch.stack(frames, dim=1).flatten(0, 1)
 

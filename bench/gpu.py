@@ -26,13 +26,22 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PARTS = {"sample": 360, "train": 480, "tests": 300, "kernels": 300}  # seconds that each may take
+KERNELS = "tests/test_kernels_interpreted.py"
 TESTS = {  # name → pytest's arguments
-    "mostatt, content first": ["tests/interpreted.py", "-k", "mostatt and content_first"],
-    "mostatt, the rest": ["tests/interpreted.py", "-k", "mostatt and not content_first"],
-    "epilogue": ["tests/interpreted.py", "-k", "test_epilogue"],
-    "fir": ["tests/interpreted.py", "-k", "test_fir"],
-    "modconv": ["tests/interpreted.py", "-k", "test_modconv"],
-    "generator": ["tests/interpreted.py", "-k", "test_generator"],
+    "mostatt, content first": [
+        "tests/test_kernels_interpreted.py",
+        "-k",
+        "mostatt and content_first",
+    ],
+    "mostatt, the rest": [
+        "tests/test_kernels_interpreted.py",
+        "-k",
+        "mostatt and not content_first",
+    ],
+    "epilogue": [KERNELS, "-k", "test_epilogue"],
+    "fir": [KERNELS, "-k", "test_fir"],
+    "modconv": [KERNELS, "-k", "test_modconv"],
+    "generator": [KERNELS, "-k", "test_generator"],
     "choose": ["tests/test_choose.py"],
 }
 TARGETS = {
@@ -102,6 +111,7 @@ def run_tests(out, log, limit, dry):
             "-m",
             "pytest",
             "-q",
+            "--noconftest",  # which needs PyAV
             "-p",
             "no:cacheprovider",
         ]

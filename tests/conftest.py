@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import resource
 import signal
 import subprocess
@@ -12,6 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+
+# Without a GPU the Triton kernels are tested by Triton's interpreter, which has to be chosen before
+# they are imported.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 import train as training
 from mostgan import checkpoint

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-import mostgan.augment as augment
+from mostgan import augment
 from mostgan.augment import _SYM6, PIPELINES, apply, draw, on_device, recolor, resample, update_p
 from mostgan.config import UserError
 

@@ -1,5 +1,5 @@
-"""The Triton kernels: against their twins (interpreted.py, in a process of its own) and compiled
-ahead of time.
+"""The ops of kernels/: which implementation runs, what they refuse; the kernels compiled ahead of
+time. test_kernels_interpreted.py compares the kernels with their twins.
 """
 
 import json
@@ -19,7 +19,6 @@ pytest.importorskip(
     "triton", reason="Triton is not installed: CUDA tensors take the plain PyTorch ops"
 )
 ROOT = Path(__file__).parent.parent
-INTERPRET = {} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"}
 SHARED_MEMORY = {
     80: 163 * 1024,
     90: 227 * 1024,
@@ -41,22 +40,6 @@ def run(*command, **environment):
     )
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     return done.stdout
-
-
-@pytest.mark.parametrize("op", ["mostatt", "epilogue", "fir", "modconv", "generator"])
-def test_kernel_matches_twin(op):
-    run(
-        "-m",
-        "pytest",
-        "-q",
-        "-x",
-        "tests/interpreted.py",
-        "-k",
-        f"test_{op}",
-        "-p",
-        "no:cacheprovider",
-        **INTERPRET,
-    )
 
 
 @pytest.fixture(scope="module")
@@ -119,8 +102,3 @@ def test_mostatt_says_what_it_wants(shape, style, message):
 
     with pytest.raises(ValueError, match=message):
         mostatt(torch.zeros(shape), torch.zeros(style))
-
-
-def test_fake_tensors_have_the_shapes_and_strides_of_real_ones():
-    """What a compiler is told of an op agrees with what its launcher makes."""
-    run("tests/interpreted.py", **INTERPRET)

@@ -15,8 +15,8 @@ from mostgan.loss import r1_objective, squared_norm, stacked
 
 TINY = ModelConfig(
     resolution=32,
-    channel_base=128,
-    channel_max=8,
+    channel_base=256,
+    channel_max=16,
     max_num_frames=64,
     discriminator_hidden_dim=8,
     motion_styles=2,
@@ -28,7 +28,7 @@ MODELS = {
     "groups": {"mbstd_group": 2},
     "one group": {"mbstd_group": 1},
     "T = 5": {"frames_per_clip": 5},
-    "64²": {"resolution": 64, "channel_base": 256, "concat_resolution": 8},
+    "64²": {"resolution": 64, "channel_base": 512, "concat_resolution": 8},
 }
 
 
@@ -75,8 +75,8 @@ def compiled(function):
 
 
 def product(D, real, params):
-    """R1 by the product in eager mode, as a GPU takes it without torch.compile: the FIR filter's own
-    forward derivative is in it.
+    """R1 by the product in eager mode, as a GPU takes it without torch.compile: the FIR filter has
+    a forward derivative of its own.
     """
     with mock.patch.object(torch.compiler, "is_compiling", lambda: True):
         return r1_objective(D, real, params)

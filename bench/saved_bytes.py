@@ -27,8 +27,14 @@ do_without("av", "PIL", "tqdm", "tyro")
 
 import train as training
 from mostgan.config import train_preset
-from mostgan.data import Batch
-from mostgan.loss import frozen
+from mostgan.draws import latents_of_piece, random_stream, transforms_of_piece
+from mostgan.loss import (
+    Clips,
+    discriminator_objective,
+    frozen,
+    generator_objective,
+    r1_objective,
+)
 
 CLIPS = SimpleNamespace(lengths=np.full(100, 200), labels=None)
 
@@ -68,22 +74,26 @@ def main():
         config, model=model, batch_clips=args.clips, batch_split=1, precision="float32"
     )
     device = torch.device("cpu")
-    state = training.new_state(config, device)
-    draw = training.Draws(config, CLIPS, device, state)
-    objective = training.objectives(config, "aot_eager")
+    state, rng = training.new_state(config, device), random_stream(0, 0, "G", 0)
     B, T, R = args.clips, model.frames_per_clip, model.resolution
     t = torch.arange(T, dtype=torch.float64).expand(B, T) * 3
-    frames = torch.randint(256, (B, T, 3, R, R), dtype=torch.uint8)
-    (real,) = draw.pieces(Batch(frames, t, torch.zeros(B, 0)))
-    latents, G, D = draw.latents(), state.G, state.D
+    real, fake = (Clips(torch.randn(B * T, 3, R, R), t, None) for _ in ("real", "fake"))
+    transforms = [transforms_of_piece(config, device, rng, 0.4) for _ in range(2)]
+    latents, G, D = latents_of_piece(config, CLIPS, device, rng), state.G, state.D
+    of_generator, of_discriminator, of_r1 = (
+        torch.compile(objective, fullgraph=True, dynamic=False, backend="aot_eager")
+        for objective in (generator_objective, discriminator_objective, r1_objective)
+    )
     runs = {
-        "generator": lambda: objective.generator(G, frozen(D), latents, draw.augmentation(), 0.1),
-        "discriminator": lambda: objective.discriminator(
-            G, D, real, draw.augmentation(), latents, draw.augmentation()
-        ),
-        "r1": lambda: objective.r1(D, real, draw.augmentation()),
+        "generator": lambda: of_generator(G, frozen(D), latents, transforms[0], 0.1),
+        "discriminator": lambda: of_discriminator(D, real, transforms[0], fake, transforms[1]),
+        "r1": lambda: of_r1(D, real, transforms[0]),
     }
-    given = [*G.parameters(), *D.parameters(), *(v for v in (*real, *latents) if v is not None)]
+    given = [
+        *G.parameters(),
+        *D.parameters(),
+        *(v for v in (*real, *fake, *latents) if v is not None),
+    ]
     result = {"ops": args.ops, "clips": B, "torch": torch.__version__, "rows": []}
     for name, run in runs.items():
         run()  # compiles, which hooks would be in the way of

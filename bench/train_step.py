@@ -34,72 +34,70 @@ import train as training
 from mostgan.config import train_preset
 from mostgan.data import Batch
 from mostgan.device import choose_kernels, peak_memory_mb, pick_device
-from mostgan.run import Stats
+from mostgan.progress import Skips, Stats
 
 GFLOP_PER_FRAME = {"paper256": 618}
 CLIPS = SimpleNamespace(lengths=np.full(100, 200), labels=None)
 
 
-class Step:
-    """A training run without a folder, by its phases."""
+PHASES = ("data", "generator", "discriminator", "ema", "ada")  # of every step; R1 is of some
 
-    def __init__(self, config, device, backend="inductor"):
-        self.config, self.device = config, device
+
+class Step:
+    """The trainer's own loop, without a folder, on random clips."""
+
+    def __init__(self, config, device, backend):
         choose_kernels(config.kernels, False, device)
         torch.compiler.reset()
-        self.state, self.stats = training.new_state(config, device), Stats(Path("."), device)
-        self.state.ada_p = 0.2  # what ADA may come to
-        self.objective = training.objectives(config, backend)
+        self.device, self.waits, self.milliseconds = device, False, {}
+        self.state, stats = training.new_state(config, device), Stats(Path("."), device)
+        training.open_batches = self.batches
+        # Where each phase of the loop ends.
+        self.ends("pieces_of", lambda *args: "data")
+        names = {"G": "generator", "D": "discriminator", "R1": "r1"}
+        self.ends("optimize", lambda adam, phase, *args: names[phase])
+        self.ends("update_ema", lambda *args: "ema")
+        self.loop = training.steps(self.state, config, CLIPS, device, stats, Skips(), backend)
+
+    def batches(self, config, clips, device, step):
+        """Yields the same random clips again and again, copied to the device each time."""
         B, T, R = config.batch_clips, config.model.frames_per_clip, config.model.resolution
         t = torch.arange(T, dtype=torch.float64).expand(B, T) * 3
-        batch = Batch(
-            torch.randint(256, (B, T, 3, R, R), dtype=torch.uint8),
-            t,
-            torch.zeros(B, dtype=torch.long),
-        )
-        self.batch = Batch(*(x.pin_memory() for x in batch)) if device.type == "cuda" else batch
+        frames = torch.randint(256, (B, T, 3, R, R), dtype=torch.uint8)
+        batch = Batch(frames, t, torch.zeros(B, 0))
+        if device.type == "cuda":
+            batch = Batch(*(x.pin_memory() for x in batch))
+        while True:
+            yield Batch(*(x.to(device, non_blocking=True) for x in batch))
 
-    def data(self):
-        self.draw = training.Draws(self.config, CLIPS, self.device, self.state)
-        self.real = self.draw.pieces(
-            Batch(*(x.to(self.device, non_blocking=True) for x in self.batch))
-        )
+    def ends(self, name, phase_of):
+        """Has the trainer's function `name` end a phase: phase_of(its arguments)."""
+        function = ORIGINAL.setdefault(name, getattr(training, name))
 
-    def generator(self):
-        self.fakes = training.generator_step(
-            self.state, self.draw, self.objective.generator, self.config, self.stats
-        )
+        def ending(*args):
+            result = function(*args)
+            self.mark(phase_of(*args))
+            return result
 
-    def discriminator(self):
-        training.discriminator_step(
-            self.state,
-            self.real,
-            self.fakes,
-            self.draw,
-            self.objective.discriminator,
-            self.config,
-            self.stats,
-        )
+        setattr(training, name, ending)
 
-    def r1(self):
-        training.r1_step(
-            self.state, self.real, self.draw, self.objective.r1, self.config, self.stats
-        )
+    def mark(self, phase):
+        if self.waits:
+            synchronize(self.device)
+            now = time.perf_counter()
+            self.milliseconds[phase] = self.milliseconds.get(phase, 0.0) + 1e3 * (now - self.begun)
+            self.begun = now
 
-    def ema(self):
-        training.update_ema(self.state, self.config)
-        self.state.step += 1
+    def __call__(self, r1=False, waits=False):
+        """One step, with R1 if asked for. waits: for each phase, adding up their milliseconds."""
+        self.state.step = 0 if r1 else 1  # R1 is of every r1_interval-th step
+        self.state.ada_p = 0.2  # what ADA may come to
+        self.waits, self.begun = waits, time.perf_counter()
+        next(self.loop)
+        self.mark("ada")
 
-    def ada(self):
-        training.adjust_ada(self.state, self.config)
-        self.state.ada_p = 0.2
 
-    PHASES = ("data", "generator", "discriminator", "ema", "ada")  # of every step; R1 is of some
-
-    def __call__(self):
-        """One step without R1, nothing waiting in between."""
-        for phase in self.PHASES:
-            getattr(self, phase)()
+ORIGINAL = {}  # functions of train.py that a Step has replaced
 
 
 def measure(config, device, steps, result, backend):
@@ -108,42 +106,32 @@ def measure(config, device, steps, result, backend):
     """
     started = time.perf_counter()
     step = Step(config, device, backend)
-    row = {
-        "kernels": config.kernels,
-        "compiled": config.compile,
-        "batch_split": config.batch_split,
-        "phases_ms": {},
-    }
+    row = {"kernels": config.kernels, "compiled": config.compile, "batch_split": config.batch_split}
+    row["phases_ms"] = {}
     result["rows"].append(row)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-
-    def timed(run, times):
-        synchronize(device)
-        begun = time.perf_counter()
-        for _ in range(times):
-            run()
-        synchronize(device)
-        return 1e3 * (time.perf_counter() - begun) / times
-
-    for name in (
-        Step.PHASES
-    ):  # the first time compiles, and chooses kernels; the second lets CUDA graphs settle
-        getattr(step, name)()
+    step()  # compiles, and chooses kernels; the second one lets CUDA graphs settle
+    synchronize(device)
     row["first_step_seconds"] = time.perf_counter() - started
     step()
     row["kernels_chosen"] = kernels.summary(device)
-    for name in Step.PHASES:
-        row["phases_ms"][name] = 0.0
+    synchronize(device)
     for _ in range(3):
-        for name in Step.PHASES:
-            row["phases_ms"][name] += timed(getattr(step, name), 1) / 3
-    row["ms_per_step_without_r1"] = timed(step, steps)
+        step(waits=True)
+    row["phases_ms"] = {phase: step.milliseconds[phase] / 3 for phase in PHASES}
+    began = time.perf_counter()
+    for _ in range(steps):
+        step()
+    synchronize(device)
+    row["ms_per_step_without_r1"] = 1e3 * (time.perf_counter() - began) / steps
     row["peak_memory_mb"] = peak_memory_mb(device)
     yield row
-    step.data()
-    step.r1()
-    row["phases_ms"]["r1"] = timed(step.r1, 3) / config.r1_interval  # its share of a step
+    step(r1=True)
+    synchronize(device)
+    for _ in range(3):
+        step(r1=True, waits=True)
+    row["phases_ms"]["r1"] = step.milliseconds["r1"] / 3 / config.r1_interval  # its share of a step
     row["ms_per_step"] = row["ms_per_step_without_r1"] + row["phases_ms"]["r1"]
     row["frames_per_second"] = 1e3 * config.frames_per_step / row["ms_per_step"]
     row["peak_memory_mb"] = peak_memory_mb(device)

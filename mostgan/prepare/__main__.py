@@ -9,6 +9,7 @@ import tyro
 from mostgan.config import UserError
 from mostgan.prepare import data_sets
 from mostgan.prepare.reading import printable
+from mostgan.program import run_program
 
 
 def prepare(
@@ -57,8 +58,7 @@ def prepare(
         check: verify this packed folder, every byte, and do nothing else.
     """
     if check is not None:
-        _check(check)
-        return
+        return _check(check)
     if src is None or dst is None or resolution is None:
         raise UserError("give SRC, DST and --resolution, or --check DST; --help explains")
     options = dict(
@@ -75,22 +75,13 @@ def _check(path):
     for line in wrong:
         print(f"error: {line}", file=sys.stderr)
     if wrong:
-        sys.exit(2)
+        return 2
     print(f"checked   {path}: every byte is as it was written")
 
 
 def main():
-    for stream in (sys.stdout, sys.stderr):
-        # A name that the terminal cannot print ends nothing.
-        stream.reconfigure(errors="backslashreplace")
-    try:
-        tyro.cli(prepare, prog="python -m mostgan.prepare")
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on where this one stopped", file=sys.stderr)
-        sys.exit(130)
+    again = "interrupted; the same command goes on where this one stopped"
+    run_program(lambda: tyro.cli(prepare, prog="python -m mostgan.prepare"), interrupted=again)
 
 
 if __name__ == "__main__":

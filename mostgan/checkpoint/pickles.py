@@ -11,7 +11,6 @@ keeps what it remembers in a dictionary, whatever indices a file chooses, and it
 table, in which a few are replaced here.
 """
 
-import copy
 import functools
 import io
 import math
@@ -27,7 +26,7 @@ import torch
 from mostgan.config import UserError
 
 MOST_BYTES = 2**33  # of a file; a snapshot at 1024² has about 2 GB
-MOST_READS = 4_000_000  # of a pickle's instructions and their arguments; a snapshot has some 400,000
+MOST_READS = 3_000_000  # steps of reading pickles; a snapshot takes some 100,000
 SHARED = 2**22  # numbers that tensors may have beyond those of their storages: shared filters
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # begins a file of torch.save from before its zip format
 LEGACY_PROTOCOL = 1001
@@ -203,7 +202,8 @@ class PackedStorage(Fixed):
     @functools.cached_property
     def opened(self):
         """The Storage in it."""
-        found = _read_any(copy.copy(self.source), whole=False)  # the bytes may serve others, too
+        of = self.source  # which other storages of a hostile file may have as well
+        found = _read_any(Source(of.file, of.at, of.end, of.budget), whole=False)
         if not isinstance(found, Storage):
             raise Refused(f"a tensor's storage holds a {type(found).__name__}")
         return found

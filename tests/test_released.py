@@ -334,7 +334,7 @@ def test_what_only_the_tensors_tell_is_said_to_be_inferred(tmp_path, capsys):
     inferred = capsys.readouterr().out.partition("inferred from the tensors alone: ")[2]
     for name in ("motion_distance", "motion_styles", "rank", "w_dim"):
         assert name in inferred
-    with pytest.raises(UserError, match="motion_distance is 16 .* but 8 in --motion-distance"):
+    with pytest.raises(UserError, match="motion_distance is 8 by --motion-distance, but 16 by"):
         read_released(write(tmp_path / "told.pkl", snapshot(*made)), motion_distance=8)
 
 

@@ -523,8 +523,8 @@ def storage_dtype(name):
 
 def shown(value):
     """A value of the file, fit to be printed: short, and without control characters. Of a container
-    it is the kind: to print what is in one may take time without bound.
+    it is the type alone: what is in it may take time without bound to print.
     """
     plain = value is None or isinstance(value, str | int | float)
-    text = ascii(str(value)).strip("'") if plain else f"a {type(value).__name__}"
+    text = ascii(str(value) if plain else type(value).__name__).strip("'")
     return text if len(text) <= 80 else text[:77] + "..."

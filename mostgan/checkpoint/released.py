@@ -27,6 +27,7 @@ from mostgan.motion import content_latent
 HALF_PRECISION_LAYERS = 4  # the highest resolutions, which the release runs so (spec §6)
 MOST_MODULES, MOST_TENSORS, DEEPEST = 2000, 10_000, 20  # of a network; usually 130, 200 and 6
 MOST_STEPS = 200  # nodes and references to be followed for one value of a configuration
+MOST_NUMBER = 2**31  # in a configuration
 MOST_GROUP = 2**16  # clips whose statistics the discriminator pools; usually 4
 MOST_CLASSES, CLASS_LATENTS, CLASS_SEED = 4096, 1000, 2**40  # for the mean w of each class
 USUAL_FPS = 25.0  # of data sets, where a file does not tell
@@ -247,22 +248,22 @@ def read_networks(path, names):
     """
     if path.suffix == ".safetensors":
         found = _read_safetensors(path, names)
-        return {name: Network(found[name]) for name in _present(path, found, names)}, True
+        _check_present(path, found, names)
+        return {name: Network(found[name]) for name in names}, True
     with pickles.opened(path) as found:
         if isinstance(found, Inert) or _is_state(found):  # one network alone
             found = {names[0]: found}
         if not isinstance(found, dict):
             raise UserError(f"{path} holds no networks by name (G, D, G_ema)")
-        networks = {name: _network(found[name]) for name in _present(path, found, names)}
-        return networks, _are_classes(found.get("vis"))
+        _check_present(path, found, names)
+        return {name: _network(found[name]) for name in names}, _are_classes(found.get("vis"))
 
 
-def _present(path, found, names):
+def _check_present(path, found, names):
     missing = [name for name in names if name not in found]
     if missing:
         held = ascii(", ".join(key[:20] for key in list(found)[:8] if type(key) is str))[1:-1]
         raise UserError(f"{path} has no {missing[0]}" + (f", only {held}" if held else ""))
-    return names
 
 
 def _are_classes(vis):
@@ -395,7 +396,7 @@ def look_up(cfg, path):
 
     value = walk(root if path.startswith("model.") else cfg, path.split("."))
     if isinstance(value, list):
-        return [_plain(content(item)) for item in value[:MOST_STEPS]]
+        return [content(item) for item in value]
     return _plain(value)
 
 
@@ -415,7 +416,7 @@ def _plain(value):
 
 
 def _number(value, what):
-    if type(value) not in (int, float) or not math.isfinite(value):
+    if type(value) not in (int, float) or not abs(value) <= MOST_NUMBER:
         raise UserError(f"{what} is {_said(value)}, but must be a number")
     return int(value) if value == int(value) else value
 
@@ -639,18 +640,12 @@ def _say_attributes(evidence, network):
 
 
 def _channels(generator, resolutions):
-    """channel_base and channel_max, of which tensors show only what they come to."""
+    """channel_base and channel_max, of which the tensors show only what they come to."""
     state, base = generator.state, generator.arguments("", "synthesis_kwargs")
     stored = {r: _shape(state, f"synthesis.b{r}.conv1.weight", 4)[0] for r in resolutions}
     base, most = (base.get(name) for name in ("channel_base", "channel_max"))
     if any(type(value) is not int or value < 1 for value in (base, most)):
         base, most = max(r * c for r, c in stored.items()), max(stored.values())
-    for r, channels in stored.items():
-        if channels != min(base // r, most):
-            raise UserError(
-                f"its channel_base {base} and channel_max {most} give {min(base // r, most)} "
-                f"channels at {r}, but its tensors have {channels}"
-            )
     return dict(channel_base=base, channel_max=most)
 
 

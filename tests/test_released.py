@@ -336,7 +336,7 @@ def test_what_only_the_tensors_tell_is_said_to_be_inferred(tmp_path, capsys):
     inferred = capsys.readouterr().out.partition("inferred from the tensors alone: ")[2]
     for name in ("motion_distance", "motion_styles", "rank", "w_dim"):
         assert name in inferred
-    with pytest.raises(UserError, match="motion_distance is 16 .* but 8 in --motion-distance"):
+    with pytest.raises(UserError, match="motion_distance is 8 by --motion-distance, but 16 by"):
         read_released(write(tmp_path / "told.pkl", snapshot(*made)), motion_distance=8)
 
 
@@ -775,6 +775,8 @@ def hostile():
     file = io.BytesIO()
     torch.save(torch.zeros(2**20)._typed_storage(), file, _use_new_zipfile_serialization=False)
     loaded = file.getvalue()
+    ones = b"K\x01" * 100_000
+    numbered = b"".join(b"J" + i.to_bytes(4, "little") + b"N" for i in range(100_000))
     bomb = zip_of(b"\0" * 2**27, compression=zipfile.ZIP_DEFLATED)
     return {
         "a name alone": (dict(snapshot(*networks()), callback=os.system), "posix.system"),
@@ -831,10 +833,18 @@ def hostile():
             "resample_filter is not what",
         ),
         "length of 2⁶²": (huge, "damaged"),
-        "memo of 2³²": (b"\x80\x02]r\xff\xff\xff\xff.", "remembers"),
+        "memo of 2³²": (b"\x80\x02]r\xff\xff\xff\xff.", "no networks"),
         "memory by repetition": (amplified, "more memory"),
-        "tuples 300,000 deep": (b"\x80\x02)" + b"\x85" * 300_000 + b".", "tuples"),
-        "a deep key": (b"\x80\x02})" + b"\x85" * 300_000 + b"Ns.", "tuples"),
+        "tuples 300,000 deep": (b"\x80\x02)" + b"\x85" * 300_000 + b".", "no networks"),
+        "a deep key": (b"\x80\x02})" + b"\x85" * 300_000 + b"Ns.", "has no G_ema"),
+        "a key of 2⁶⁰ parts": (b"\x80\x02})" + b"2\x86" * 60 + b"Ns.", "has no G_ema"),
+        "a set with 2⁶⁰ parts": (b"\x80\x04\x8f()" + b"2\x86" * 60 + b"\x90.", "no networks"),
+        "sets by repetition": (copies(b"__builtin__\nset", b"]q\x00(" + ones + b"e0"), "steps"),
+        "dictionaries by repetition": (
+            copies(b"collections\nOrderedDict", b"}q\x00(" + numbered + b"u0"),
+            "steps",
+        ),
+        "steps without end": (b"\x80\x02" + b"}" * 5_000_000 + b".", "steps"),
         "extension registry": (b"\x80\x02\x82\x01.", "damaged"),
         "protocol 0's INST": (b"(ios\nsystem\n.", "os.system"),
         "persistent id": (b"\x80\x02NQ.", "outside of itself"),
@@ -844,6 +854,12 @@ def hostile():
         "empty": (b"", "at least one"),
         "text": (b"<html>not found</html>", "damaged"),
     }
+
+
+def copies(function, made):
+    """A pickle that makes a container, and then 100,000 others of it."""
+    call = b"c" + function + b"\nq\x02h\x00\x85R"
+    return b"\x80\x02" + made + b"](" + call + b"h\x02h\x00\x85R" * 100_000 + b"e."
 
 
 def _reading(loaded):

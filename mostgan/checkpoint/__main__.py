@@ -19,8 +19,9 @@ from mostgan.checkpoint import (
     write_json,
     write_tensors,
 )
-from mostgan.checkpoint.released import read_released, sha256
+from mostgan.checkpoint.released import read_released
 from mostgan.config import UserError
+from mostgan.files import sha256_of
 
 
 def import_released(
@@ -131,7 +132,7 @@ def _provenance(path):
     """Where a checkpoint comes from: provenance.json of an import, or the config of the run that it
     lies in.
     """
-    known = {"model.safetensors SHA-256": sha256(path / "model.safetensors")}
+    known = {"model.safetensors SHA-256": sha256_of(path / "model.safetensors")}
     if (path / "provenance.json").exists():
         return known | read_file(path / "provenance.json", json.loads)
     if (path.parent / "config.json").exists() and (path / "training.json").exists():

@@ -7,13 +7,13 @@ frames = program(z, t, noise, first_anchor, psi)  # uint8 [B, T, 3, H, W]
 
 import dataclasses
 import json
-import uuid
 import warnings
 
 import torch
 from torch import nn
 
 from mostgan.config import UserError
+from mostgan.files import whole_file
 from mostgan.model import Generator
 from mostgan.motion import FRAME_ANCHORS, motion_noise
 from mostgan.rendering import to_uint8
@@ -66,12 +66,8 @@ def export_window(generator: Generator, clips=1) -> torch.export.ExportedProgram
         first_anchor,
         torch.tensor(1.0),
     ]
-    # The bounds are those of Generator.render: times up to 10⁸ frames; windows beyond 2¹⁶ fit in no
-    # memory.
-    frames, anchors = (
-        torch.export.Dim("frames", min=1, max=2**16),
-        torch.export.Dim("anchors", min=FRAME_ANCHORS),
-    )
+    frames = torch.export.Dim("frames", min=1, max=2**16)  # more fit in no memory
+    anchors = torch.export.Dim("anchors", min=FRAME_ANCHORS)
     open_shapes = [{}, {1: frames}, {1: anchors}, {}, {}]
     if config.num_labels:
         inputs.append(torch.eye(config.num_labels)[[0] * clips])
@@ -81,9 +77,8 @@ def export_window(generator: Generator, clips=1) -> torch.export.ExportedProgram
         program = torch.export.export(
             WindowRenderer(generator), tuple(inputs), dynamic_shapes=tuple(open_shapes)
         )
-        return program.run_decompositions(
-            {}
-        )  # nothing of autograd or autocast remains: only ATen's own operations
+        # Nothing of autograd or autocast remains: only ATen's own operations.
+        return program.run_decompositions({})
 
 
 def export_file(generator, path, clips=1):
@@ -98,20 +93,11 @@ def export_file(generator, path, clips=1):
         raise UserError(f"{path} is there already: choose another name")
     if clips < 1:
         raise UserError(f"--clips is {clips}, but must be at least 1")
-    program, config = export_window(generator, clips), generator.config
-    values = dataclasses.asdict(config)
-    label = LABEL_USAGE.format(**values, clips=clips) if config.num_labels else ""
+    program, values = export_window(generator, clips), dataclasses.asdict(generator.config)
+    label = LABEL_USAGE.format(**values, clips=clips) if values["num_labels"] else ""
     usage = USAGE.format(**values, clips=clips, label=label)
-    temporary = path.with_name(f".{uuid.uuid4().hex}.pt2")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)
-            torch.export.save(
-                program,
-                temporary,
-                extra_files={"config.json": json.dumps(values, indent=2), "usage.txt": usage},
-            )
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    inside = {"config.json": json.dumps(values, indent=2), "usage.txt": usage}
+    with whole_file(path) as file, warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        torch.export.save(program, file, extra_files=inside)
     return usage

@@ -1,33 +1,32 @@
-"""Pickles read as data: a restricted `pickle.Unpickler` that resolves no name and runs nothing of
-the file.
+"""Pickles read as data: an unpickler that resolves no name and runs nothing of the file.
 
 A pickle may name any function and call it, which is why `pickle.load` of a stranger's file runs the
 stranger's code. Here `find_class` admits the names that network snapshots are made of, and gives
 for each an inert stand-in: a class whose objects only keep what the file says of them, or, for
 tensors, a note of where their numbers lie in the file. Numbers are read when somebody asks for
 them, so the optimizers of a snapshot cost neither time nor memory.
+
+The base is `pickle._Unpickler`, the standard library's unpickler in Python. Unlike the one in C it
+keeps what it remembers in a dictionary, whatever indices a file chooses, and its instructions are a
+table, in which a few are replaced here.
 """
 
+import functools
 import io
 import math
 import pickle
-import pickletools
 import re
-import secrets
 import zipfile
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from mostgan.config import UserError
 
 MOST_BYTES = 2**33  # of a file; a snapshot at 1024² has about 2 GB
-MOST_INSTRUCTIONS = 2_000_000  # a snapshot has some 400,000
-DEEPEST_TUPLE = 100  # the unpickler hashes keys by recursion, which would overflow the C stack
-LARGE = (
-    2**16
-)  # bytes; longer strings lie outside of pickle's frames, and are noted rather than read
+MOST_READS = 3_000_000  # steps of reading pickles; a snapshot takes some 100,000
 SHARED = 2**22  # numbers that tensors may have beyond those of their storages: shared filters
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # begins a file of torch.save from before its zip format
 LEGACY_PROTOCOL = 1001
@@ -54,6 +53,22 @@ PERSISTENT = re.compile(r"(\w+\.)*persistence\._reconstruct_persistent_obj")
 
 class Refused(Exception):
     """The file holds something that it must not; the text says what."""
+
+
+@dataclass
+class Budget:
+    """What reading a file may still take: bytes that are copied, and steps of its pickles."""
+
+    bytes: int
+    reads: int = MOST_READS
+
+    def spend(self, bytes=0, reads=0):
+        self.bytes -= bytes
+        self.reads -= reads
+        if self.bytes < 0:
+            raise Refused("its tensors ask for more memory than the whole file has bytes")
+        if self.reads < 0:
+            raise Refused(f"its pickles take more than {MOST_READS:,} steps")
 
 
 # ----------------------------------------------------------------------------------- stand-ins
@@ -84,15 +99,33 @@ class Dictionary(dict):
 
     __hash__ = object.__hash__
 
-    def __init__(self, *args):
-        super().__init__(args[0] if args and isinstance(args[0], list | dict) else ())
+    def __init__(self, items=(), *_):
+        items = items if isinstance(items, list | dict) else ()  # else a defaultdict's default
+        self.budget.spend(reads=len(items))
+        super().__init__(items)
 
     def __setstate__(self, state):
         pass  # attributes of a dictionary are not its content
 
 
-class Function:
-    """Stands for a function that a pickle may call. Its attributes cannot be set from the file."""
+class Tuple(tuple):
+    """A tuple whose hash is its identity. To hash tuples within tuples takes time without bound if
+    they share their parts, and without it overflows the stack if they are deep enough.
+    """
+
+    __slots__ = ()
+    __hash__ = object.__hash__
+
+
+class Fixed:
+    """The base of stand-ins that a file cannot change."""
+
+    def __setstate__(self, state):
+        raise Refused(f"it sets the state of a {type(self).__name__.lower()}")
+
+
+class Function(Fixed):
+    """Stands for a function that a pickle may call."""
 
     def __init__(self, call):
         self.call = call
@@ -100,39 +133,87 @@ class Function:
     def __call__(self, *args):
         return self.call(*args)
 
-    def __setstate__(self, state):
-        raise Refused("it sets the state of a function")
+
+class Source(Fixed):
+    """A stretch of a file, as pickle reads it. It also stands for a string of bytes in a pickle,
+    which is read when it is needed.
+    """
+
+    def __init__(self, file, start, end, budget):
+        self.file, self.at, self.end, self.budget = file, start, end, budget
+
+    def read(self, count):
+        """The next bytes. Raises EOFError if there are not so many."""
+        return self.part(count).rest()
+
+    def rest(self):
+        """All bytes that are left."""
+        self.file.seek(self.at)
+        return self.file.read(self.end - self.at)
+
+    def part(self, count):
+        """The next bytes, as a Source."""
+        self.budget.spend(reads=1)
+        if count > self.end - self.at:
+            raise EOFError("it is cut short")
+        self.at += count
+        return Source(self.file, self.at - count, self.at, self.budget)
+
+    def readline(self):
+        self.budget.spend(reads=1)
+        self.file.seek(self.at)
+        line = self.file.readline(self.end - self.at)
+        self.at += len(line)
+        return line
 
 
 @dataclass(eq=False)
-class Storage:
-    """Numbers in the file: `numel` of dtype, to be had from read_into(buffer)."""
+class Storage(Fixed):
+    """Numbers in the file: `numel` of dtype. read_bytes() gives them, and is None for a storage
+    that a file names and does not have.
+    """
 
     dtype: torch.dtype
     numel: int
-    budget: "Budget"
-    read_into: object = None
+    budget: Budget
+    read_bytes: Any = None
 
-    def __setstate__(self, state):
-        raise Refused("it sets the state of a tensor's storage")
+    @property
+    def opened(self):
+        return self
 
     def read(self):
         """The numbers, in one dimension."""
-        if self.read_into is None:
-            raise Refused("a tensor's storage is missing")
         self.budget.spend(bytes=self.numel * self.dtype.itemsize)
-        numbers = torch.empty(self.numel, dtype=self.dtype)
-        buffer = memoryview(numbers.view(torch.uint8).numpy())
-        if self.numel and self.read_into(buffer) != len(buffer):
+        if self.read_bytes is None:
+            raise Refused("a tensor's storage is missing")
+        numbers = bytearray(self.read_bytes())
+        if len(numbers) != self.numel * self.dtype.itemsize:
             raise Refused("a tensor's storage is cut short")
-        return numbers
+        return torch.frombuffer(numbers, dtype=self.dtype) if numbers else torch.empty(0)
+
+
+class PackedStorage(Fixed):
+    """A storage that was pickled on its own, as the bytes of a torch.save file of it."""
+
+    def __init__(self, source):
+        self.source = source
+
+    @functools.cached_property
+    def opened(self):
+        """The Storage in it."""
+        of = self.source  # which other storages of a hostile file may have as well
+        found = _read_any(Source(of.file, of.at, of.end, of.budget), whole=False)
+        if not isinstance(found, Storage):
+            raise Refused(f"a tensor's storage holds a {type(found).__name__}")
+        return found
 
 
 @dataclass(eq=False)
 class Tensor:
     """A view of a storage. Hashable, for optimizers have parameters as keys."""
 
-    storage: Storage
+    storage: Storage | PackedStorage
     offset: int
     size: tuple[int, ...]
     stride: tuple[int, ...]
@@ -142,16 +223,13 @@ class Tensor:
 
     def check(self):
         """Raise Refused if the view reaches out of its storage."""
-        numbers, room = (self.offset, *self.size, *self.stride), self.storage.numel
+        numbers, room = (self.offset, *self.size, *self.stride), self.storage.opened.numel
         whole = all(type(n) is int and 0 <= n < 2**62 for n in numbers)
         if not whole or len(self.size) != len(self.stride):
             raise Refused("a tensor has no proper shape")
         last = self.offset + sum((n - 1) * step for n, step in zip(self.size, self.stride))
-        if (
-            0 not in self.size
-            and (last >= room or math.prod(self.size) > room)
-            or self.offset > room
-        ):
+        inside = 0 in self.size or last < room and math.prod(self.size) <= room
+        if not inside or self.offset > room:
             raise Refused(
                 f"a tensor of shape {self.size} does not fit its storage of {room} numbers"
             )
@@ -167,13 +245,13 @@ def read_tensors(tensors):
     of_storage = {}
     for name, tensor in tensors.items():
         tensor.check()
-        of_storage.setdefault(id(tensor.storage), []).append(name)
-    room = SHARED + sum(tensors[names[0]].storage.numel for names in of_storage.values())
+        of_storage.setdefault(tensor.storage.opened, []).append(name)
+    room = SHARED + sum(storage.numel for storage in of_storage)
     if sum(math.prod(tensor.size) for tensor in tensors.values()) > room:
         raise Refused("its tensors overlap, and are together far more than the file holds")
     read = {}
-    for names in of_storage.values():
-        numbers = tensors[names[0]].storage.read()
+    for storage, names in of_storage.items():
+        numbers = storage.read()
         for name in names:
             of = tensors[name]
             view = numbers.as_strided(of.size, of.stride, of.offset)
@@ -185,95 +263,13 @@ def read_tensors(tensors):
 # ------------------------------------------------------------------------------------- reading
 
 
-@dataclass
-class Budget:
-    """What reading a file may still take: bytes that are copied, and instructions of its
-    pickles.
-    """
-
-    bytes: int
-    instructions: int = MOST_INSTRUCTIONS
-    nested: bool = False  # inside a tensor's own bytes
-
-    def spend(self, bytes=0, instructions=0):
-        self.bytes -= bytes
-        self.instructions -= instructions
-        if self.bytes < 0:
-            raise Refused("its tensors ask for more memory than the whole file has bytes")
-        if self.instructions < 0:
-            raise Refused(f"it has more than {MOST_INSTRUCTIONS:,} instructions")
-
-
-class Source:
-    """A stretch of a file, as pickle reads it. Long byte strings are noted and passed over (see
-    `readinto`).
-    """
-
-    def __init__(self, file, start, end):
-        self.file, self.at, self.end = file, start, end
-        self.token, self.noted, self.skimming = secrets.token_bytes(16), [], False
-
-    def tell(self):
-        return self.at
-
-    def _next(self, count):
-        count = min(count, self.end - self.at)
-        self.file.seek(self.at)
-        self.at += count
-        return count
-
-    def read(self, count):
-        if self.skimming and LARGE <= count <= self.end - self.at:
-            self.at += count
-            return bytes(count)  # only its length is looked at
-        return self.file.read(self._next(count))
-
-    def readline(self):
-        self.file.seek(self.at)
-        line = self.file.readline(self.end - self.at)
-        self.at += len(line)
-        return line
-
-    def readinto(self, buffer):
-        """Fill the buffer; or, if it is for a long byte string, only note where that string lies in
-        the file.
-
-        The unpickler has made an uninitialized byte string, and keeps it to the end. What is not
-        written to takes no memory; `bytes_at` knows such a string by the token at its beginning.
-        """
-        if len(buffer) < LARGE:
-            return self.file.readinto(memoryview(buffer)[: self._next(len(buffer))])
-        start, count = self.at, self._next(len(buffer))
-        head = self.token + len(self.noted).to_bytes(8, "little")
-        buffer[: len(head)] = head
-        self.noted.append((start, start + count))
-        return count
-
-    def bytes_at(self, raw):
-        """A byte string that the unpickler handed on → the Source of its bytes."""
-        if raw[:16] == self.token and len(raw) >= LARGE:
-            return Source(self.file, *self.noted[int.from_bytes(raw[16:24], "little")])
-        return Source(io.BytesIO(raw), 0, len(raw))
-
-    def numbers(self, start, count):
-        """A function that reads `count` bytes from `start` on into a buffer."""
-        if start + count > self.end:
-            raise Refused("a tensor's storage is cut short")
-
-        def read_into(buffer):
-            self.file.seek(start)
-            return self.file.readinto(buffer)
-
-        return read_into
-
-
 @contextmanager
 def opened(path):
     """What a pickle, or a file of torch.save (zip or the format before it), holds, as data; see the
     module's docstring.
 
     Tensors can be read while it is open. Raises UserError on anything else than tensors and inert
-    objects, and on a damaged file; also for what is Refused inside the `with` statement.
+    objects, and on a damaged file; also for what goes wrong inside the `with` statement.
     """
     if not path.is_file():
         raise UserError(f"{path} is not a file")
@@ -284,240 +280,133 @@ def opened(path):
         )
     with open(path, "rb") as file:
         try:
-            try:
-                value = _read_any(Source(file, 0, size), Budget(2 * size + 2**20))
-            except (Refused, MemoryError, OSError):
-                raise
-            except Exception as error:  # a damaged file makes pickle and zipfile run into anything
-                detail = ascii(str(error).partition("\n")[0][:200] or type(error).__name__)[1:-1]
-                raise UserError(f"{path} is damaged, or no pickle of networks: {detail}") from None
-            yield value
+            yield _read_any(Source(file, 0, size, Budget(2 * size + 2**20)))
+        except (UserError, OSError):
+            raise
         except Refused as error:
             raise UserError(f"{path} is refused, and nothing in it was executed: {error}") from None
         except MemoryError:
             raise UserError(f"{path} asks for more memory than there is") from None
+        except Exception as error:  # a damaged file makes pickle and zipfile run into anything
+            detail = ascii(str(error).partition("\n")[0][:200] or type(error).__name__)[1:-1]
+            raise UserError(f"{path} is damaged, or no pickle of networks: {detail}") from None
 
 
-def _read_any(source, budget):
-    """A zip or legacy file of torch.save, or a plain pickle."""
-    start = source.at
-    if source.read(4) == b"PK\x03\x04":
-        return _read_zip(source, start, budget)
+def _read_any(source, whole=True):
+    """A zip or legacy file of torch.save, or a plain pickle. whole: the source is a whole file."""
+    start, head = source.at, source.read(4)
     source.at = start
-    first = _load(source, budget)
+    if head == b"PK\x03\x04":
+        return _read_zip(source, whole)
+    first = SafeUnpickler(source).load()
     if type(first) is not int or first != LEGACY_MAGIC:
         return first
-    protocol, system, storages = _load(source, budget), _load(source, budget), {}
+    protocol, system = SafeUnpickler(source).load(), SafeUnpickler(source).load()
     little = isinstance(system, dict) and system.get("little_endian") is True
     if protocol != LEGACY_PROTOCOL or not little:
         raise Refused("it is no file of torch.save from a little-endian machine")
+    storages = {}
 
     def storage_of(dtype, key, numel):
-        return storages.setdefault(key, Storage(dtype, numel, budget))
+        return storages.setdefault(key, Storage(dtype, numel, source.budget))
 
-    value = _load(source, budget, storage_of)
-    for key in _load(source, budget):
+    value = SafeUnpickler(source, storage_of).load()
+    for key in SafeUnpickler(source).load():
         storage = storages.get(key) if type(key) is str else None
         numel = int.from_bytes(source.read(8), "little")
-        if storage is None or numel != storage.numel or storage.read_into is not None:
+        if storage is None or numel != storage.numel or storage.read_bytes is not None:
             raise Refused("the storages it lists are not those it has")
-        count = numel * storage.dtype.itemsize
-        storage.read_into = source.numbers(source.at, count)
-        source.at += count
+        storage.read_bytes = source.part(numel * storage.dtype.itemsize).rest
     return value
 
 
-def _read_zip(source, start, budget):
+def _read_zip(source, whole):
     """A zip file of torch.save: <name>/data.pkl, and the bytes of each storage in
     <name>/data/<key>.
     """
-    if isinstance(source.file, io.BytesIO):
-        file = source.file
-    elif (start, source.end) == (0, source.file.seek(0, 2)):
-        file = source.file
-    else:  # a storage within a pickle
-        budget.spend(bytes=source.end - start)
-        source.file.seek(start)
-        file = io.BytesIO(source.file.read(source.end - start))
-    archive = zipfile.ZipFile(file)
+    archive = zipfile.ZipFile(source.file if whole else io.BytesIO(source.rest()))
     entries, storages = {info.filename: info for info in archive.infolist()}, {}
-    budget.spend(instructions=len(entries))
-    roots = [
-        name.removesuffix("data.pkl") for name in entries if re.fullmatch(r"[^/]+/data\.pkl", name)
-    ]
+    roots = [name for name in entries if re.fullmatch(r"[^/]+/data\.pkl", name)]
     if len(roots) != 1:
         raise Refused("it is a zip file, but not one of torch.save")
-
-    def entry(name):
-        info = entries[roots[0] + name]
-        if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
-            raise Refused("it is compressed, which torch.save never does")
-        return info
-
-    def content(name):
-        budget.spend(bytes=entry(name).file_size)
-        return archive.read(entry(name))
+    root = roots[0].removesuffix("data.pkl")
+    if any(info.compress_type != zipfile.ZIP_STORED for info in entries.values()):
+        raise Refused("it is compressed, which torch.save never does")
 
     def storage_of(dtype, key, numel):
-        if key not in storages:
-            info = entry(f"data/{key}")
-            if info.file_size != numel * dtype.itemsize:
-                raise Refused(
-                    f"a tensor's storage has {info.file_size} bytes, not {numel * dtype.itemsize}"
-                )
-            storages[key] = Storage(
-                dtype, numel, budget, lambda buffer: _read_entry(archive, info, buffer)
+        info = entries[f"{root}data/{key}"]
+        if info.file_size != numel * dtype.itemsize:
+            raise Refused(
+                f"a tensor's storage has {info.file_size} bytes, not {numel * dtype.itemsize}"
             )
-        return storages[key]
+        read_bytes = functools.partial(archive.read, info)
+        return storages.setdefault(key, Storage(dtype, numel, source.budget, read_bytes))
 
-    if roots[0] + "byteorder" in entries and content("byteorder") != b"little":
+    if root + "byteorder" in entries and archive.read(root + "byteorder") != b"little":
         raise Refused("it is no file of torch.save from a little-endian machine")
-    pickled = content("data.pkl")
-    return _load(Source(io.BytesIO(pickled), 0, len(pickled)), budget, storage_of)
-
-
-def _read_entry(archive, info, buffer):
-    done = 0
-    try:
-        with archive.open(info) as file:
-            while done < len(buffer) and (count := file.readinto(buffer[done : done + 2**20])):
-                done += count
-    except Exception as error:  # zipfile has no one kind of error for damage
-        detail = ascii(str(error))[1:-1][:100]
-        raise Refused(f"an entry of the zip file is damaged: {detail}") from None
-    return done
-
-
-def _load(source, budget, storage_of=None):
-    """The next pickle of the source → its value. storage_of(dtype, key, numel): what torch.save's
-    ids mean.
-    """
-    start, source.skimming = source.at, True
-    survey(source, budget)
-    end, source.at, source.skimming = source.at, start, False
-    value = SafeUnpickler(source, budget, storage_of).load()
-    source.at = end
-    return value
-
-
-def survey(source, budget):
-    """Look through a pickle's instructions before any is carried out, for what could exhaust the
-    unpickler itself.
-
-    That is their number, memo indices that are not in use (it has an array of them), and tuples in
-    tuples. Raises Refused on these, and IndexError, KeyError or ValueError on a damaged pickle.
-    """
-    stack, memo, count = [], {}, 0  # the stack holds how deep a tuple each value is; None is a mark
-    for opcode, arg, _ in pickletools.genops(source):
-        budget.spend(instructions=1)
-        count += 1
-        name = opcode.name
-        if name in ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"):
-            index = len(memo) if name == "MEMOIZE" else arg
-            if index > count:
-                raise Refused("it numbers what it remembers otherwise than pickle does")
-            memo[index] = stack[-1]
-        elif name in ("GET", "BINGET", "LONG_BINGET"):
-            stack.append(memo[arg])
-        elif name == "DUP":
-            stack.append(stack[-1])
-        elif name == "MARK":
-            stack.append(None)
-        else:
-            taken = _taken(stack, opcode.stack_before)
-            depth = 1 + max((d for d in taken if d), default=0) if name.startswith("TUPLE") else 0
-            if depth > DEEPEST_TUPLE:
-                raise Refused(f"it has tuples more than {DEEPEST_TUPLE} deep")
-            stack += [depth] * len(opcode.stack_after)
-
-
-def _taken(stack, before):
-    """Take off the stack what an instruction takes; before: its `stack_before` of pickletools."""
-    count, taken = len(before), []
-    if pickletools.stackslice in before:
-        while (depth := stack.pop()) is not None:
-            taken.append(depth)
-        count -= 2
-    return taken + [stack.pop() for _ in range(count)]
+    pickled = archive.read(roots[0])
+    source.budget.spend(bytes=len(pickled))
+    inside = Source(io.BytesIO(pickled), 0, len(pickled), source.budget)
+    return SafeUnpickler(inside, storage_of).load()
 
 
 # ------------------------------------------------------------------------------- the unpickler
 
 
-class SafeUnpickler(pickle.Unpickler):
-    """Unpickles to stand-ins; see the module's docstring."""
+def _load_frame(unpickler):
+    unpickler.read(8)  # how many bytes to fetch at a time is up to us
 
-    def __init__(self, source, budget, storage_of):
+
+def _load_bytes(unpickler, width):
+    """A string of bytes, after its length in so many bytes."""
+    count = int.from_bytes(unpickler.read(width), "little")
+    unpickler.append(unpickler.source.part(count))
+
+
+def _load_tuple(unpickler, load):
+    load(unpickler)
+    unpickler.stack[-1] = Tuple(unpickler.stack[-1])
+
+
+def _instructions():
+    """The standard table of instructions with ours in it, and without the extension registry's,
+    which would find what another unpickler has found before.
+    """
+    table = dict(pickle._Unpickler.dispatch)
+    for code in (pickle.EXT1, pickle.EXT2, pickle.EXT4):
+        del table[code[0]]
+    for code in (pickle.TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3):
+        table[code[0]] = functools.partial(_load_tuple, load=table[code[0]])
+    for code, width in ((pickle.BINBYTES, 4), (pickle.BINBYTES8, 8), (pickle.BYTEARRAY8, 8)):
+        table[code[0]] = functools.partial(_load_bytes, width=width)
+    return table | {pickle.FRAME[0]: _load_frame}
+
+
+class SafeUnpickler(pickle._Unpickler):
+    """Unpickles to stand-ins; see the module's docstring. storage_of(dtype, key, numel): what
+    torch.save's references to storages mean.
+    """
+
+    dispatch = _instructions()
+
+    def __init__(self, source, storage_of=None):
         super().__init__(source)
-        self.source, self.budget, self.storage_of, self.classes = source, budget, storage_of, {}
-        tensor = Function(_tensor)
-        self.functions = {
-            "torch._utils._rebuild_tensor": tensor,
-            "torch._utils._rebuild_tensor_v2": tensor,
-            "torch._utils._rebuild_parameter": Function(_parameter),
-            "torch._utils._rebuild_parameter_with_state": Function(_parameter),
-            "torch._tensor._rebuild_from_type_v2": Function(
-                lambda made, type_, args, *_: _tensor_of(made, tensor, args)
-            ),
-            "torch.storage._load_from_bytes": Function(self.storage_from_bytes),
-            "torch.Size": Function(lambda size=(): _numbers(size)),
-            "copyreg._reconstructor": Function(_reconstructed),
-            "_codecs.encode": Function(self.encoded),
-            "builtins.bytes": Function(lambda: b""),
-            "builtins.bytearray": Function(lambda raw=b"": raw),
-            "builtins.set": Function(_set),
-            "builtins.frozenset": Function(_set),
-        }
+        self.source, self.storage_of, self.classes = source, storage_of, {}
 
     def find_class(self, module, name):
         """The stand-in for a name. Raises Refused for a name that snapshots do not need."""
         full = f"{PYTHON_2.get(module, module)}.{name}"
-        if full in self.functions:
-            return self.functions[full]
-        if storage_dtype(full) is not None:
-            return self._class(full, Inert)
+        budget = self.source.budget
+        if full in FUNCTIONS:
+            return Function(functools.partial(FUNCTIONS[full], budget))
         if PERSISTENT.fullmatch(full):
-            return Function(self.persistent_object)
-        if DICTIONARY.fullmatch(full):
-            return self._class(full, Dictionary)
-        if INERT.fullmatch(full):
-            return self._class(full, Inert)
+            return Function(functools.partial(_persistent_object, budget))
+        base = Dictionary if DICTIONARY.fullmatch(full) else Inert
+        if base is Dictionary or INERT.fullmatch(full) or storage_dtype(full) is not None:
+            if full not in self.classes:  # made for this file alone, so that it cannot spoil others
+                self.classes[full] = type(base.__name__, (base,), {"name": full, "budget": budget})
+            return self.classes[full]
         raise Refused(f"it names {shown(full)}, and networks need no such thing")
-
-    def _class(self, full, base):
-        if full not in self.classes:  # made for this file alone: what it does to one ends with it
-            self.classes[full] = type(base.__name__, (base,), {"name": full})
-        return self.classes[full]
-
-    def persistent_object(self, meta):
-        """The release's call that would rebuild a class from its source text, which is left
-        unread.
-        """
-        if not isinstance(meta, dict) or not {"module_src", "class_name", "state"} <= meta.keys():
-            raise Refused("it rebuilds a class from something else than its source, name and state")
-        if type(meta["class_name"]) is not str:
-            raise Refused("it has a class without a name")
-        made = Inert()
-        made.name, made.state = shown(meta["class_name"]), meta["state"]
-        return made
-
-    def storage_from_bytes(self, raw):
-        """A storage that was pickled on its own: the bytes are a torch.save file of it."""
-        if self.budget.nested or type(raw) is not bytes:
-            raise Refused("it has a tensor's storage in a tensor's storage, or nothing of the kind")
-        self.budget.nested = True
-        found = _read_any(self.source.bytes_at(raw), self.budget)
-        self.budget.nested = False
-        if not isinstance(found, Storage):
-            raise Refused(f"a tensor's storage holds a {type(found).__name__}")
-        return found
-
-    def encoded(self, text, encoding="latin1"):
-        """How protocols 0 to 2 write bytes."""
-        if encoding not in ("latin1", "latin-1") or type(text) is not str:
-            raise Refused("it encodes text otherwise than as pickle itself does")
-        self.budget.spend(bytes=len(text))
-        return text.encode("latin1")
 
     def persistent_load(self, key):
         """What torch.save keeps apart: ('storage', type, key, location, numel), in old files
@@ -536,43 +425,92 @@ class SafeUnpickler(pickle.Unpickler):
         return self.storage_of(dtype, name, numel)
 
 
-def _tensor(storage, offset, size, stride, *_):
-    if not isinstance(storage, Storage):
-        raise Refused("a tensor has no storage")
-    return Tensor(storage, offset, _numbers(size), _numbers(stride))
+# What stands for each function that a snapshot calls. The first argument is the Budget.
 
 
-def _parameter(tensor, *_):
-    if not isinstance(tensor, Tensor):
-        raise Refused("a parameter is no tensor")
-    return tensor
+def _persistent_object(budget, meta):
+    """The release's call that would rebuild a class from its source text, which is left unread."""
+    if not isinstance(meta, dict) or not {"module_src", "class_name", "state"} <= meta.keys():
+        raise Refused("it rebuilds a class from something else than its source, name and state")
+    if type(meta["class_name"]) is not str:
+        raise Refused("it has a class without a name")
+    made = Inert()
+    made.name, made.state = shown(meta["class_name"]), meta["state"]
+    return made
 
 
-def _tensor_of(made, tensor, args):
-    """A tensor with attributes, which are left out."""
-    if made is not tensor or not isinstance(args, tuple):
-        raise Refused("it makes a tensor by what makes none")
-    return _tensor(*args)
+def _set(budget, items=()):
+    if not isinstance(items, list | tuple):
+        raise Refused("it has a set of something else than a list")
+    budget.spend(reads=len(items))
+    return set(items)
 
 
-def _reconstructed(cls, base=None, state=None):
+def _encoded(budget, text, encoding="latin1"):
+    """How protocols 0 to 2 write bytes."""
+    if encoding not in ("latin1", "latin-1") or type(text) is not str:
+        raise Refused("it encodes text otherwise than as pickle itself does")
+    budget.spend(bytes=len(text))
+    return text.encode("latin1")
+
+
+def _reconstructed(budget, cls, base=None, state=None):
     """How protocols 0 and 1 make an object."""
     if not isinstance(cls, type) or not issubclass(cls, Inert | Dictionary):
         raise Refused("it makes an object of what is no class")
     return cls(state) if issubclass(cls, Dictionary) else cls()
 
 
-def _set(items=()):
-    if not isinstance(items, list | tuple):
-        raise Refused("it has a set of something else than a list")
-    return set(items)
+def _storage(budget, raw):
+    """A storage that was pickled on its own."""
+    if type(raw) is bytes:
+        raw = Source(io.BytesIO(raw), 0, len(raw), budget)
+    if not isinstance(raw, Source):
+        raise Refused("it makes a tensor's storage of something else than bytes")
+    return PackedStorage(raw)
 
 
-def _numbers(size):
+def _tensor(budget, storage, offset, size, stride, *_):
+    if not isinstance(storage, Storage | PackedStorage):
+        raise Refused("a tensor has no storage")
+    return Tensor(storage, offset, _numbers(budget, size), _numbers(budget, stride))
+
+
+def _parameter(budget, tensor, *_):
+    if not isinstance(tensor, Tensor):
+        raise Refused("a parameter is no tensor")
+    return tensor
+
+
+def _tensor_of(budget, made, type_, args, *_):
+    """A tensor with attributes, which are left out."""
+    if not isinstance(made, Function) or not isinstance(args, tuple):
+        raise Refused("it makes a tensor by what makes none")
+    return _parameter(budget, made(*args))
+
+
+def _numbers(budget, size=()):
     """A shape, as a tuple of whole numbers."""
     if not isinstance(size, tuple | list) or len(size) > 8 or any(type(n) is not int for n in size):
         raise Refused("it has something else where a tensor's shape should be")
     return tuple(size)
+
+
+FUNCTIONS = {
+    "torch._utils._rebuild_tensor": _tensor,
+    "torch._utils._rebuild_tensor_v2": _tensor,
+    "torch._utils._rebuild_parameter": _parameter,
+    "torch._utils._rebuild_parameter_with_state": _parameter,
+    "torch._tensor._rebuild_from_type_v2": _tensor_of,
+    "torch.storage._load_from_bytes": _storage,
+    "torch.Size": _numbers,
+    "copyreg._reconstructor": _reconstructed,
+    "_codecs.encode": _encoded,
+    "builtins.bytes": lambda budget: b"",
+    "builtins.bytearray": lambda budget, raw=b"": raw,
+    "builtins.set": _set,
+    "builtins.frozenset": _set,
+}
 
 
 def storage_dtype(name):
@@ -584,6 +522,9 @@ def storage_dtype(name):
 
 
 def shown(value):
-    """Text from the file, fit to be printed: short, and without control characters."""
-    text = ascii(str(value)).strip("'")
+    """A value of the file, fit to be printed: short, and without control characters. Of a container
+    it is the type alone: what is in it may take time without bound to print.
+    """
+    plain = value is None or isinstance(value, str | int | float)
+    text = ascii(str(value) if plain else type(value).__name__).strip("'")
     return text if len(text) <= 80 else text[:77] + "..."

@@ -8,8 +8,8 @@ from mostgan.config import UserError
 
 
 def run_program(work, interrupted="interrupted"):
-    """Runs work(), a program's own function, and ends the process with an exit status: 0; 2 after
-    an error that the user can mend; 130 after Ctrl-C, of which `interrupted` is said.
+    """Runs work(), a program's own function; if it fails, ends the process with an exit status: 2
+    after an error that the user can mend, 130 after Ctrl-C, of which `interrupted` is said.
 
     work: returns None, or an exit status. An error is one line on stderr. What the terminal's
     encoding cannot print, such as a file's name, is written with backslashes.
@@ -33,7 +33,8 @@ def run_program(work, interrupted="interrupted"):
         if not _is_out_of_memory(error):
             raise
         status = _say("error: the GPU's memory is too small: choose fewer clips at once", 2)
-    sys.exit(status)
+    if status:
+        sys.exit(status)
 
 
 def _say(text, status):

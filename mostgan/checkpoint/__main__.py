@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import shutil
-import sys
 import uuid
 from pathlib import Path
 from typing import Literal
@@ -22,6 +21,7 @@ from mostgan.checkpoint import (
 from mostgan.checkpoint.released import read_released
 from mostgan.config import UserError
 from mostgan.files import sha256_of
+from mostgan.program import run_program
 
 
 def import_released(
@@ -146,18 +146,13 @@ def _provenance(path):
 
 
 def main():
-    try:
-        tyro.extras.subcommand_cli_from_dict(
-            {"import": import_released, "export": export, "show": show},
-            prog="python -m mostgan.checkpoint",
-            description=__doc__,
-        )
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted; nothing was written", file=sys.stderr)
-        sys.exit(130)
+    commands = {"import": import_released, "export": export, "show": show}
+    options = {"prog": "python -m mostgan.checkpoint", "description": __doc__}
+
+    def work():
+        tyro.extras.subcommand_cli_from_dict(commands, **options)
+
+    run_program(work, interrupted="interrupted; nothing was written")
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from mostgan import checkpoint, distributed
 from mostgan.config import UserError
 from mostgan.data import Clips
 from mostgan.device import pick_device
-from mostgan.files import sha256_of
+from mostgan.files import sha256_of, write_whole
 from mostgan.metrics import Scores, label, score
 from mostgan.metrics.sets import (
     ClipSet,
@@ -40,7 +40,7 @@ from mostgan.metrics.sets import (
     open_detectors,
 )
 from mostgan.prepare import open_data
-from mostgan.run import read_config, write_text
+from mostgan.run import read_config
 
 PROTOCOLS = {
     "ours": "more clips than asked for are drawn from at random; every 8th frame of 128",
@@ -285,7 +285,7 @@ def run(
     print(protocol_lines(told["protocol"]))
     print(table(results, merged))
     try:
-        write_text(out, json.dumps(told, indent=1) + "\n")
+        write_whole(out, json.dumps(told, indent=1) + "\n")
     except OSError as error:
         raise UserError(
             f"cannot write {out}: {error.strerror}; choose another place with --out"

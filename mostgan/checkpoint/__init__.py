@@ -16,12 +16,12 @@ import os
 import re
 import shutil
 import uuid
+from importlib import import_module
 from pathlib import Path
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from mostgan.checkpoint.released import from_released_names
 from mostgan.config import ModelConfig, UserError
 from mostgan.discriminator import Discriminator
 from mostgan.files import read_json, sha256_of, write_whole
@@ -41,6 +41,13 @@ __all__ = [
 CHECKPOINT_NAME = "checkpoint-{:06d}"
 MODEL_FILES = ("config.json", "model.safetensors")
 FILES = (*MODEL_FILES, "training.json", "training.safetensors")
+
+
+def __getattr__(name):
+    """from_released_names is imported when it is asked for: the core needs no released files."""
+    if name != "from_released_names":
+        raise AttributeError(f"module 'mostgan.checkpoint' has no attribute {name!r}")
+    return import_module("mostgan.checkpoint.released").from_released_names
 
 
 def save(folder, step, config, model, tensors, scalars, keep=2, metric=None):

@@ -424,7 +424,7 @@ def test_a_toy_detector_end_to_end(packed, run_folder, detectors, tmp_path, caps
     sha256 = hashlib.sha256((detectors / "video.pt").read_bytes()).hexdigest()
     assert protocol["video_detector"] == {"name": "video.pt", "sha256": sha256, "proxy": False}
     assert (
-        protocol["real"]["checksum"] == sets.data_checksum(clips)
+        protocol["real"]["checksum"] == clips.fingerprint
         and protocol["real"]["total"] == 12
     )
     assert (protocol["seed"], protocol["runs"], protocol["precision"]) == (2, 2, "float32")

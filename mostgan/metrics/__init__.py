@@ -64,12 +64,8 @@ def score(
     # Motion is measured in clips as long as at least half of those of each set are.
     motion_frames = min(protocol.frames, *(int(np.median(s.lengths())) for s in (real, generated)))
     metrics = protocol.video_metrics
-    enough = [
-        window
-        for window in metrics
-        if window.span <= protocol.frames
-        and all((s.lengths() >= window.span).sum() >= 2 for s in (real, generated))
-    ]
+    counts = {w: [(s.lengths() >= w.span).sum() for s in (real, generated)] for w in metrics}
+    enough = [w for w in metrics if w.span <= protocol.frames and min(counts[w]) >= 2]
     windows = sorted({*enough, Window(motion_frames)})
     kinds = [*windows, "long"] if protocol.long_clips else windows
     real_sums = {kind: measure_once(real, kind, detectors, show) for kind in kinds}
@@ -106,21 +102,16 @@ def add_distance(scores, key, name, real, made):
     features.
     """
     scores.values[key] = frechet.distance(real, made, name)
-    counts, features = (
-        [int(sums[f"{name}.count"]) for sums in (real, made)],
-        len(real[f"{name}.mean"]),
-    )
+    counts = [int(sums[f"{name}.count"]) for sums in (real, made)]
+    features = len(real[f"{name}.mean"])
     scores.samples[key] = counts
-    few = [
-        f"{count:,} {which}"
-        for which, count in zip(("real", "generated"), counts)
-        if count <= features
-    ]
+    pairs = zip(("real", "generated"), counts)
+    few = [f"{count:,} {which}" for which, count in pairs if count <= features]
     if few:
         scores.notes.append(
             f"{label(key)}: {' and '.join(few)} samples for {features} features: a covariance of "
-            "less "
-            "than full rank, so the value is biased; compare it only at the same numbers of samples"
+            "less than full rank, so the value is biased; compare it only at the same numbers of "
+            "samples"
         )
 
 
@@ -155,8 +146,7 @@ def add_spectrum(scores, frames, real, made):
     if lags < motion_statistics.LAGS:
         scores.notes.append(
             f"motion is measured in clips of {frames} frames, as half of a set's clips have no "
-            "more or "
-            f"no more were asked for: lags 1 to {lags}, not {motion_statistics.LAGS}"
+            f"more or no more were asked for: lags 1 to {lags}, not {motion_statistics.LAGS}"
         )
 
 

@@ -16,18 +16,19 @@ most --clips of both.
 import datetime
 import hashlib
 import json
-import sys
 from dataclasses import asdict
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
 import tyro
 
+import kernels
 from mostgan import checkpoint, distributed
 from mostgan.config import UserError
 from mostgan.data import Clips
-from mostgan.device import pick_device
+from mostgan.device import choose_kernels, pick_device
 from mostgan.files import sha256_of, write_whole
 from mostgan.metrics import Scores, label, score
 from mostgan.metrics.sets import (
@@ -40,6 +41,7 @@ from mostgan.metrics.sets import (
     open_detectors,
 )
 from mostgan.prepare import open_data
+from mostgan.program import run_program
 from mostgan.run import read_config
 
 PROTOCOLS = {
@@ -65,20 +67,15 @@ def merge(runs: list[Scores], results) -> Scores:
     value.
     """
     whole = Scores({}, {}, [], {}, {})
-    for run in runs:
-        whole.skipped.update(
-            {key: why for key, why in run.skipped.items() if key not in whole.skipped | results}
-        )
-        whole.notes.extend(note for note in run.notes if note not in whole.notes)
-        whole.samples.update(
-            {key: counts for key, counts in run.samples.items() if key not in whole.samples}
-        )
+    for run in reversed(runs):  # the first one's words are those that stay
+        whole.skipped.update(run.skipped)
+        whole.samples.update(run.samples)
+    whole.notes.extend(dict.fromkeys(note for run in runs for note in run.notes))
     for key, result in results.items():
-        count = len(result["runs"])
+        whole.skipped.pop(key, None)
+        count, name = len(result["runs"]), label(key).strip()
         if count < len(runs):
-            whole.notes.append(
-                f"{label(key).strip()}: of {count} of {len(runs)} runs; the others have none"
-            )
+            whole.notes.append(f"{name}: of {count} of {len(runs)} runs; the others have none")
     return whole
 
 
@@ -89,9 +86,8 @@ def table(results, merged: Scores):
         std = "" if result["std"] is None else f"{result['std']:.3g}"
         samples = ", ".join(f"{count:,}" for count in merged.samples.get(key, []))
         lines.append(f"{label(key):32}{result['mean']:>12.5g}{std:>10}   {samples}".rstrip())
-    lines += [
-        f"{label(key):32}{'—':>12}{'':10}   {reason}" for key, reason in merged.skipped.items()
-    ]
+    for key, reason in merged.skipped.items():
+        lines.append(f"{label(key):32}{'—':>12}{'':10}   {reason}")
     lines += [f"note: {note}" for note in merged.notes]
     if any(key.startswith("proxy_") for key in results):
         lines.append(
@@ -117,21 +113,19 @@ def protocol_lines(protocol):
             text += f"sha256 {described['sha256'][:12]}"
         lines.append(f"{which:10}{text}")
     for which in ("video", "frame"):
-        lines.append(
-            f"{which:10}{protocol[which + '_detector']['name']}, sha256 "
-            f"{protocol[which + '_detector']['sha256'][:12]}"
-        )
+        detector = protocol[f"{which}_detector"]
+        lines.append(f"{which:10}{detector['name']}, sha256 {detector['sha256'][:12]}")
     lines.append(f"protocol  {protocol['protocol']}: {PROTOCOLS[protocol['protocol']]}")
     lines.append(f"seeds     {protocol['seed']} to {protocol['seed'] + protocol['runs'] - 1}")
     return "\n".join(lines)
 
 
-def describe_detector(detector):
-    return {"name": detector.name, "sha256": detector.sha256, "proxy": detector.proxy}
-
-
 def report(runs, results, merged: Scores, sets, protocol, detectors: Detectors, seed):
     """All that the JSON file says: the results and the whole protocol."""
+    described = {}
+    for which, of in (("video", detectors.video), ("frame", detectors.frame)):
+        told = {"name": of.name, "sha256": of.sha256, "proxy": of.proxy}
+        described[f"{which}_detector"] = told
     cuda = detectors.device.type == "cuda"
     return {
         "format": "mostgan-metrics",
@@ -143,6 +137,7 @@ def report(runs, results, merged: Scores, sets, protocol, detectors: Detectors, 
         "samples": merged.samples,
         "temporal_spectra": [run.spectra for run in runs],
         "protocol": asdict(protocol)
+        | described
         | {
             "real": sets[0].describe(),
             "generated": sets[1].describe(),
@@ -154,13 +149,12 @@ def report(runs, results, merged: Scores, sets, protocol, detectors: Detectors, 
                 for window, names in protocol.video_metrics.items()
                 for name, stride in names.items()
             },
-            "video_detector": describe_detector(detectors.video),
-            "frame_detector": describe_detector(detectors.frame),
             "detector_precision": "float32",
             "statistics_precision": "float64",
             "covariance": "population",
             "tf32_convolutions": cuda and torch.backends.cudnn.allow_tf32,
             "device": torch.cuda.get_device_name() if cuda else "cpu",
+            "kernels": kernels.chosen(detectors.device),
             "processes": distributed.size(),
             "torch": torch.__version__,
         },
@@ -178,13 +172,10 @@ def open_checkpoint(path, data, device):
     generator = checkpoint.load(path, device)
     if device.type == "cuda":
         generator.synthesis.compile()  # minutes on a CPU, for nothing
-    if data is None:
-        try:
-            data = read_config(path.parent).data
-        except UserError:
-            raise UserError(
-                f"{path} does not lie in a run: say which real clips with --data"
-            ) from None
+    try:
+        data = data or read_config(path.parent).data
+    except UserError:
+        raise UserError(f"{path} does not lie in a run: say which real clips with --data") from None
     clips = from_rank_0(lambda: open_data(data, "sky", generator.config.resolution))
     return generator, path, clips
 
@@ -198,9 +189,7 @@ def open_two(first, second, resolution):
             raise UserError(f"{path} does not exist")
     packed = [Clips(path) for path in (first, second) if (path / "index.json").exists()]
     resolution = resolution or (packed[0].resolution if packed else 256)
-    return [
-        from_rank_0(lambda path=path: open_data(path, "", resolution)) for path in (first, second)
-    ]
+    return from_rank_0(lambda: [open_data(path, "", resolution) for path in (first, second)])
 
 
 def run(
@@ -216,6 +205,7 @@ def run(
     protocol: Protocol = Protocol(),  # noqa: B008
     resolution: int | None = None,
     random_windows: bool = False,
+    kernels: Literal["auto", "triton", "reference"] = "auto",
     out: Path | None = None,
 ):
     """Scores generated clips against real ones: FVD, FID, and how they move.
@@ -228,20 +218,21 @@ def run(
         detector: the TorchScript file of I3D, for FVD. Default: a random network, called proxy.
         frame_detector: the TorchScript file of Inception, for FID. Default: likewise.
         runs: repeat with other latents and other windows of the real clips; gives mean and standard
-        deviation.
+            deviation.
         seed: of the first run.
         protocol: what else decides the numbers.
         resolution: of two folders of videos, which are center-cropped and packed at it. Default:
             the packed one's, else 256.
         random_windows: of SECOND, too, take a window at random from each clip, not its first
-        frames: for real clips.
+            frames: for real clips.
+        kernels: what the ops of kernels/ run as on a GPU: auto is the fastest that agrees with
+            plain PyTorch, measured once.
         out: the JSON file. Default: metrics-….json beside the checkpoint; of two folders, in the
-        current folder.
+            current folder.
     """
     if runs < 1 or not 0 <= seed < 2**30:
-        raise UserError(
-            f"runs {runs}, seed {seed}: runs must be at least 1, the seed from 0 to 2³⁰"
-        )
+        what = f"runs {runs}, seed {seed}"
+        raise UserError(f"{what}: runs must be at least 1, the seed from 0 to 2³⁰")
     if second is not None and data is not None:
         raise UserError("give a CHECKPOINT and --data, or two folders of clips, not all of them")
     if second is None and (random_windows or resolution):
@@ -251,6 +242,7 @@ def run(
         )
     distributed.start()
     device = pick_device()
+    choose_kernels(kernels, device.type == "cuda", device)
     detectors = open_detectors(detector, frame_detector, device)
     protocol = protocol.chosen(detectors)
     if second is None:
@@ -287,20 +279,17 @@ def run(
     try:
         write_whole(out, json.dumps(told, indent=1) + "\n")
     except OSError as error:
-        raise UserError(
-            f"cannot write {out}: {error.strerror}; choose another place with --out"
-        ) from None
+        why = f"{error.strerror}; choose another place with --out"
+        raise UserError(f"cannot write {out}: {why}") from None
     print(f"the whole protocol is in {out}")
 
 
 def main():
-    try:
+    def work():
         tyro.cli(run, config=(tyro.conf.OmitArgPrefixes,), description=__doc__)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit("interrupted; what is in the cache need not be computed again")
+
+    try:
+        run_program(work, "interrupted; what is in the cache need not be computed again")
     finally:
         if torch.distributed.is_initialized():
             # not distributed.finish: after an error, nobody waits

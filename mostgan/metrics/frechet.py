@@ -37,10 +37,8 @@ def add_features(sums: Sums, name: str, features):
     mean = features.mean(0)
     centered = features - mean
     count = torch.tensor(len(features), dtype=torch.float64)
-    merge(
-        sums,
-        {f"{name}.count": count, f"{name}.mean": mean, f"{name}.scatter": centered.T @ centered},
-    )
+    parts = {"count": count, "mean": mean, "scatter": centered.T @ centered}
+    merge(sums, {f"{name}.{part}": value for part, value in parts.items()})
 
 
 def merge(sums: Sums, more: Sums):
@@ -50,18 +48,15 @@ def merge(sums: Sums, more: Sums):
     That is Chan, Golub and LeVeque's formula. Sums of x and x xᵀ would be simpler, but where a mean
     is much larger than the spread their difference, the covariance, has few correct digits.
     """
-    described = [name.removesuffix(".mean") for name in more if name.endswith(".mean")]
-    for count, mean, scatter in (
-        [f"{name}.{part}" for part in ("count", "mean", "scatter")] for name in described
-    ):
-        if count in sums:
-            step, share = more[mean] - sums[mean], more[count] / (sums[count] + more[count])
-            sums[mean] = sums[mean] + share * step
-            sums[scatter] = (
-                sums[scatter] + more[scatter] + sums[count] * share * torch.outer(step, step)
-            )
-        else:
+    for name in [name.removesuffix(".mean") for name in more if name.endswith(".mean")]:
+        count, mean, scatter = (f"{name}.{part}" for part in ("count", "mean", "scatter"))
+        if count not in sums:
             sums[mean], sums[scatter] = more[mean], more[scatter]
+            continue
+        step, share = more[mean] - sums[mean], more[count] / (sums[count] + more[count])
+        between = sums[count] * share * torch.outer(step, step)
+        sums[mean] = sums[mean] + share * step
+        sums[scatter] = sums[scatter] + more[scatter] + between
     for name, value in more.items():
         if not name.endswith((".mean", ".scatter")):
             add(sums, name, value)
@@ -94,12 +89,8 @@ def frechet_distance(mean_1, covariance_1, mean_2, covariance_2) -> float:
     rounding precision even where Σ₁Σ₂ is singular; a general matrix square root is not.
     """
     root_trace = torch.linalg.svdvals(square_root(covariance_1) @ square_root(covariance_2)).sum()
-    distance = (
-        (mean_1 - mean_2).square().sum()
-        + covariance_1.trace()
-        + covariance_2.trace()
-        - 2 * root_trace
-    )
+    distance = (mean_1 - mean_2).square().sum() + (covariance_1 + covariance_2).trace()
+    distance = distance - 2 * root_trace
     return max(float(distance), 0.0)  # of equal sets, rounding may leave less than nothing
 
 
@@ -126,11 +117,9 @@ def video_detector(path, device) -> Detector:
     """A TorchScript file that is called as I3D is (spec §9). None: the proxy. Raises UserError if
     it is none.
     """
-    return (
-        proxy(device)
-        if path is None
-        else _from_file(path, device, [1, 3, 16, 64, 64], rescale=True, resize=True)
-    )
+    if path is None:
+        return proxy(device)
+    return _from_file(path, device, [1, 3, 16, 64, 64], rescale=True, resize=True)
 
 
 def frame_detector(path, device) -> Detector:
@@ -157,7 +146,7 @@ def _from_file(path, device, trial, **arguments):
         with warnings.catch_warnings():
             warnings.simplefilter(
                 "ignore"
-            )  # TorchScript is deprecated, but it is what published detectors come in
+            )  # published detectors are TorchScript, deprecated or not
             module = torch.jit.load(path, map_location=device).eval()
     except (RuntimeError, ValueError) as error:
         raise UserError(f"{path} is no TorchScript file: {_first_line(error)}") from None
@@ -171,17 +160,15 @@ def _from_file(path, device, trial, **arguments):
             options = ", ".join(f"{name}=True" for name in [*arguments, "return_features"])
             call = f"detector(uint8 {shape}, {options})"
             raise UserError(f"{path} cannot be called as {call}: {_last_line(error)}") from None
-        if (
-            not torch.is_tensor(found)
-            or found.ndim != 2
-            or len(found) != len(x)
-            or not found.is_floating_point()
-        ):
+        rows = torch.is_tensor(found) and found.ndim == 2 and len(found) == len(x)
+        if not rows or not found.is_floating_point():
             shape = list(found.shape) if torch.is_tensor(found) else type(found).__name__
             raise UserError(
                 f"{path} gave {shape} for {len(x)} samples, not a row of features for each"
             )
-        return _finite(found, path)
+        if not found.isfinite().all():
+            raise UserError(f"{path} gave features that are not finite numbers")
+        return found
 
     features(torch.arange(torch.Size(trial).numel(), device=device).view(trial).to(torch.uint8))
     return Detector(path.name, sha256, False, features)
@@ -195,22 +182,14 @@ def _last_line(error):
     return str(error).strip().splitlines()[-1]
 
 
-def _finite(features, where):
-    if not features.isfinite().all():
-        raise UserError(f"{where} gave features that are not finite numbers")
-    return features
-
-
 PROXY_NAME = "proxy 1: a random 3-D network"
-PROXY_LAYERS = (
+PROXY_LAYERS = (  # channels in, out; stride in time, y, x
     (3, 32, (1, 1, 1)),
     (32, 32, (2, 2, 2)),
     (32, 64, (2, 2, 2)),
-)  # channels in, out; stride in time, y, x
-PROXY_SIDE, PROXY_SEED = (
-    64,
-    2048,
-)  # pixels that frames are resized to; seed of the first layer's weights
+)
+PROXY_SIDE = 64  # pixels that frames are resized to
+PROXY_SEED = 2048  # of the first layer's weights
 PROXY_FRAMES = 128  # at a time: its first layer's features are 16 times the size of the frames
 
 
@@ -225,23 +204,20 @@ def proxy(device) -> Detector:
     """
     weights = []
     for number, (inputs, outputs, _) in enumerate(PROXY_LAYERS):
-        fan_in = inputs * 27
-        normal = content_latent(
-            [PROXY_SEED + number], outputs * fan_in
-        )  # numbers that no library version changes
-        weights.append((normal * (2 / fan_in) ** 0.5).view(outputs, inputs, 3, 3, 3))
-    weights[0] = (
-        weights[0].double() - weights[0].double().mean((1, 2, 3, 4), keepdim=True)
-    ).float()
+        # Numbers that no version of a library changes.
+        normal = content_latent([PROXY_SEED + number], outputs * inputs * 27)
+        weight = (normal * (2 / (inputs * 27)) ** 0.5).view(outputs, inputs, 3, 3, 3)
+        weights.append(weight)
+    first = weights[0].double()
+    weights[0] = (first - first.mean((1, 2, 3, 4), keepdim=True)).float()
     sha256 = hashlib.sha256(b"".join(weight.numpy().tobytes() for weight in weights)).hexdigest()
     weights = [weight.to(device) for weight in weights]
 
     def of_few(clips):
         frames = clips.transpose(1, 2).flatten(0, 1).float() / 127.5 - 1
-        if frames.shape[-2:] != (PROXY_SIDE, PROXY_SIDE):
-            frames = F.interpolate(
-                frames, (PROXY_SIDE, PROXY_SIDE), mode="bilinear", antialias=True
-            )
+        side = (PROXY_SIDE, PROXY_SIDE)
+        if frames.shape[-2:] != side:
+            frames = F.interpolate(frames, side, mode="bilinear", antialias=True)
         x = frames.unflatten(0, (len(clips), -1)).transpose(1, 2)
         for weight, (_, _, stride) in zip(weights, PROXY_LAYERS):
             x = F.leaky_relu(F.conv3d(x, weight, stride=stride, padding=1), 0.2)
@@ -249,8 +225,7 @@ def proxy(device) -> Detector:
 
     @torch.inference_mode()
     def features(clips):
-        return torch.cat(
-            [of_few(few) for few in clips.split(max(1, PROXY_FRAMES // clips.shape[2]))]
-        )
+        parts = clips.split(max(1, PROXY_FRAMES // clips.shape[2]))
+        return torch.cat([of_few(part) for part in parts])
 
     return Detector(PROXY_NAME, sha256, True, features)

@@ -11,9 +11,8 @@ import torch.nn.functional as F
 from mostgan.metrics.frechet import Sums, add
 
 LAGS = 64  # the longest time lag of the spectrum, in frames
-ROUNDING_POWER = (
-    1 / 6
-)  # levels²: what rounding to whole levels alone puts into the difference of two frames
+# What rounding to whole levels alone puts into the difference of two frames, in levels².
+ROUNDING_POWER = 1 / 6
 STATIC_LEVELS = 1.0  # a clip whose pixels deviate less than this from their own means is static
 THUMBNAIL = 32  # pixels a side, for comparing the frames of long videos
 # frames that a video must have for its repetition to be measured: it tells periods up to half
@@ -70,10 +69,9 @@ def spectrum_distance(real: Sums, generated: Sums, lags) -> float:
     the power of rounding, keeps it finite for static clips. It is blind to what moves, and to
     where.
     """
-    decibels = [
-        10 * torch.log10(spectrum(sums, lags) + ROUNDING_POWER) for sums in (real, generated)
-    ]
-    return math.sqrt(float((decibels[0] - decibels[1]).square().mean()))
+    power_1, power_2 = spectrum(real, lags), spectrum(generated, lags)
+    decibels = 10 * torch.log10((power_1 + ROUNDING_POWER) / (power_2 + ROUNDING_POWER))
+    return math.sqrt(float(decibels.square().mean()))
 
 
 def static_rate(sums: Sums) -> float:
@@ -114,15 +112,10 @@ def periodicity(rows):
         energy = (until[-1 - lag] + until[-1] - until[lag - 1]) / 2
         r[lag] = products.diagonal(lag).sum() / energy.clamp(min=1e-9)
     least = r.cummin(0).values[:-1]
-    recurrence = torch.cat(
-        [torch.zeros(1), ((r[1:] - least) / (1 - least).clamp(min=1e-9)).clamp(0, 1)]
-    )
-    peak = (
-        (recurrence[1:-1] >= recurrence[:-2])
-        & (recurrence[1:-1] >= recurrence[2:])
-        & (recurrence[1:-1] > 0)
-    )
-    peaks = torch.where(peak, recurrence[1:-1], 0)
+    recurrence = ((r[1:] - least) / (1 - least).clamp(min=1e-9)).clamp(0, 1)
+    recurrence = F.pad(recurrence, (1, 0))
+    before, at, after = recurrence[:-2], recurrence[1:-1], recurrence[2:]
+    peaks = torch.where((at >= before) & (at >= after), at, 0)
     best = float(peaks.max()) if len(peaks) else 0.0
     if best == 0:
         return 0, 0.0

@@ -10,7 +10,6 @@ import json
 import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -25,6 +24,7 @@ from tqdm import tqdm
 from mostgan import distributed
 from mostgan.config import UserError
 from mostgan.data import Clips
+from mostgan.files import write_whole
 from mostgan.metrics import frechet, motion_statistics
 from mostgan.metrics.frechet import Detector, Sums
 from mostgan.model import Generator
@@ -119,12 +119,12 @@ class ClipSet:
         """
         usable = np.flatnonzero(self.clips.lengths >= window.span)
         key = [self.seed, window.frames if window.stride == 1 else window.span]
-        if len(usable) > self.protocol.clips and self.protocol.protocol == "release":
-            usable = np.array(sorted(usable, key=self.clips.names.__getitem__))[
-                : self.protocol.clips
-            ]
-        elif len(usable) > self.protocol.clips:
-            usable = np.random.default_rng(key).permutation(usable)[: self.protocol.clips]
+        if len(usable) > self.protocol.clips:
+            if self.protocol.protocol == "release":
+                usable = np.array(sorted(usable, key=self.clips.names.__getitem__))
+            else:
+                usable = np.random.default_rng(key).permutation(usable)
+            usable = usable[: self.protocol.clips]
         starts = [
             0 if self.from_start else np.random.default_rng([*key, clip]).integers(spare + 1)
             for clip, spare in zip(usable, self.clips.lengths[usable] - window.span)
@@ -141,9 +141,8 @@ class ClipSet:
 
         with ThreadPoolExecutor(min(size, len(os.sched_getaffinity(0)))) as pool:
             for first in range(rank * size, len(windows), world * size):
-                yield torch.from_numpy(
-                    np.stack(list(pool.map(read, windows[first : first + size])))
-                )
+                clips = list(pool.map(read, windows[first : first + size]))
+                yield torch.from_numpy(np.stack(clips))
 
     def long_videos(self):
         """Yields, for each of the longest clips, a function that yields its frames uint8 [n, 3, R,
@@ -161,7 +160,7 @@ class ClipSet:
         settings = self.clips.info.get("settings", {})
         return {
             "data": str(self.clips.path),
-            "checksum": data_checksum(self.clips),
+            "checksum": self.clips.fingerprint,
             "total": len(self.clips),
             "resolution": self.clips.resolution,
             "fps": self.clips.fps,
@@ -188,34 +187,29 @@ class GeneratedSet:
         return np.array([self.protocol.frames] * self.protocol.clips)
 
     def _render(self, first, count, frames):
+        """Yields windows uint8 [count, n, 3, R, R] of these clips."""
         label = None
         if self.generator.config.num_labels:
             rngs = [np.random.default_rng([self.seed, i]) for i in range(first, first + count)]
-            label = torch.from_numpy(
-                np.stack([self.conditions[rng.choice(len(self.conditions))] for rng in rngs])
-            )
-        window = min(
-            frames, 16
-        )  # a GPU renders whole windows, and most of the clips have 16 frames
-        return render(
-            self.generator, (self.seed << 32) + first, 0, frames, count, label=label, window=window
-        )
-
-    def _autocast(self):
-        kind = self.generator.mapping.w_avg.device.type
-        return torch.autocast(kind, torch.bfloat16, enabled=self.protocol.precision == "bf16")
+            rows = [self.conditions[rng.choice(len(self.conditions))] for rng in rngs]
+            label = torch.from_numpy(np.stack(rows))
+        seed, size = (self.seed << 32) + first, min(frames, 16)  # most clips have 16 frames
+        windows = render(self.generator, seed, 0, frames, count, label=label, window=size)
+        device, half = self.generator.mapping.w_avg.device, self.protocol.precision == "bf16"
+        while True:
+            # For the rendering alone, not for what is done with windows that were yielded.
+            with torch.autocast(device.type, torch.bfloat16, enabled=half):
+                window = next(windows, None)
+            if window is None:
+                return
+            yield window
 
     def batches(self, window, rank, world):
         """Yields uint8 [b, frames, 3, R, R]: every world-th batch."""
         size, count = self.protocol.batch, self.protocol.clips
         for first in range(rank * size, count, world * size):
-            with (
-                self._autocast()
-            ):  # for the rendering alone, not for what is done with clips that were yielded
-                clips = torch.cat(
-                    list(self._render(first, min(size, count - first), window.span)), dim=1
-                )
-            yield clips[:, :: window.stride]
+            windows = self._render(first, min(size, count - first), window.span)
+            yield torch.cat(list(windows), dim=1)[:, :: window.stride]
 
     def long_videos(self):
         """As ClipSet's: of the first clips, 1,024 frames."""
@@ -223,12 +217,7 @@ class GeneratedSet:
             yield lambda index=index: self._long(index)
 
     def _long(self, index):
-        windows = self._render(index, 1, motion_statistics.LONG)
-        while True:
-            with self._autocast():  # likewise
-                window = next(windows, None)
-            if window is None:
-                return
+        for window in self._render(index, 1, motion_statistics.LONG):
             yield window[0]
 
     def describe(self):
@@ -240,8 +229,8 @@ class GeneratedSet:
             "psi": 1.0,
             "times": "0 to n − 1",
             "seeds": "clip i of a run: (the run's seed) · 2³² + i",
-            "precision": f"{self.protocol.precision} "
-            "(the release: half in its four highest resolutions)",
+            "precision": self.protocol.precision
+            + " (the release: half in its four highest resolutions)",
         }
 
 
@@ -258,19 +247,13 @@ def conditions_of(clips, num_labels):
         have = f"{clips.num_labels} {'classes' if classes else 'numbers per clip'}"
         raise UserError(
             f"the model takes {num_labels} numbers as a condition, or as many classes, but "
-            f"{clips.path} has "
-            f"{have if clips.num_labels else 'no labels'}: evaluate it on labelled clips of its "
-            "training data"
+            f"{clips.path} has {have if clips.num_labels else 'no labels'}: evaluate it on "
+            "labelled clips of its training data"
         )
     conditions = np.zeros((len(clips), num_labels), np.float32)
     for clip in range(len(clips)):
         conditions[clip, : clips.num_labels] = clips.condition(clip)
     return conditions
-
-
-def data_checksum(clips):
-    """A checksum of what the clips are, not of where they lie."""
-    return clips.fingerprint
 
 
 # ---------------------------------------------------------------------------------------- measuring
@@ -299,13 +282,11 @@ def add_batch(sums: Sums, batch, window, video_metrics, detectors):
         motion_statistics.add_motion(sums, batch)
     clips = batch.transpose(1, 2)
     for name, stride in video_metrics.get(window, {}).items():
-        frechet.add_features(
-            sums, name, detectors.video.features(clips[:, :, ::stride].contiguous())
-        )
+        features = detectors.video.features(clips[:, :, ::stride].contiguous())
+        frechet.add_features(sums, name, features)
     if window in FRAME_METRIC:
-        frechet.add_features(
-            sums, FRAME_METRIC[window], detectors.frame.features(batch.flatten(0, 1))
-        )
+        features = detectors.frame.features(batch.flatten(0, 1))
+        frechet.add_features(sums, FRAME_METRIC[window], features)
 
 
 def measure(clip_set, windows, detectors, bar):
@@ -329,10 +310,9 @@ def measure_long(clip_set, detectors, bar):
     rank, world = distributed.rank(), distributed.size()
     sums, videos = {}, list(clip_set.long_videos())
     for index in range(rank, len(videos), world):
-        with closing(videos[index]()) as windows:
-            rows = torch.cat(
-                [motion_statistics.thumbnails(window.to(detectors.device)) for window in windows]
-            )
+        windows = videos[index]()
+        rows = [motion_statistics.thumbnails(window.to(detectors.device)) for window in windows]
+        rows = torch.cat(rows)
         motion_statistics.add_long(sums, index, len(videos), rows)
         bar.update(world)
     return all_together(sums)
@@ -350,9 +330,8 @@ def measure_once(clip_set: ClipSet, window, detectors, show):
         with progress("long videos", len(list(clip_set.long_videos())), show) as bar:
             sums = measure_long(clip_set, detectors, bar)
     else:
-        with progress(
-            f"{clip_set.clips.path.name}, {window}", len(clip_set.windows(window)), show
-        ) as bar:
+        text = f"{clip_set.clips.path.name}, {window}"
+        with progress(text, len(clip_set.windows(window)), show) as bar:
             sums = measure(clip_set, [window], detectors, bar)[window]
     from_rank_0(lambda: write_sums(file, sums))
     return sums
@@ -388,18 +367,14 @@ def cache_file(clip_set, window, detectors):
     detectors.
     """
     protocol = clip_set.protocol
-    key = [CACHE_VERSION, data_checksum(clip_set.clips), clip_set.from_start, window, clip_set.seed]
+    key = [CACHE_VERSION, clip_set.clips.fingerprint, clip_set.from_start, window, clip_set.seed]
     key += [detectors.device.type, protocol.protocol or "ours"]
     key += [protocol.long_clips] if window == "long" else [protocol.clips, protocol.batch]
     key += [detectors.video.sha256] * (window in protocol.video_metrics)
     key += [detectors.frame.sha256] * (window in FRAME_METRIC)
+    name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:24]
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(
-        home,
-        "mostgan",
-        "metrics",
-        hashlib.sha256(json.dumps(key).encode()).hexdigest()[:24] + ".safetensors",
-    )
+    return Path(home, "mostgan", "metrics", f"{name}.safetensors")
 
 
 def read_sums(file):
@@ -410,22 +385,15 @@ def read_sums(file):
 
 
 def write_sums(file, sums):
-    temporary = file.with_name(f".{file.name}.partial-{os.getpid()}")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        safetensors.torch.save_file(
-            {name: value.contiguous() for name, value in sums.items()}, temporary
-        )
-        temporary.replace(file)
+        sums = {name: value.contiguous() for name, value in sums.items()}
+        write_whole(file, safetensors.torch.save(sums))
     except OSError as error:
-        temporary.unlink(missing_ok=True)
-        tqdm.write(
-            f"warning: cannot keep the statistics in {file.parent}: {error.strerror}",
-            file=sys.stderr,
-        )
+        what = f"warning: cannot keep the statistics in {file.parent}: {error.strerror}"
+        tqdm.write(what, file=sys.stderr)
 
 
 def progress(text, total, show):
-    return tqdm(
-        desc=text, total=total, unit="clip", disable=None if show and distributed.main() else True
-    )
+    silent = None if show and distributed.main() else True  # None: where nobody watches
+    return tqdm(desc=text, total=total, unit="clip", disable=silent)

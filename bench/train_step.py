@@ -49,7 +49,7 @@ class Step:
     def __init__(self, config, device, backend):
         choose_kernels(config.kernels, False, device)
         torch.compiler.reset()
-        self.device, self.waits, self.milliseconds = device, False, {}
+        self.config, self.device, self.waits, self.milliseconds = config, device, False, {}
         self.state, stats = training.new_state(config, device), Stats(Path("."), device)
         training.open_batches = self.batches
         # Where each phase of the loop ends.
@@ -90,7 +90,8 @@ class Step:
 
     def __call__(self, r1=False, waits=False):
         """One step, with R1 if asked for. waits: for each phase, adding up their milliseconds."""
-        self.state.step = 0 if r1 else 1  # R1 is of every r1_interval-th step
+        # R1 is of every r1_interval-th step, from 0 on, and ADA's p moves after every ada_interval.
+        self.state.step = 0 if r1 else self.config.ada_interval - 1
         self.state.ada_p = 0.2  # what ADA may come to
         self.waits, self.begun = waits, time.perf_counter()
         next(self.loop)

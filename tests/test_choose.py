@@ -3,6 +3,7 @@ functions on a CPU.
 """
 
 import gc
+import importlib
 import json
 import os
 import subprocess
@@ -362,6 +363,15 @@ def test_a_generator_with_auto_equals_the_plain_one(compiled, monkeypatch, caplo
 
     from kernels import modconv
 
+    def no_driver(*args):
+        raise RuntimeError("0 active drivers")
+
+    names = ("kernels.mostatt", "kernels.mostatt_backward", "kernels.fir", "kernels.modconv")
+    for module in map(importlib.import_module, names):
+        for op in [value for value in vars(module).values() if isinstance(value, Op)]:
+            for name in op.candidates:
+                if name.startswith("Triton"):  # which Triton's interpreter would run, for minutes
+                    monkeypatch.setitem(op.candidates, name, no_driver)
     grouped = modconv.CONV.candidates["cuDNN grouped"]
     monkeypatch.setitem(
         modconv.CONV.candidates, "cuDNN grouped", lambda *args: 1.1 * grouped(*args)

@@ -1,0 +1,88 @@
+"""Bad input of every program: one line that says what is wrong, status 2, nothing left behind."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, options_of
+
+import sample
+import train
+from mostgan.checkpoint import __main__ as checkpoint
+from mostgan.metrics import __main__ as metrics
+from mostgan.prepare import __main__ as prepare
+from mostgan.program import run_program
+
+PROGRAMS = {
+    "train": lambda: run_program(train.main),
+    "sample": lambda: run_program(sample.main),
+    "prepare": prepare.main,
+    "checkpoint": checkpoint.main,
+    "metrics": metrics.main,
+}
+BAD = [
+    ("train --dataset mars", "mars"),
+    ("train --dataset ffs --preset tiny", "data/ffs"),
+    ("train --preset huge", "paper256 or tiny"),
+    ("train --preset tiny --data nowhere", "nowhere"),
+    ("train --preset tiny --data text.txt", "text.txt"),
+    ("train --preset tiny --resolution 100", "power of two"),
+    ("train --preset tiny --batch-clips 6", "mbstd_group"),
+    ("train --preset tiny --rank 0", "rank"),
+    ("train --preset tiny --motion-styles -1", "motion_styles"),
+    ("train --preset tiny --augment all", "augment"),
+    ("train --preset tiny --precision half", "precision"),
+    ("train --preset tiny --generator-lr 0", "generator_lr"),
+    ("train --preset tiny --data PACKED --conditional --resolution 32", "labels"),
+    ("train --preset tiny --data PACKED", "32 pixels"),
+    ("train --start-from text.txt", "checkpoint import"),
+    ("train --start-from nowhere", "nowhere"),
+    ("train --resume nowhere", "nowhere"),
+    ("train --resume text.txt", "text.txt"),
+    ("sample", "python train.py"),
+    ("sample --checkpoint nowhere", "nowhere"),
+    ("sample --checkpoint PACKED", "neither a checkpoint"),
+    ("prepare nowhere out --resolution 32", "nowhere"),
+    ("prepare text.txt out --resolution 32", "text.txt"),
+    ("prepare text.txt out", "--resolution"),
+    ("prepare --check nowhere", "nowhere"),
+    ("checkpoint import nowhere.pkl out", "nowhere.pkl"),
+    ("checkpoint import text.txt out", "text.txt"),
+    ("checkpoint export nowhere a.pt2", "nowhere"),
+    ("checkpoint show nowhere", "nowhere"),
+    ("metrics nowhere", "nowhere"),
+    ("metrics PACKED nowhere", "nowhere"),
+    ("metrics nowhere --runs 0", "runs"),
+]
+
+
+@pytest.mark.parametrize("command, words", BAD, ids=[command for command, _ in BAD])
+def test_bad_input_is_one_clear_line(packed, tmp_path, monkeypatch, capsys, command, words):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text("no video, no checkpoint\n")
+    program, *arguments = command.replace("PACKED", str(packed)).split()
+    monkeypatch.setattr(sys, "argv", [program, *arguments])
+    with pytest.raises(SystemExit) as ended:
+        PROGRAMS[program]()
+    error = capsys.readouterr().err
+    assert ended.value.code == 2, error
+    assert words in error and error.count("\n") == 1 and "Traceback" not in error
+    assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]
+
+
+def test_names_that_a_terminal_cannot_print_end_no_program(packed, tmp_path):
+    """As an ASCII terminal has it, with a folder whose name is not UTF-8."""
+    name = os.fsdecode(b"sky-\xff-\xc3\xa9")
+    arguments = options_of(packed, 1, save_minutes=10.0)
+    command = [sys.executable, str(ROOT / "train.py"), *arguments, "--out", name]
+    env = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "1"}
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert b"sample with" in done.stdout and (tmp_path / name / "stats.jsonl").exists()
+
+
+def test_windows_is_told_of_wsl():
+    script = "import sys; sys.platform = 'win32'; import mostgan"
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and "WSL" in done.stderr and done.stderr.count("\n") == 1

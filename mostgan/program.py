@@ -47,3 +47,8 @@ def _is_out_of_memory(error):
     """Whether it is PyTorch's error for that; a program without PyTorch does not import it here."""
     torch = sys.modules.get("torch")
     return torch is not None and isinstance(error, torch.OutOfMemoryError)
+
+
+def cores():
+    """How many processes or threads can work at once."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()

@@ -12,7 +12,7 @@ import train
 from mostgan.checkpoint import __main__ as checkpoint
 from mostgan.metrics import __main__ as metrics
 from mostgan.prepare import __main__ as prepare
-from mostgan.program import run_program
+from mostgan.program import cores, run_program
 
 PROGRAMS = {
     "train": lambda: run_program(train.main),
@@ -86,3 +86,14 @@ def test_windows_is_told_of_wsl():
     script = "import sys; sys.platform = 'win32'; import mostgan"
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and "WSL" in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_macos_has_cores(monkeypatch):
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+    assert cores() == os.cpu_count()
+
+
+def test_nothing_else_asks_for_what_macos_lacks():
+    files = [*ROOT.glob("*.py"), *ROOT.glob("mostgan/**/*.py"), *ROOT.glob("kernels/*.py")]
+    asking = [path.name for path in files if "sched_getaffinity(" in path.read_text()]
+    assert asking == ["program.py"]

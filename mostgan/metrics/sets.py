@@ -28,6 +28,7 @@ from mostgan.files import write_whole
 from mostgan.metrics import frechet, motion_statistics
 from mostgan.metrics.frechet import Detector, Sums
 from mostgan.model import Generator
+from mostgan.program import cores
 from mostgan.rendering import render
 
 CACHE_VERSION = 3  # raise it when what is collected changes, or how frames are decoded
@@ -139,7 +140,7 @@ class ClipSet:
             clip, first = place
             return self.clips.frames(clip, np.arange(first, first + window.span, window.stride))
 
-        with ThreadPoolExecutor(min(size, len(os.sched_getaffinity(0)))) as pool:
+        with ThreadPoolExecutor(min(size, cores())) as pool:
             for first in range(rank * size, len(windows), world * size):
                 clips = list(pool.map(read, windows[first : first + size]))
                 yield torch.from_numpy(np.stack(clips))

@@ -40,6 +40,7 @@ from mostgan.prepare.archives import UNPACKED
 from mostgan.prepare.clips import MIN_FRAMES, file_name, jobs_of, made_before, make
 from mostgan.prepare.reading import printable
 from mostgan.prepare.sources import Notes
+from mostgan.program import cores
 
 FORMAT, VERSION = "mostgan-clips", 3  # as mostgan/data.py reads it
 RAW_UP_TO = 128  # pixels a side: opening a small JPEG costs more than reading it raw
@@ -54,11 +55,6 @@ def look(source, settings):
     """The source, having looked at what it is (see Source.look). What a worker process calls."""
     source.look(settings)
     return source
-
-
-def cores():
-    """How many processes can work at once."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 class _Here:

@@ -720,7 +720,7 @@ def test_the_command_line_names_other_data(tmp_path):
     (tmp_path / "sky1").rename(tmp_path / "sky0")
     done = run("--total-kframes", "0.024")
     assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert [line for line in done.stderr.splitlines() if line][-1].startswith("train.py: ")
+    assert [line for line in done.stderr.splitlines() if line][-1].startswith("error: ")
     done = run("--total-kframes", "0.024", "--data", str(tmp_path / "sky0"))
     assert done.returncode == 0 and "other data" in done.stdout + done.stderr, done.stderr
     assert described(tmp_path / "run")["clips"] == 3

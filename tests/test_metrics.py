@@ -423,10 +423,7 @@ def test_a_toy_detector_end_to_end(packed, run_folder, detectors, tmp_path, caps
     protocol = said["protocol"]
     sha256 = hashlib.sha256((detectors / "video.pt").read_bytes()).hexdigest()
     assert protocol["video_detector"] == {"name": "video.pt", "sha256": sha256, "proxy": False}
-    assert (
-        protocol["real"]["checksum"] == clips.fingerprint
-        and protocol["real"]["total"] == 12
-    )
+    assert protocol["real"]["checksum"] == clips.fingerprint and protocol["real"]["total"] == 12
     assert (protocol["seed"], protocol["runs"], protocol["precision"]) == (2, 2, "float32")
     assert said["samples"]["fvd128"] == [3, 5] and said["samples"]["fid"] == [80, 80]
     assert not any("proxy" in key for key in said["results"])

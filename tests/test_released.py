@@ -16,6 +16,7 @@ import zipfile
 from pathlib import Path
 
 import av
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
@@ -276,6 +277,14 @@ def test_a_distance_by_reference_and_as_a_number(tmp_path, distance):
     assert found.config.motion_distance == 64 and found.config.shortest_period == 16
 
 
+def nested(depth):
+    """A tuple that has 2^depth parts, if each is counted as often as it is there."""
+    made = ()
+    for _ in range(depth):
+        made = (made, made)
+    return made
+
+
 CONTRADICTIONS = {
     "K": ({"model.generator.motion_num": 6}, None, "motion_styles is 6 by .*motion_num, but 4 by"),
     "rank": ({"model.generator.rank": 2}, None, "rank is 2 .* but 1 by"),
@@ -306,6 +315,27 @@ CONTRADICTIONS = {
     "kernel": ({"model.generator.motion.kernel_size": 5}, None, "motion.kernel_size = 5"),
     "norm": ({}, {"synthesis.b8.conv1": {"instance_norm": True}}, "instance_norm = True"),
     "spectral": ({"model.discriminator.spectral_norm": True}, None, "spectral_norm = True"),
+    "a clamp elsewhere": ({}, {"b16.skip": {"conv_clamp": 256}}, "b16.skip has a conv_clamp"),
+    "a clamp of a hypernetwork": (
+        {},
+        {"synthesis.b16.conv1.hypernet.conv0": {"conv_clamp": 256}},
+        "hypernet.conv0 has a conv_clamp",
+    ),
+    "a layer without clamp": (
+        {},
+        {"synthesis.b16.conv1": {"conv_clamp": None}},
+        "activation_clamp is None by conv_clamp of synthesis.b16.conv1, but 256 by",
+    ),
+    "activation": ({}, {"synthesis.b8.conv1": {"activation": "relu"}}, "activation = relu"),
+    "kernel of a layer": ({}, {"b8.conv0": {"kernel_size": 5}}, "b8.conv0 has kernel_size = 5"),
+    "half precision": ({}, {"synthesis.b8": {"use_fp16": 1}}, "use_fp16 = 1"),
+    "a tuple of tuples": ({"dataset.motion_z_distance": nested(60)}, None, "must be a number"),
+    "a scalar of numpy": ({"dataset.motion_z_distance": np.float32(64)}, None, "must be a number"),
+    "far": (
+        {"model.generator.motion.motion_z_distance": 1e300, "dataset.motion_z_distance": 16},
+        None,
+        "must be a number",
+    ),
     "dangling": ({"dataset.motion_z_distance": "${nowhere.at}"}, None, "which is not there"),
     "circular": (
         {"dataset.motion_z_distance": "${dataset.motion_z_distance}"},
@@ -337,6 +367,9 @@ def test_what_only_the_tensors_tell_is_said_to_be_inferred(tmp_path, capsys):
     inferred = capsys.readouterr().out.partition("inferred from the tensors alone: ")[2]
     for name in ("motion_distance", "motion_styles", "rank", "w_dim"):
         assert name in inferred
+    bare = tmp_path / "bare.safetensors"
+    save_file(snapshots.released_state(made[0]), bare)
+    assert "by default: activation_clamp" in read_released(bare).notes
     with pytest.raises(UserError, match="motion_distance is 8 by --motion-distance, but 16 by"):
         read_released(write(tmp_path / "told.pkl", snapshot(*made)), motion_distance=8)
 

@@ -93,6 +93,9 @@ _IN_GENERATOR += [(name, f"model.discriminator.{path}") for name, path in _IN_DI
 _OF_MOSTGAN_V = {"motion_styles", "motion_vector_dim", "motion_resolutions", "rank"}
 _OF_MOSTGAN_V |= {"motion_difference", "discriminator_hidden_dim"}
 
+# Fields that follow from the half precision, and one that the release has no choice of.
+_FOLLOWING = {"prenorm_resolutions", "motion_demod_only_resolutions", "modulation_order"}
+
 # Options of the release, and what ours has of them: in the pickled configuration, and among the
 # attributes of modules and the arguments that they were made with.
 _OPTIONS = {
@@ -318,9 +321,8 @@ def _network(value):
         tensors |= {prefix + key: tensor for key, tensor in own_tensors.items()}
         todo += [(prefix + key, child, (*above, id(module))) for key, child in children.items()]
         if len(attributes) + len(todo) > MOST_MODULES or len(tensors) > MOST_TENSORS:
-            raise Refused(
-                f"a network of more than {MOST_MODULES} modules or {MOST_TENSORS} tensors"
-            )
+            most = f"{MOST_MODULES} modules or {MOST_TENSORS} tensors"
+            raise Refused(f"a network of more than {most}")
     return Network(pickles.read_tensors(tensors), value.name, attributes)
 
 
@@ -358,8 +360,8 @@ _MISSING = object()
 
 
 def look_up(cfg, path):
-    """The value at a dotted path of a pickled configuration, references followed: a plain value or
-    a list of such; _MISSING if there is none.
+    """The value at a dotted path of a pickled configuration, references followed, and those of a
+    list's items; _MISSING if there is none, or None.
 
     Nodes are omegaconf's: `_content` of dictionaries and lists, `_val` of leaves. A text `${a.b}`
     stands for what is at a.b, counted from the root of all that cfg is a part of; so are paths that
@@ -391,13 +393,15 @@ def look_up(cfg, path):
                     where = f"{shown(node)}, which is not there"
                     raise UserError(f"its configuration's {path} refers to {where}")
                 return found
-            state = _dictionary(node.state)
-            node = state["_val"] if "_val" in state else state.get("_content")
+            held = [key for key in ("_val", "_content") if key in _dictionary(node.state)]
+            if not held:
+                return node  # no node of a configuration
+            node = node.state[held[0]]
 
     value = walk(root if path.startswith("model.") else cfg, path.split("."))
     if isinstance(value, list):
         return [content(item) for item in value]
-    return _plain(value)
+    return _MISSING if value is None else value
 
 
 def _root(node):
@@ -493,10 +497,13 @@ def find_config(generator, discriminator=None, half_precision=None, motion_dista
         motion_demod_only_resolutions=motion_halves,
     )
     _check_computed([network for network, _ in networks], config)
-    text = ", ".join(f"{name} {_said(value)}" for name, value in asdict(config).items())
-    by_tensors = ", ".join(sorted(evidence.inferred)) or "nothing"
-    notes = f"{text}; half precision in the release: {how}; inferred from the tensors alone: "
-    return config, notes + by_tensors
+    told = asdict(config)
+    text = ", ".join(f"{name} {_said(value)}" for name, value in told.items())
+    by_tensors, by_default = evidence.inferred, told.keys() - evidence.places - _FOLLOWING
+    return config, (
+        f"{text}; half precision in the release: {how}; by default: {_said(sorted(by_default))}; "
+        f"inferred from the tensors alone: {_said(sorted(by_tensors))}"
+    )
 
 
 def _shape(state, name, dims):
@@ -546,12 +553,12 @@ def _periods(freqs):
     """
     if not len(freqs) or not ((freqs > 1e-6) & (freqs < 7)).all():
         raise UserError(f"its {_FREQUENCIES} are no frequencies")
-    longest, shortest = (round(2 * math.pi / float(freqs[i]), 3) for i in (0, -1))
-    near = {
-        period: round(period) if math.isclose(period, round(period), rel_tol=1e-4) else period
-        for period in (longest, shortest)
-    }
-    return dict(shortest_period=near[shortest], max_period=near[longest])
+    periods = {}
+    for name, omega in (("shortest_period", freqs[-1]), ("max_period", freqs[0])):
+        period = round(2 * math.pi / float(omega), 3)
+        whole = math.isclose(period, round(period), rel_tol=1e-4)
+        periods[name] = round(period) if whole else period
+    return periods
 
 
 def _motion_styles(state, resolutions, w_dim):
@@ -736,9 +743,8 @@ def _fitted(which, network, config):
         raise UserError(f"its {which} has shapes that do not fit each other") from None
     for name in sorted(expected.keys() | state.keys()):
         if name not in expected:
-            raise UserError(
-                f"its {which} has {shown(name)}, which ours has not: another architecture"
-            )
+            what = f"its {which} has {shown(name)}"
+            raise UserError(f"{what}, which ours has not: another architecture")
         if name not in state:
             raise UserError(f"its {which} has no {name}")
         if state[name].shape != expected[name].shape:

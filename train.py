@@ -81,7 +81,7 @@ def train(config: TrainConfig, out: Path | None = None, resume: Resume | None = 
     config = with_shares(with_data(config, clips))
     detectors = None
     if config.eval_every:
-        detectors = metrics.open_detectors(config.eval_detector, config.eval_frame_detector, device)
+        detectors = metrics.open_detectors(config.eval_detector, None, device)
     state, run, saved = start(config, clips, device, out, resume)
 
     total, logged, first = round(config.total_kframes * 1000), state.frames, state.frames
@@ -113,7 +113,7 @@ def train(config: TrainConfig, out: Path | None = None, resume: Resume | None = 
         shows = is_last or passes(state, config, config.snapshot_kframes)
         scores = {}
         if detectors and passes(state, config, config.eval_every) and not stopping:
-            wanted = config.eval_clips, config.eval_frames, config.eval_long_clips
+            wanted = config.eval_clips, config.eval_frames
             scores = metrics.evaluate(state.ema, clips, detectors, *wanted)
             if main:
                 bar.write(f"{state.frames / 1000:.1f} k frames: {metrics.in_a_line(scores)}")

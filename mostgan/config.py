@@ -8,6 +8,13 @@ class UserError(Exception):
     """Something the user can mend. Scripts print its text as one line and exit with status 2."""
 
 
+def check_one_of(config, name, *choices):
+    """UserError where a field of a configuration has none of the values that it can have."""
+    value = getattr(config, name)
+    if value not in choices:
+        raise UserError(f"{name} is {value!r}: {', '.join(choices[:-1])} or {choices[-1]}")
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """Generator and discriminator. The defaults are the paper's 256² model. Times are in frames.
@@ -59,9 +66,7 @@ class ModelConfig:
     max_num_frames: int = 1024
     """longest time difference that the discriminator tells apart, plus one"""
     num_labels: int = 0
-    """size of a clip's condition vector: C numbers, or C classes as one-hot vectors; 0 is
-    unconditional
-    """
+    """size of a clip's condition: C numbers, or C classes as one-hot vectors; 0 is none"""
     concat_resolution: int = 16
     """the discriminator's block that sees all images of a clip at once"""
     motion_difference: bool = True
@@ -70,9 +75,7 @@ class ModelConfig:
     mbstd_group: int = 4
     """clips that share a minibatch standard deviation"""
     time_condition: bool = True
-    """the discriminator is told times and label; False, an ablation of the release, multiplies them
-    by 0
-    """
+    """the discriminator is told times and label; False, an ablation of the release, hides them"""
     fps: float | None = None
     """frames per second that samples play at; default: those of the data that it is trained on"""
 
@@ -109,8 +112,7 @@ class ModelConfig:
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise UserError(f"{name} is {value}, but must be more than 0, or none")
-        if self.hypernetwork not in ("lrelu", "affine"):
-            raise UserError(f"hypernetwork is {self.hypernetwork!r}: lrelu or affine")
+        check_one_of(self, "hypernetwork", "lrelu", "affine")
         if self.motion_styles < 0 or self.num_labels < 0:
             raise UserError("motion_styles and num_labels must be 0 or more")
         if self.channel_base < r or self.channels(self.concat_resolution) < 2:
@@ -122,10 +124,7 @@ class ModelConfig:
                 f"motion_code_dim is {self.motion_code_dim}, but must be 2 · num_frequencies = "
                 f"{2 * self.num_frequencies} (a sine and a cosine each)"
             )
-        if self.modulation_order not in ("content_first", "motion_first"):
-            raise UserError(
-                f"modulation_order is {self.modulation_order!r}: content_first or motion_first"
-            )
+        check_one_of(self, "modulation_order", "content_first", "motion_first")
         if not 8 <= self.concat_resolution < r:
             raise UserError(
                 f"concat_resolution is {self.concat_resolution}, but must be from 8 to {r // 2}"
@@ -142,47 +141,46 @@ class ModelConfig:
 
     @property
     def num_ws(self) -> int:
-        """Synthesis convolutions + 1; what the diversity loss is divided by (spec §5). 14 at
-        256².
-        """
+        """Synthesis convolutions + 1: 14 at 256². Divides the diversity loss (spec §5)."""
         return 2 * len(self.resolutions)
 
 
 @dataclass(frozen=True)
 class DatasetPreset:
-    """What spec §8 fixes for a dataset, and what a user who lacks it should get."""
+    """What spec §8 fixes for a dataset. How to get one is in mostgan/prepare/README.md."""
 
     motion_distance: int
     augment: str
-    fps: float
-    source: str
 
 
 DATASETS = {
-    "sky": DatasetPreset(256, "bgc", 25, "SkyTimelapse (the mdgan release)"),
-    "ffs": DatasetPreset(16, "bgc_noro", 25, "FaceForensics (original sequences)"),
-    "jelly": DatasetPreset(
-        64, "easy", 30, "RainbowJelly (the 8-hour jellyfish film, cut into clips of 512 frames)"
-    ),
-    "celebv": DatasetPreset(32, "bgc_noro", 25, "CelebV-HQ"),
-    "ucf101": DatasetPreset(16, "easy", 25, "UCF-101"),
-    "horse": DatasetPreset(16, "bgc_noro", 30, "Horseback"),
+    "sky": DatasetPreset(256, "bgc"),  # SkyTimelapse
+    "ffs": DatasetPreset(16, "bgc_noro"),  # FaceForensics
+    "jelly": DatasetPreset(64, "easy"),  # RainbowJelly
+    "celebv": DatasetPreset(32, "bgc_noro"),  # CelebV-HQ
+    "ucf101": DatasetPreset(16, "easy"),  # UCF-101
+    "horse": DatasetPreset(16, "bgc_noro"),  # Horseback
 }
+
+
+def check_dataset(name):
+    """UserError where there is no dataset preset of this name."""
+    if name not in DATASETS:
+        raise UserError(
+            f"dataset {name!r} is not known: choose from {', '.join(DATASETS)}; "
+            "your own clips go with any of them by --data"
+        )
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """A training run: everything that decides what is learned. Clips and frames are counted as spec
-    §8 counts them.
-    """
+    """A training run: everything that decides what is learned. Clips and frames are those of §8."""
 
     model: ModelConfig = ModelConfig()
     preset: str = "paper256"
     """size preset: paper256 or tiny"""
     dataset: str = "sky"
-    """dataset preset: sky, ffs, jelly, celebv, ucf101 or horse; sets motion_distance, augment and
-    fps
-    """
+    """dataset preset: sky, ffs, jelly, celebv, ucf101 or horse; sets motion_distance and augment"""
     data: str | None = None
     """videos or frames: a folder, a zip, or a packed folder; default data/<dataset>"""
     cache: str | None = None
@@ -196,17 +194,13 @@ class TrainConfig:
     mirror: bool = True
     """show clips mirrored left-right half of the time"""
     sampling: str = "spans"
-    """which frames of a clip D sees: spans (spec §8: all within 32 frames) or uniform (any of the
-    clip)
-    """
+    """frames of a clip that D sees: spans (all within 32 frames, spec §8) or uniform (any)"""
     seed: int = 0
     total_kframes: float = 25_000
     """length of the training, in thousands of real frames"""
     batch_clips: int = 64
     batch_split: int = 4
-    """pieces a batch is computed in, to fit memory (gradient accumulation); several processes share
-    them
-    """
+    """pieces a batch is computed in, to fit memory; several processes share them"""
     generator_lr: float = 0.0025
     discriminator_lr: float = 0.0025
     r1_gamma: float = 10.0
@@ -217,9 +211,7 @@ class TrainConfig:
     ema_half_life_kclips: float = 20.0
     """half-life of the averaged generator's weights, in thousands of clips"""
     ema_rampup: float = 0.0
-    """if not 0, the half-life is at most this fraction of the clips so far: early averages forget
-    the random start
-    """
+    """if not 0, the half-life is at most this fraction of the clips so far"""
     augment: str = "bgc"
     """ADA pipeline: bgc, bgc_noro, easy or none"""
     ada_target: float = 0.6
@@ -236,48 +228,30 @@ class TrainConfig:
     keep_checkpoints: int = 2
     """newest checkpoints to keep, besides the best one if a metric was computed"""
     skip_limit: int = 20
-    """stop when more than so many optimizer steps in a row were left out, a loss or gradient not
-    being finite
-    """
+    """stop when more than so many steps in a row had a loss or gradient that was not finite"""
     deterministic: bool = False
     """on a GPU: only algorithms that give the same bits every time; slower"""
     eval_every: float = 0.0
-    """frames, in thousands, between two evaluations of the averaged generator (metrics.py), the
-    best of which is kept; 0 is never
-    """
+    """frames, in thousands, between two evaluations, the best of which is kept; 0 is never"""
     eval_clips: int = 256
     """clips that an evaluation compares; FVD is of 2,048"""
     eval_frames: int = 16
     """longest clips that it compares: 16, or 128 for FVD128 too"""
-    eval_long_clips: int = 0
-    """videos of 1,024 frames that it searches for repetition"""
     eval_detector: str | None = None
-    """TorchScript file that FVD is computed with; default a random network, whose scores are called
-    proxy
-    """
-    eval_frame_detector: str | None = None
-    """the same for FID"""
+    """TorchScript file for FVD; default a random network, whose scores are called proxy"""
     precision: str = "bf16"
     """bf16 (autocast with float32 master weights; needs a GPU) or float32 (a GPU's convolutions in
     tf32)
     """
     compile: bool = True
-    """torch.compile the G step, the D step and R1, each as one graph; the first step then takes a
-    minute or more
-    """
+    """torch.compile the G step, the D step and R1; the first step then takes minutes"""
     kernels: str = "auto"
-    """what the ops of kernels/ run as on a GPU: auto (the fastest that agrees with plain PyTorch
-    there, measured once), triton, or reference, which is plain PyTorch
-    """
+    """what runs the ops on a GPU: auto (the fastest that is right), triton, reference (PyTorch)"""
     workers: int = 4
     """processes that decode clips; 0 decodes in a thread"""
 
     def __post_init__(self):
-        if self.dataset not in DATASETS:
-            raise UserError(
-                f"dataset {self.dataset!r} is not known: choose from {', '.join(DATASETS)}; "
-                "your own clips go with any of them by --data"
-            )
+        check_dataset(self.dataset)
         if self.model.frames_per_clip < 2:
             raise UserError(
                 "frames_per_clip is 1, but the discriminator needs at least 2 frames of a clip"
@@ -300,12 +274,7 @@ class TrainConfig:
         ):
             if not getattr(self, name) > 0:
                 raise UserError(f"{name} is {getattr(self, name)}, but must be more than 0")
-        for name, least in (
-            ("eval_every", 0),
-            ("eval_clips", 2),
-            ("eval_frames", 2),
-            ("eval_long_clips", 0),
-        ):
+        for name, least in (("eval_every", 0), ("eval_clips", 2), ("eval_frames", 2)):
             if getattr(self, name) < least:
                 raise UserError(f"{name} is {getattr(self, name)}, but must be at least {least}")
         if self.batch_clips % self.batch_split:
@@ -317,17 +286,12 @@ class TrainConfig:
         if piece % min(group, piece):
             raise UserError(
                 f"a piece of the batch has {piece} clips (batch_clips / batch_split), but must "
-                "have a "
-                f"multiple of mbstd_group {group}"
+                f"have a multiple of mbstd_group {group}"
             )
-        if self.augment not in ("bgc", "bgc_noro", "easy", "none"):
-            raise UserError(f"augment is {self.augment!r}: bgc, bgc_noro, easy or none")
-        if self.precision not in ("bf16", "float32"):
-            raise UserError(f"precision is {self.precision!r}: bf16 or float32")
-        if self.sampling not in ("spans", "uniform"):
-            raise UserError(f"sampling is {self.sampling!r}: spans or uniform")
-        if self.kernels not in ("auto", "triton", "reference"):
-            raise UserError(f"kernels is {self.kernels!r}: auto, triton or reference")
+        check_one_of(self, "augment", "bgc", "bgc_noro", "easy", "none")
+        check_one_of(self, "precision", "bf16", "float32")
+        check_one_of(self, "sampling", "spans", "uniform")
+        check_one_of(self, "kernels", "auto", "triton", "reference")
 
     @property
     def frames_per_step(self) -> int:
@@ -335,14 +299,8 @@ class TrainConfig:
 
 
 def train_preset(preset: str, dataset: str) -> TrainConfig:
-    """The configuration of a size preset on a dataset preset. Raises UserError on an unknown
-    name.
-    """
-    if dataset not in DATASETS:
-        raise UserError(
-            f"dataset {dataset!r} is not known: choose from {', '.join(DATASETS)}; "
-            "your own clips go with any of them by --data"
-        )
+    """The configuration of a size preset on a dataset preset. UserError on an unknown name."""
+    check_dataset(dataset)
     chosen = DATASETS[dataset]
     if preset == "paper256":
         model = ModelConfig(motion_distance=chosen.motion_distance)

@@ -166,15 +166,15 @@ def add_repetition(scores, prefix, sums):
 
 @torch.no_grad()
 def evaluate(
-    generator, clips, detectors: Detectors, most=256, frames=16, long_clips=0, seed=0
+    generator, clips, detectors: Detectors, most=256, frames=16, seed=0
 ) -> dict[str, float]:
     """Scores of a generator against packed clips, as training logs them: name → value, FVD16 first.
 
-    most: clips of each set; frames: 16, or 128 for FVD128 too; long_clips: videos searched for
-    repetition. No random state is touched. With torch.distributed running, every process must call
-    it, and all get the same. May raise UserError.
+    most: clips of each set; frames: 16, or 128 for FVD128 too. No random state is touched. With
+    torch.distributed running, every process must call it, and all get the same. May raise
+    UserError.
     """
-    protocol = Protocol(clips=most, frames=frames, long_clips=long_clips).chosen(detectors)
+    protocol = Protocol(clips=most, frames=frames, long_clips=0).chosen(detectors)
     conditions = conditions_of(clips, generator.config.num_labels)
     sets = ClipSet(clips, protocol, seed), GeneratedSet(generator, protocol, seed, conditions)
     return score(*sets, protocol, detectors, show=False).values

@@ -30,9 +30,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-sys.path.insert(
-    0, str(Path(__file__).resolve().parents[1])
-)  # before this folder, whose kernels.py is not the package
+# Before this folder, whose kernels.py is not the package `kernels`.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train as training
 from mostgan import checkpoint
 from mostgan.checkpoint.training import Saver
@@ -219,9 +218,8 @@ def damages(folder, rng, count, reference):
             data[at] ^= 1 << rng.randrange(8)
             file.write_bytes(data[:at] if kind == "truncated" else data)
         run.finish()
-        named = (
-            "" if file.name == "checksums.json" else file.name
-        )  # a wrong checksum speaks against the file it is of
+        # A wrong checksum speaks against the file it is of.
+        named = "" if file.name == "checksums.json" else file.name
         if f"warning: {newest} is damaged and passed over: {named}" not in run.output.read_text():
             raise Failed(f"{run.out}: {file.name} ({kind}) was not named: {run.output.read_text()}")
         run.check(reference)

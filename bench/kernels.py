@@ -254,9 +254,8 @@ def measure(args, dtype, device, result):
                     )
                 rows.append(row)
                 show(row)
-                write(
-                    args.out, result | dict(rows=rows)
-                )  # row by row: a run that is cut off has its figures
+                # Row by row: a run that is cut off has its figures.
+                write(args.out, result | dict(rows=rows))
 
 
 def show(row):

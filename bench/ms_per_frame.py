@@ -27,9 +27,8 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(
-    0, str(Path(__file__).resolve().parent.parent)
-)  # else `kernels` is bench/kernels.py
+# Before this folder, whose kernels.py is not the package `kernels`.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import kernels
 from bench.timing import copy_rate, describe, matmul_rate, seconds, write
 from mostgan.config import ModelConfig
@@ -105,9 +104,8 @@ def end_to_end(variant, window, device, dtype, repeats, config):
                 for pictures in render_video(generator, seed=0, frames=frames, window=window):
                     video.write(pictures[0].cpu())
             times.append((rendered - started, time.perf_counter() - rendered, video.seconds))
-    render_only, to_mp4, encoding = (
-        statistics.median(column) for column in zip(*times[1:])
-    )  # the first is a warm-up
+    # The first is a warm-up.
+    render_only, to_mp4, encoding = (statistics.median(column) for column in zip(*times[1:]))
     return dict(
         variant=variant,
         frames=frames,

@@ -18,9 +18,8 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-sys.path.insert(
-    0, str(Path(__file__).resolve().parent.parent)
-)  # else `kernels` is bench/kernels.py
+# Before this folder, whose kernels.py is not the package `kernels`.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from bench.timing import do_without, write
 
 do_without("av", "PIL", "tqdm", "tyro")

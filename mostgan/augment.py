@@ -65,9 +65,8 @@ class AugmentParams(NamedTuple):
 
     geometry: Tensor  # [B, 3, 3] output to input, in pixels, centred on the image, x right, y down
     color: Tensor | None  # [B, 3, 4]: rgb becomes m[:, :3] rgb + m[:, 3]
-    noise: (
-        Tensor | None
-    )  # [B] standard deviation; from `on_device`: the noise itself, shaped as the frames
+    # [B] standard deviation; from `on_device`: the noise itself, shaped as the frames.
+    noise: Tensor | None
     cutout: Tensor | None  # [B, 2] centre (x, y) as fractions of the image; inf where not applied
 
 
@@ -90,9 +89,8 @@ class _Draws:
     def normal(self) -> Tensor:
         if self.percentile is None:
             return torch.randn(self.b, **self.options)
-        return torch.erfinv(
-            2 * self.uniform() - 1
-        )  # as is: the spec leaves out the √2 of the inverse CDF
+        # As is: the spec leaves out the √2 of the inverse CDF.
+        return torch.erfinv(2 * self.uniform() - 1)
 
     def gate(
         self, value: Tensor, otherwise: Tensor | float, probability: float | None = None
@@ -180,22 +178,18 @@ def _draw_color(draws: _Draws) -> Tensor:
     on the left.
     """
     vv = torch.full((3, 3), 1 / 3, dtype=torch.float64)  # v vᵀ with v = (1, 1, 1)/√3, the luma axis
-    cross = torch.tensor([[0, -1, 1], [1, 0, -1], [-1, 1, 0]], dtype=torch.float64) / math.sqrt(
-        3
-    )  # cross a = v × a
+    # cross @ a = v × a.
+    cross = torch.tensor([[0, -1, 1], [1, 0, -1], [-1, 1, 0]], dtype=torch.float64) / math.sqrt(3)
     brightness = draws.gate(0.2 * draws.normal(), 0.0)
     m = draws.gate(torch.exp2(0.5 * draws.normal())[:, None, None] * _EYE, _EYE)  # contrast
-    m = (
-        draws.gate(_EYE - 2 * vv * (2 * draws.uniform()).floor()[:, None, None], _EYE) @ m
-    )  # luma flip
+    # Luma flip.
+    m = draws.gate(_EYE - 2 * vv * (2 * draws.uniform()).floor()[:, None, None], _EYE) @ m
     angle = ((2 * draws.uniform() - 1) * math.pi)[:, None, None]
     m = draws.gate(vv + angle.cos() * (_EYE - vv) + angle.sin() * cross, _EYE) @ m  # hue
-    m = (
-        draws.gate(vv + torch.exp2(draws.normal())[:, None, None] * (_EYE - vv), _EYE) @ m
-    )  # saturation
-    return torch.cat(
-        [m, brightness[:, None, None] * m.sum(2, keepdim=True)], 2
-    )  # brightness is first: m (rgb + b)
+    # Saturation.
+    m = draws.gate(vv + torch.exp2(draws.normal())[:, None, None] * (_EYE - vv), _EYE) @ m
+    # Brightness is first: m (rgb + b).
+    return torch.cat([m, brightness[:, None, None] * m.sum(2, keepdim=True)], 2)
 
 
 def apply(
@@ -339,12 +333,10 @@ def _resample_turned(
     """
     height, width = frames.shape[2:]
     size = torch.tensor([width, height])
-    reach = (
-        fine[:, :2, :2].abs() @ (size + 6.0).double() + 2
-    )  # of the samples; 2 to round and to interpolate
-    window = torch.minimum(
-        2 * reach.amax(0).ceil().long(), 6 * size
-    )  # three images hold all there is
+    # How far the samples reach; 2 more to round and to interpolate.
+    reach = fine[:, :2, :2].abs() @ (size + 6.0).double() + 2
+    # Three images, mirrored at their edges, hold all there is.
+    window = torch.minimum(2 * reach.amax(0).ceil().long(), 6 * size)
     centre = fine[:, :2, 2].round().long().clamp(window // 2 - 3 * size, 3 * size - window // 2)
     up_x, up_y = (
         u[(c[:, None] + (len(u) - k) // 2 + torch.arange(k)).to(u.device, non_blocking=True)]
@@ -413,9 +405,8 @@ def _up_matrix(n: int, like: Tensor) -> Tensor:
     pixel = torch.arange(n, device=like.device)
     matrix = _taps(row + 5 - 2 * pixel, like)
     matrix[:, 1:] += _taps(row + 5 + 2 * pixel[1:], like)  # the pixel's mirror images, at -pixel
-    matrix[:, :-1] += _taps(
-        row + 5 - 2 * (2 * n - 2 - pixel[:-1]), like
-    )  # and at 2 (n - 1) - pixel
+    # And at 2 (n - 1) - pixel.
+    matrix[:, :-1] += _taps(row + 5 - 2 * (2 * n - 2 - pixel[:-1]), like)
     return 2 * matrix * ((row >= 2 - 2 * n) & (row < 4 * n - 2))  # nothing beyond the padding
 
 

@@ -40,9 +40,8 @@ def start():
                 f"{gpus}"
             )
         torch.cuda.set_device(local)
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl", **_new_store()
-        )  # gloo for what the host must know (any_of)
+        # gloo is for what the host must know (any_of).
+        dist.init_process_group("cpu:gloo,cuda:nccl", **_new_store())
     else:
         dist.init_process_group("gloo", **_new_store())
 

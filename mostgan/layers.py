@@ -68,9 +68,8 @@ class Conv2d(nn.Module):
         self.weight = nn.Parameter(torch.randn(out_channels, in_channels, kernel_size, kernel_size))
         self.bias = nn.Parameter(torch.zeros(out_channels)) if bias else None
         self.lrelu, self.down = lrelu, down
-        self.clamp = (
-            None if clamp is None else clamp * gain
-        )  # spec §1: the bound has the layer's extra gain in it
+        # Spec §1: the bound has the layer's extra gain in it.
+        self.clamp = None if clamp is None else clamp * gain
         self.bias_gain = gain * (kernels.LRELU_GAIN if lrelu else 1.0)
         self.weight_gain = self.bias_gain / math.sqrt(in_channels * kernel_size**2)
 

@@ -80,9 +80,8 @@ class VideoWriter:
                     f"{place} is there already and holds other things; choose another name"
                 )
         self.shape, self.thread, self.error, self.seconds = None, None, None, 0.0
-        self.queue = queue.Queue(
-            maxsize=2
-        )  # chunks of frames that lie unwritten: memory is bounded
+        # Chunks of frames that wait to be written: few, so that memory is bounded.
+        self.queue = queue.Queue(maxsize=2)
 
     def check_size(self, height, width):
         """Raises UserError if the format has no pictures of so many pixels. `write` checks it too,

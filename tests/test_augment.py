@@ -96,9 +96,10 @@ def test_resampling_is_the_specs(pipeline, size):
     assert (off_diagonal < 1e-9).any() and (pipeline == "bgc_noro" or (off_diagonal > 1e-3).any())
     x = images(24, 3, *size)
     params = draw(pipeline, 0.0, 24, *size)._replace(geometry=geometry)
+    # sym6's digits.
     torch.testing.assert_close(
         apply(x, params), literal_resample(x, geometry), rtol=1e-5, atol=1e-5
-    )  # sym6's digits
+    )
     moved = (geometry != torch.eye(3, dtype=torch.float64)).flatten(1).any(1)
     torch.testing.assert_close(
         apply(x, params)[moved], literal_resample(x, geometry)[moved], rtol=1e-9, atol=1e-9
@@ -173,9 +174,8 @@ def test_how_often_the_geometry_applies():
     xx, yy, x, y = g[:, 0, 0], g[:, 1, 1], g[:, 0, 2], g[:, 1, 2]
     assert near((xx < 0).double().mean(), p / 2)  # flips
     assert (yy > 0).all() and not g[:, [0, 1], [1, 0]].any()
-    assert near(
-        ((xx.abs() - 1).abs() < 1e-12).double().mean(), (1 - p) ** 2
-    )  # neither scale nor anisotropy
+    # Neither scale nor anisotropy.
+    assert near(((xx.abs() - 1).abs() < 1e-12).double().mean(), (1 - p) ** 2)
     shifted = (x != 0) | (y != 0)  # both integer shifts round to 0 with probability (1/16)^2
     assert near(shifted.double().mean(), 1 - (1 - p) * (1 - p * 255 / 256))
     # In each factor log2 has standard deviation 0.2: over both axes they add up and cancel
@@ -233,9 +233,8 @@ def test_which_pipeline_does_what():
 
 
 def test_easy_leaves_colours_alone():
-    x = images(1, 3, 1, 1, dtype=torch.float32).expand(
-        16, 3, 24, 24
-    )  # one colour; reflection keeps it so
+    # One colour; reflection keeps it so.
+    x = images(1, 3, 1, 1, dtype=torch.float32).expand(16, 3, 24, 24)
     params = draw("easy", 1.0, 16, 24, 24, seeded(0))._replace(noise=None, cutout=None)
     params.geometry[:, :2, 2] *= 0.3  # within reach of the padding
     torch.testing.assert_close(apply(x, params), x.contiguous(), rtol=1e-4, atol=1e-4)

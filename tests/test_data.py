@@ -475,9 +475,8 @@ def test_raw_data_is_packed_once_beside_it_and_again_when_it_changes(
         assert sorted(open_data(src, "sky", 16).lengths.tolist()) == [4, 5]
         (src / "b" / "004.png").unlink()
         assert open_data(src, "sky", 16).lengths.tolist() == [4, 4]
-        write_source(
-            src, kind, numbered(7, 16, 16)[3:], "a"
-        )  # the same names, and of each file the same size
+        # The same names, and of each file the same size.
+        write_source(src, kind, numbered(7, 16, 16)[3:], "a")
     else:
         write_source(src, kind, numbered(7, 16, 16)[3:])
     assert numbers(open_data(src, "sky", 16)) == [3, 4, 5, 6]
@@ -671,9 +670,8 @@ def test_a_run_goes_on_with_other_data_only_when_they_are_named(tmp_path, one_co
         and after["data_fingerprint"] == open_data(tmp_path / "x", "sky", 32).info["fingerprint"]
     )
     assert after["data_fingerprint"] != before["data_fingerprint"]
-    training.train(
-        tiny_run(tmp_path / "x", 3), None, what_to_resume(tmp_path / "run", "")
-    )  # it is the run's data now
+    # It is the run's data now.
+    training.train(tiny_run(tmp_path / "x", 3), None, what_to_resume(tmp_path / "run", ""))
 
 
 @pytest.mark.slow

@@ -74,9 +74,8 @@ def test_two_processes_make_the_run_of_one(packed, tmp_path, request):
     config = dataclasses.replace(training.read_config(tmp_path / "two"), data=str(packed))
     assert config.batch_split == 4
     threads = torch.get_num_threads()
-    torch.set_num_threads(
-        1
-    )  # as the two had: a product over two threads is added up in another order
+    # As the two had: a product over two threads is added up in another order.
+    torch.set_num_threads(1)
     request.addfinalizer(lambda: torch.set_num_threads(threads))
     training.train(config, tmp_path / "one")
     resume = what_to_resume(None, str(tmp_path / "two" / "checkpoint-000003"))

@@ -186,9 +186,8 @@ def test_scipys_matrix_square_root(features, n_1, n_2):
     assert found == pytest.approx(
         rest - 2 * np.trace(scipy.linalg.sqrtm(cov_1.numpy() @ cov_2.numpy())).real, rel=1e-6
     )
-    centered = (
-        (x - x.mean(0)) @ (y - y.mean(0)).T / np.sqrt(n_1 * n_2)
-    )  # its singular values are those of Σ₁^½ Σ₂^½
+    # Its singular values are those of Σ₁^½ Σ₂^½.
+    centered = (x - x.mean(0)) @ (y - y.mean(0)).T / np.sqrt(n_1 * n_2)
     assert found == pytest.approx(rest - 2 * np.linalg.norm(centered, "nuc"), rel=1e-10)
 
 
@@ -277,9 +276,8 @@ def test_windows_are_one_of_each_clip_that_is_long_enough(packed):
     few = [
         {clip for clip, _ in ClipSet(clips, SMALL, seed).windows(Window(16))} for seed in range(3)
     ]
-    assert (
-        all(len(part) == 6 for part in few) and len(set(map(frozenset, few))) > 1
-    )  # at most so many, at random
+    # At most so many, at random.
+    assert all(len(part) == 6 for part in few) and len(set(map(frozenset, few))) > 1
 
 
 @pytest.mark.parametrize("world", [2, 3, 5])
@@ -474,9 +472,8 @@ def test_two_folders_of_clips(packed, tmp_path, capsys, monkeypatch):
     results = json.loads(next(tmp_path.glob("metrics-sky-sky-*.json")).read_text())["results"]
     for name in ("proxy_fvd16", "proxy_fid", "spectrum_distance_db"):
         assert results[name]["mean"] < 1e-9
-    program.run(
-        packed, packed, protocol=Protocol(frames=16), out=tmp_path / "starts.json"
-    )  # of the second
+    # Of the second.
+    program.run(packed, packed, protocol=Protocol(frames=16), out=tmp_path / "starts.json")
     assert (
         json.loads((tmp_path / "starts.json").read_text())["results"]["proxy_fvd16"]["mean"] > 1e-3
     )
@@ -557,9 +554,8 @@ def test_real_statistics_are_kept(packed, run_folder, tmp_path, cache, monkeypat
         file.write_bytes(file.read_bytes()[:-10])
     assert scores() == first  # damaged: measured again
     scores(seed=1)
-    assert len([file for file in cache.rglob("*") if file.is_file()]) > len(
-        made
-    )  # other windows: kept apart
+    # Other windows: kept apart.
+    assert len([file for file in cache.rglob("*") if file.is_file()]) > len(made)
 
 
 def test_the_cache_tells_apart_what_changes_the_numbers(packed):
@@ -573,9 +569,8 @@ def test_the_cache_tells_apart_what_changes_the_numbers(packed):
 
     # Another batch changes the last digits.
     assert len({file(), file(batch=3), file(clips=7), file(20), file(protocol="release")}) == 5
-    assert (
-        file(precision="bf16") == file(long_clips=3) == file()
-    )  # of generated clips; of long ones
+    # Of generated clips; of long ones.
+    assert file(precision="bf16") == file(long_clips=3) == file()
     assert file("long", batch=3) == file("long") != file("long", long_clips=3)
 
 

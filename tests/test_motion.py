@@ -44,9 +44,8 @@ def test_noise_is_a_function_of_seed_and_anchor():
         part, first = motion_noise([3], torch.tensor([[float(start), start + 5.0]]), CONFIG)
         assert first.item() == start // 16 and len(part[0]) == FRAME_ANCHORS
         assert torch.equal(part[0], whole[0, first.item() :][:FRAME_ANCHORS])
-    across, first = motion_noise(
-        [3], torch.tensor([[-40.0, 30.0]]), CONFIG
-    )  # anchors go on before 0
+    # Anchors go on before 0.
+    across, first = motion_noise([3], torch.tensor([[-40.0, 30.0]]), CONFIG)
     assert first.item() == -3 and torch.equal(across[0, 3:], whole[0, : len(across[0]) - 3])
     assert torch.equal(
         motion_noise([3], torch.tensor([[-16.0]]), CONFIG)[0][0], across[0, 2:][:FRAME_ANCHORS]

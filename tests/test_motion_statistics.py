@@ -40,9 +40,8 @@ def test_the_spectrum_of_a_ramp():
     """x_t = 2t, so P(τ) = (2τ)²; and its deviation is that of the numbers 0, 2, …, 126."""
     clip = video(2 * torch.arange(64.0))
     power, deviation = lag_power(clip)
-    expected = torch.cat(
-        [(2 * torch.arange(1.0, 64)).square(), torch.zeros(1)]
-    )  # no lag of 64 in 64 frames
+    # No lag of 64 in 64 frames.
+    expected = torch.cat([(2 * torch.arange(1.0, 64)).square(), torch.zeros(1)])
     torch.testing.assert_close(power, expected.double(), rtol=1e-5, atol=1e-3)
     assert float(deviation) == pytest.approx(math.sqrt((64**2 - 1) / 12) * 2, rel=1e-6)
 
@@ -74,9 +73,8 @@ def test_spectrum_distance():
 def test_static_clips_are_flagged():
     still = noise(1, 3, 16, 16).expand(20, -1, -1, -1)
     flicker = still.clone()
-    flicker[::2] = (
-        (flicker[::2].int() + 1).clamp(max=255).to(torch.uint8)
-    )  # half a level about the mean
+    # Half a level about the mean.
+    flicker[::2] = (flicker[::2].int() + 1).clamp(max=255).to(torch.uint8)
     moving = video(20 + 5 * torch.arange(20.0))
     assert static_rate(sums_of(still)) == 1 == static_rate(sums_of(flicker))
     assert static_rate(sums_of(moving)) == 0

@@ -189,9 +189,8 @@ def test_tables_that_are_no_tables(src, tmp_path, capfd):
     ):
         (src / "dataset.json").write_bytes(text.encode("latin-1"))
         with pytest.raises(UserError, match=r"dataset\.json") as error:
-            print(
-                made.pack(src, tmp_path / "dst", 16)[0]["labels"], text
-            )  # shown when nothing is raised
+            # Shown when nothing is raised.
+            print(made.pack(src, tmp_path / "dst", 16)[0]["labels"], text)
         assert "\n" not in str(error.value)
     (src / "dataset.json").write_text('{"labels": null}')
     assert made.pack(src, tmp_path / "none", 16)[1].labels is None

@@ -353,9 +353,8 @@ def test_files_of_several_pictures_are_clips(tmp_path):
         Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257) for image in stack
     ]
     deep[0].save(src / "deep.tiff", save_all=True, append_images=deep[1:])
-    write_pictures(
-        src / "stills", numbered(5), ".gif"
-    )  # each of one picture: a folder as any other
+    # Each of one picture: a folder as any other.
+    write_pictures(src / "stills", numbered(5), ".gif")
     _, clips = made.pack(src, tmp_path / "dst", 32)
     for name in ("pages.tif", "moves.png", "moves.gif", "moves.webp", "moves.avif", "deep.tiff"):
         assert numbers(clips, clips.names.index(name)) == list(range(6)), name
@@ -608,9 +607,8 @@ def test_a_broken_gif_frame_costs_what_follows_it_at_most(tmp_path, how):
     whole = np.stack(list(frames_of(tmp_path / "src" / "a.gif")))
     data = bytearray((tmp_path / "src" / "a.gif").read_bytes())
     at = gif_frames(data)[8]
-    at += (
-        10 + (3 << ((data[at + 9] & 7) + 1) if data[at + 9] & 0x80 else 0) + 20
-    )  # in the picture's first block
+    # In the picture's first block.
+    at += 10 + (3 << ((data[at + 9] & 7) + 1) if data[at + 9] & 0x80 else 0) + 20
     if how == "cut":
         del data[at:]
     else:

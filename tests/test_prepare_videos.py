@@ -91,9 +91,8 @@ def test_crops_count_in_the_upright_picture(tmp_path):
     count from its top."""
     image = np.zeros((32, 64, 3), np.uint8)
     image[:, :16], image[:, 16:48], image[:, 48:] = 60, 120, 180
-    write_video(
-        tmp_path / "a.mp4", [image] * 3, stream=display_matrix(0, 1, -1, 0)
-    )  # left becomes top
+    # Left becomes top.
+    write_video(tmp_path / "a.mp4", [image] * 3, stream=display_matrix(0, 1, -1, 0))
     _, clips = made.pack(tmp_path / "a.mp4", tmp_path / "center", 32)
     assert np.abs(clips.frames(0, [0])[0, 0, 2:-2].astype(int) - 120).max() <= 3
     _, clips = made.pack(tmp_path / "a.mp4", tmp_path / "box", 16, crop=(8, 0, 16, 16))
@@ -269,9 +268,8 @@ def test_what_has_the_right_size_is_untouched_and_scaling_is_smooth_and_centered
     assert (clips.frames(0, range(3)) == exact.transpose(0, 3, 1, 2)).all()
     assert clips.frames(1, [0]).std() < 0.4 * noise.std()  # without a filter about 0.7
     columns = clips.frames(2, [0])[0, 1, 16].astype(int)
-    assert (
-        np.abs(columns[2:-2] - (np.arange(32) * 8 + 3)[2:-2]).max() <= 1
-    )  # the mean of four columns each
+    # The mean of four columns each.
+    assert np.abs(columns[2:-2] - (np.arange(32) * 8 + 3)[2:-2]).max() <= 1
 
 
 # ------------------------------------------------------------------------------------------- time
@@ -338,9 +336,8 @@ def test_frames_of_an_uneven_video_are_taken_by_their_times(tmp_path, fps):
     for k in range(len(names)):
         shown = numbers(clips, k)
         assert shown == made.on_screen(UNEVEN / 1000, np.arange(len(shown)) / fps), names[k]
-        assert (
-            abs(len(shown) - UNEVEN[-1] * fps / 1000) <= 1 + 0.1 * fps
-        )  # the last stays for at most 0.1 s
+        # The last stays for at most 0.1 s.
+        assert abs(len(shown) - UNEVEN[-1] * fps / 1000) <= 1 + 0.1 * fps
 
 
 DECLARED = [
@@ -422,17 +419,15 @@ def test_films_that_do_not_begin_at_zero(tmp_path):
     data, starts = (src / "e stream.ts").read_bytes(), []
     with av.open(str(src / "e stream.ts")) as container:
         starts = [packet.pos for packet in container.demux(video=0) if packet.size]
-    (src / "e stream.ts").write_bytes(
-        data[starts[3] :]
-    )  # the tables are sent again before the next key frame
+    # The tables are sent again before the next key frame.
+    (src / "e stream.ts").write_bytes(data[starts[3] :])
     _, clips = made.pack(src, tmp_path / "dst", 16)
     assert [name[0] for name in clips.names] == ["a", "b", "c", "d", "e"]
     assert numbers(clips, 0) == numbers(clips, 1) == numbers(clips, 3) == list(range(20))
     assert numbers(clips, 2) == list(range(5, 20))
     last = (made.levels(clips, 4)[-10:] - made.FIRST) / made.STEP
-    assert (
-        np.abs(last - range(10, 20)).max() < 0.45
-    )  # what comes before the first key frame is not judged
+    # What comes before the first key frame is not judged.
+    assert np.abs(last - range(10, 20)).max() < 0.45
 
 
 def test_fps_halves_and_doubles_and_names_the_rate_of_folders_of_pictures(tmp_path):
@@ -502,9 +497,8 @@ def write_kind(path, codec, pix_fmt, frames):
 def test_videos_of_many_kinds(tmp_path):
     src, written = tmp_path / "src", []
     for name, codec, pix_fmt in KINDS:
-        size = (
-            (64, 64) if codec == "libsvtav1" else (50, 66)
-        )  # sides that are no multiples of a block
+        # Sides that are no multiples of a block.
+        size = (64, 64) if codec == "libsvtav1" else (50, 66)
         try:
             if name == "no suffix":
                 write_kind(src / "x.mp4", codec, pix_fmt, numbered(6, *size))
@@ -774,9 +768,8 @@ def test_of_a_file_that_is_cut_off_what_is_there_is_used(tmp_path):
         write_video(src / name, frames, codec=codec, options=options, container=container)
         (src / name).write_bytes((src / name).read_bytes()[: packet_places(src / name)[35][0]])
     write_video(src / "g.mp4", numbered(10))
-    (src / "g.mp4").write_bytes(
-        (src / "g.mp4").read_bytes()[:-400]
-    )  # without its table nothing can be read
+    # Without its table nothing can be read.
+    (src / "g.mp4").write_bytes((src / "g.mp4").read_bytes()[:-400])
     index, clips = made.pack(src, tmp_path / "dst", 16)
     for name in kinds:
         assert name in clips.names and 25 <= clips.lengths[clips.names.index(name)] <= 40, (

@@ -249,9 +249,8 @@ def test_labels_one_hot_and_vectors(tmp_path):
     same_class = next(mostgan.render(of_classes, 5, label=condition[0], psi=0.0, frames=1))
     assert torch.equal(window, same_class)
     z = content_latent([5], 10)
-    assert torch.equal(
-        of_classes.content_code(z, condition, 0.0)[0], made[0].mapping.w_avg
-    )  # spec §3
+    # Spec §3.
+    assert torch.equal(of_classes.content_code(z, condition, 0.0)[0], made[0].mapping.w_avg)
     for generator in (of_vectors, made[0]):  # and so rendering where there are no classes
         flat = [
             next(mostgan.render(g, 5, label=2, psi=0.0, frames=1)) for g in (generator, made[0])
@@ -428,9 +427,8 @@ def test_half_precision_where_it_is_not_stored(tmp_path):
     """
     generator, _ = networks(activation_clamp=None)
     state = snapshots.released_state(generator)
-    alone = write(
-        tmp_path / "G.pkl", snapshots.pickled_network(state, "Generator")
-    )  # one network alone
+    # One network alone.
+    alone = write(tmp_path / "G.pkl", snapshots.pickled_network(state, "Generator"))
     found = read_released(alone)
     assert found.config.prenorm_resolutions == (8, 16, 32) and "four highest" in found.notes
     assert found.config.motion_demod_only_resolutions == (16, 32)
@@ -542,9 +540,8 @@ def test_fine_tuning_starts_where_the_snapshot_is(tmp_path, clips, capsys):
     for name in ("samples-000000k.png", "shared-motion-000000k.png"):
         assert (tmp_path / name).read_bytes() == (tmp_path / "run" / name).read_bytes()
     found = states(tmp_path / "run")
-    assert (
-        differs(found["ema"], states(tmp_path / "released")["ema"]) < 0.05
-    )  # two steps at a half-life of 500
+    # Two steps at a half-life of 500.
+    assert differs(found["ema"], states(tmp_path / "released")["ema"]) < 0.05
     for name, network in (("G", last), ("D", made[1])):
         assert 0 < differs(found[name], network.state_dict()) < 2  # Adam's first steps
     config = checkpoint.read_config(checkpoint.find(tmp_path / "run"))
@@ -763,9 +760,8 @@ def test_nothing_is_executed(tmp_path, canary, case, protocol):
     value = executing(canary)[case]
     path = write(tmp_path / "evil.pkl", value, protocol=protocol)
     module, _, name = case.partition(",")[0].rpartition(".")
-    module = (
-        {"subprocess": "commands"}.get(module, module) if protocol == 2 else module
-    )  # as Python 2 called it
+    # As Python 2 called it.
+    module = {"subprocess": "commands"}.get(module, module) if protocol == 2 else module
     refused(path, tmp_path / "out", f"{module}.{name}", "nothing in it was executed")
     assert not canary.exists()
     if case != "builtins.getattr":  # which by itself does nothing

@@ -123,9 +123,8 @@ def test_resuming_an_older_checkpoint_leaves_the_later_ones_aside(packed, tmp_pa
     assert "generator_lr 0.0025 → 0.001" in out and "checkpoint-000003 is not of this course" in out
     assert checkpoint.find(tmp_path / "run").name == "checkpoint-000002"
     assert (tmp_path / "run" / "aside-checkpoint-000003").is_dir()
-    assert (
-        json.loads((tmp_path / "run" / "config.json").read_text())["generator_lr"] == 0.001
-    )  # kept for the next time
+    # Kept for the next time.
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["generator_lr"] == 0.001
 
 
 def test_a_config_that_does_not_fit_is_refused_by_field(packed, tmp_path):

@@ -228,9 +228,8 @@ def test_every_format_has_the_frames_and_says_how_they_were_made(run, tmp_path, 
     again = sample(**made["options"])
     assert np.array_equal(again, sample(**made["options"]))
     error = np.abs(np.stack(frames).astype(float) - again).mean()
-    assert error < {"a.mp4": 6, "a.gif": 8, "a.webp": 8}.get(
-        name, 1e-9
-    )  # noise-like frames are hard to code
+    # noise-like frames are hard to code.
+    assert error < {"a.mp4": 6, "a.gif": 8, "a.webp": 8}.get(name, 1e-9)
 
 
 def test_force_replaces_and_without_it_the_old_file_stays(run, tmp_path):

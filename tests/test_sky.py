@@ -35,9 +35,8 @@ def test_clouds_move_a_little_every_frame():
         clip = sky.make_clip(index, 64).astype(float)
         step = np.abs(np.diff(clip, axis=0)).mean((1, 2, 3))
         assert (step > 0.3).all() and (step < 12).all(), index
-        assert np.abs(clip[32] - clip[0]).mean() > 2 * step.mean(), (
-            index
-        )  # it goes somewhere, it does not jitter
+        # It goes somewhere, it does not jitter.
+        assert np.abs(clip[32] - clip[0]).mean() > 2 * step.mean(), index
 
 
 def test_clouds_are_carried_by_the_wind():

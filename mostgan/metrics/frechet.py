@@ -144,9 +144,8 @@ def _from_file(path, device, trial, **arguments):
     sha256 = sha256_of(path)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore"
-            )  # published detectors are TorchScript, deprecated or not
+            # Published detectors are TorchScript, deprecated or not.
+            warnings.simplefilter("ignore")
             module = torch.jit.load(path, map_location=device).eval()
     except (RuntimeError, ValueError) as error:
         raise UserError(f"{path} is no TorchScript file: {_first_line(error)}") from None

@@ -1,0 +1,226 @@
+"""A training step against the spec, written out: whatever an option or a draw does to a gradient, a
+weight, an average or ADA's p is computed here a second time, by formulas.
+"""
+
+import copy
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import CPU, MODEL, make_config
+
+import train as training
+from mostgan import augment, draws
+from mostgan.data import Clips, batches
+from mostgan.loss import diversity
+from mostgan.progress import Skips, Stats
+
+STEPS = 4
+
+
+@pytest.fixture(scope="module")
+def labelled(tmp_path_factory):
+    """A packed folder: ten clips of 60 frames of two classes, brighter from clip to clip and from
+    frame to frame, and from the left to the right.
+    """
+    from made_clips import pack, write_pictures
+
+    folder = tmp_path_factory.mktemp("labelled")
+    ramp = np.arange(32)[:, None] + np.zeros((60, 32, 1, 3)) + np.arange(60)[:, None, None, None]
+    for k in range(10):
+        frames = (ramp + 14 * k).astype(np.uint8)
+        write_pictures(folder / "src" / "ab"[k % 2] / f"clip{k}", frames)
+    pack(folder / "src", folder / "dst", 32, labels="folders")
+    return folder / "dst"
+
+
+class Written:
+    """The step as spec §5 and §8 have it, from the networks that the trainer has at that moment."""
+
+    def __init__(self, config, clips, state):
+        self.config, self.clips, self.state = config, clips, state
+        self.real = batches(
+            clips,
+            config.batch_clips,
+            config.model.frames_per_clip,
+            config.seed,
+            mirror=config.mirror,
+            max_num_frames=config.model.max_num_frames,
+            sampling=config.sampling,
+        )
+        self.squares = {"G": {}, "D": {}}  # Adam's mean squares, with the number of its steps
+        self.signs, self.kept = [], []
+
+    def stream(self, phase, piece):
+        key = [self.config.seed, 2, self.state.step, {"G": 0, "D": 1, "R1": 2}[phase], piece]
+        return np.random.default_rng(key)
+
+    def latents(self, rng):
+        return draws.latents_of_piece(self.config, self.clips, CPU, rng)
+
+    def transforms(self, rng):
+        return draws.transforms_of_piece(self.config, CPU, rng, self.state.ada_p)
+
+    def augmented(self, frames, transforms):
+        if transforms is None:
+            return frames
+        clips = frames.unflatten(0, (-1, self.config.model.frames_per_clip)).flatten(1, 2)
+        clips = augment.resample(clips, transforms.geometry)
+        return augment.recolor(clips, transforms).reshape(frames.shape)
+
+    def real_pieces(self):
+        """(frames in [-1, 1], times, labels) of each piece of the batch."""
+        size = self.config.batch_clips // self.config.batch_split
+        for first in range(0, self.config.batch_clips, size):
+            piece = slice(first, first + size)
+            frames = self.batch.frames[piece].flatten(0, 1).double() / 127.5 - 1
+            label = self.batch.label[piece] if self.config.model.num_labels else None
+            yield frames.float(), self.batch.t[piece], label
+
+    def loss_of_G(self, piece):
+        rng = self.stream("G", piece)
+        z, t, noise, first_anchor, label = self.latents(rng)
+        transforms, G = self.transforms(rng), self.G
+        w = G.mapping(z, label)
+        motion = G.motion(w, t, noise, first_anchor, label)
+        frames, scores = G.synthesis(G.synthesis.content(w), *motion)
+        self.kept.append((frames.detach(), t, label))
+        self.ws.append(w.detach())
+        logits = self.D(self.augmented(frames, transforms), t, label)
+        spread = diversity(scores, G.config.num_ws)
+        return torch.log(1 + torch.exp(-logits)).mean() + self.config.diversity_weight * spread
+
+    def loss_of_D(self, piece, real):
+        rng, (frames, t, label) = self.stream("D", piece), real
+        if self.config.shared_fakes:
+            fake, fake_t, fake_label = self.kept[piece]
+        else:
+            latents = self.latents(rng)
+            fake, fake_t, fake_label = self.G(*latents).detach(), latents.t, latents.label
+        transforms = [self.transforms(rng), self.transforms(rng)]
+        of_real = self.D(self.augmented(frames, transforms[0]), t, label)
+        of_fake = self.D(self.augmented(fake, transforms[1]), fake_t, fake_label)
+        self.signs.append(of_real.detach().sign())
+        return (torch.log(1 + torch.exp(-of_real)) + torch.log(1 + torch.exp(of_fake))).mean()
+
+    def loss_of_R1(self, piece, real):
+        frames, t, label = real
+        frames, transforms = frames.requires_grad_(), self.transforms(self.stream("R1", piece))
+        logits = self.D(self.augmented(frames, transforms), t, label)
+        (gradient,) = torch.autograd.grad(logits.sum(), frames, create_graph=True)
+        penalty = gradient.square().sum() / len(frames)
+        return self.config.r1_gamma / 2 * self.config.r1_interval * penalty
+
+    def gradients(self, phase):
+        """Of the whole batch: the mean over its pieces, each of as many clips."""
+        self.G, self.D = copy.deepcopy(self.state.G), copy.deepcopy(self.state.D)
+        if phase == "G":
+            self.batch, self.kept, self.ws = next(self.real), [], []
+            losses = [self.loss_of_G(piece) for piece in range(self.config.batch_split)]
+        else:
+            loss = {"D": self.loss_of_D, "R1": self.loss_of_R1}[phase]
+            losses = [loss(piece, real) for piece, real in enumerate(self.real_pieces())]
+        parameters = list((self.G if phase == "G" else self.D).parameters())
+        return torch.autograd.grad(sum(losses) / len(losses), parameters, allow_unused=True)
+
+    def moved(self, phase, index, parameter, gradient):
+        """A parameter after Adam's step with β₁ = 0 and the lazy correction (spec §8)."""
+        interval = 8 if phase == "G" else self.config.r1_interval
+        rate = self.config.generator_lr if phase == "G" else self.config.discriminator_lr
+        c = interval / (interval + 1)
+        squares = self.squares["G" if phase == "G" else "D"]
+        before, steps = squares.get(index, (0.0, 0))
+        beta = 0.99**c
+        squares[index] = beta * before + (1 - beta) * gradient.double().square(), steps + 1
+        square, steps = squares[index]
+        size = (square / (1 - beta**steps)).sqrt() + 1e-8
+        return parameter.double() - rate * c * gradient.double() / size
+
+
+def follow(config, data, monkeypatch):
+    """Takes steps by the trainer's loop, each phase of it compared with Written. Returns the
+    state.
+    """
+    clips = Clips(data)
+    config = training.with_data(config, clips)
+    state = training.new_state(config, CPU)
+    state.ada_p = 0.4
+    written, phases = Written(config, clips, state), []
+    optimize, update_ema = training.optimize, training.update_ema
+
+    def watched(adam, phase, *rest):
+        parameters = list((state.G if phase == "G" else state.D).parameters())
+        expected, before = written.gradients(phase), [p.detach().clone() for p in parameters]
+        got = [None if p.grad is None else p.grad.clone() for p in parameters]
+        result = optimize(adam, phase, *rest)
+        for index, (p, old, g, e) in enumerate(zip(parameters, before, got, expected)):
+            e = torch.zeros_like(p) if e is None else e  # R1 does not depend on every bias
+            # R1's second derivatives in float32 keep fewer digits.
+            relative, absolute = (2e-3, 1e-7) if phase == "R1" else (1e-4, 1e-9)
+            assert (g - e).norm() <= relative * e.norm() + absolute, (phase, index)
+            moved = written.moved(phase, index, old, g)
+            assert torch.allclose(p.double(), moved, rtol=1e-5, atol=1e-6), (phase, index)
+        phases.append((state.step, phase))
+        return result
+
+    def averaged(ema, G, *rest):
+        # The mean w moves in the G step, the average at the step's end.
+        mean = torch.cat(written.ws).mean(dim=0)
+        w_avg.lerp_(mean, 0.005)
+        assert torch.allclose(G.mapping.w_avg, w_avg, rtol=1e-4, atol=1e-7)
+        before = [p.clone() for p in ema.parameters()]
+        update_ema(ema, G, *rest)
+        kept = 0.5 ** (config.batch_clips / (1000 * config.ema_half_life_kclips))
+        for average, old, p in zip(ema.parameters(), before, G.parameters()):
+            assert torch.allclose(average, kept * old + (1 - kept) * p, rtol=1e-5, atol=1e-6)
+
+    monkeypatch.setattr(training, "optimize", watched)
+    monkeypatch.setattr(training, "update_ema", averaged)
+    w_avg, p = state.G.mapping.w_avg.clone(), state.ada_p
+    loop = training.steps(state, config, clips, CPU, Stats(data, CPU), Skips())
+    for step in range(STEPS):
+        next(loop)
+        assert state.step == step + 1
+        if config.augment != "none" and (step + 1) % config.ada_interval == 0:
+            way = math.copysign(1, torch.cat(written.signs).mean() - config.ada_target)
+            change = config.batch_clips * config.ada_interval / (1000 * config.ada_kclips)
+            p, written.signs = min(max(p + way * change, 0), 1), []
+        assert state.ada_p == pytest.approx(p)
+    loop.close()
+    every = config.r1_interval if config.r1_gamma else STEPS + 1
+    of_r1 = [(step, "R1") for step in range(STEPS) if step % every == 0 and config.r1_gamma]
+    always = [(step, phase) for step in range(STEPS) for phase in ("G", "D")]
+    assert sorted(phases) == sorted(always + of_r1)
+    return state
+
+
+CASES = {
+    "fresh clips, ADA": dict(),
+    "kept clips": dict(shared_fakes=True, augment="easy", mirror=False),
+    "labels, any frames": dict(conditional=True, sampling="uniform", max_num_frames=50),
+    "no ADA, no R1": dict(augment="none", r1_gamma=0.0, batch_split=4, mbstd_group=1),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_step_is_the_specs(labelled, monkeypatch, name):
+    changes = dict(CASES[name])
+    of_model = {key: changes.pop(key) for key in list(changes) if hasattr(MODEL, key)}
+    config = make_config(
+        labelled,
+        model=dataclasses.replace(MODEL, **of_model),
+        **dict(
+            seed=5,
+            diversity_weight=3.0,
+            r1_gamma=7.0,
+            r1_interval=3,
+            generator_lr=0.003,
+            discriminator_lr=0.002,
+            ema_half_life_kclips=0.03,
+            ada_target=0.5,
+        )
+        | changes,
+    )
+    follow(config, labelled, monkeypatch)

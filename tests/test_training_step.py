@@ -4,15 +4,19 @@ weight, an average or ADA's p is computed here a second time, by formulas.
 
 import copy
 import dataclasses
+import itertools
 import math
 
+import av
 import numpy as np
 import pytest
 import torch
 from conftest import CPU, MODEL, make_config
+from made_clips import pack, write_pictures
+from PIL import Image
 
 import train as training
-from mostgan import augment, draws
+from mostgan import augment, draws, progress
 from mostgan.data import Clips, batches
 from mostgan.loss import diversity
 from mostgan.progress import Skips, Stats
@@ -25,8 +29,6 @@ def labelled(tmp_path_factory):
     """A packed folder: ten clips of 60 frames of two classes, brighter from clip to clip and from
     frame to frame, and from the left to the right.
     """
-    from made_clips import pack, write_pictures
-
     folder = tmp_path_factory.mktemp("labelled")
     ramp = np.arange(32)[:, None] + np.zeros((60, 32, 1, 3)) + np.arange(60)[:, None, None, None]
     for k in range(10):
@@ -224,3 +226,169 @@ def test_a_step_is_the_specs(labelled, monkeypatch, name):
         | changes,
     )
     follow(config, labelled, monkeypatch)
+
+
+# ------------------------------------------------------------------------------ what a step draws
+
+
+def labels_of(latents):
+    return latents.label.argmax(dim=1).tolist()
+
+
+def test_generated_clips_have_the_datas_labels(labelled):
+    """Of clips of two classes, three of the first and one of the second, each drawn by itself."""
+    clips = Clips(labelled)
+    clips.labels = np.array([0, 0, 0, 1] * 2 + [0, 0])
+    config = training.with_data(make_config(labelled, conditional=True, batch_split=1), clips)
+    drawn = [
+        labels_of(draws.latents_of_piece(config, clips, CPU, np.random.default_rng(seed)))
+        for seed in range(200)
+    ]
+    assert 0.15 < np.mean(drawn) < 0.25  # two clips of ten
+    assert any(len(set(labels)) == 2 for labels in drawn)
+
+
+def test_times_are_drawn_as_asked(labelled):
+    clips = Clips(labelled)  # of 60 frames
+    longest = {}
+    for sampling, most in (("spans", 1024), ("uniform", 1024), ("uniform", 45)):
+        model = dataclasses.replace(MODEL, max_num_frames=most)
+        config = make_config(labelled, model=model, sampling=sampling)
+        rngs = [np.random.default_rng(seed) for seed in range(300)]
+        t = torch.cat([draws.latents_of_piece(config, clips, CPU, rng).t for rng in rngs])
+        longest[sampling, most] = float((t[:, -1] - t[:, 0]).max()), float(t.max())
+    assert longest["spans", 1024][0] == 32 and 50 < longest["spans", 1024][1] <= 59
+    assert 50 < longest["uniform", 1024][0] <= 59
+    assert 35 < longest["uniform", 45][1] <= 44
+
+
+def test_streams_are_apart():
+    """No two pieces, phases, steps or runs draw the same numbers."""
+    keys = itertools.product((0, 1), (0, 1, 2), ("G", "D", "R1"), (0, 1))
+    firsts = [draws.random_stream(*key).random() for key in keys]
+    assert len(set(firsts)) == len(firsts) == 36
+
+
+@pytest.mark.parametrize("pipeline", ["bgc", "bgc_noro", "easy"])
+def test_transforms_are_of_the_pipeline_and_p_that_is_asked_for(labelled, monkeypatch, pipeline):
+    asked, draw = [], augment.draw
+    monkeypatch.setattr(augment, "draw", lambda *args: asked.append(args[:5]) or draw(*args))
+    draws.transforms_of_piece(
+        make_config(labelled, augment=pipeline), CPU, np.random.default_rng(0), 0.25
+    )
+    assert asked == [(pipeline, 0.25, 2, 32, 32)]
+
+
+# -------------------------------------------------------------------------- what a run hands on
+
+
+def test_a_run_hands_on_its_options(labelled, tmp_path, monkeypatch):
+    """Whose samples are shown and scored, at what rate, by which detectors, saved how often."""
+    told, evaluated, best = {}, [], []
+
+    def note(name):
+        """Notes the arguments of a function of train.py, which goes on as before."""
+        function = getattr(training, name)
+
+        def called(*args):
+            result = function(*args)
+            told.setdefault(name, []).append((*args, result))
+            return result
+
+        monkeypatch.setattr(training, name, called)
+
+    def evaluate(*args):
+        evaluated.append(args)
+        return {"fvd16": 3.0 * len(evaluated), "fid": 1.0}
+
+    monkeypatch.setattr(training, "save_real_grid", lambda *args: None)
+    monkeypatch.setattr(training, "save_grids", lambda *args: None)
+    monkeypatch.setattr(training.Saver, "start", lambda self, state, metric: best.append(metric))
+    monkeypatch.setattr(training.Saver, "last", lambda self, state: None)
+    for name in ("open_data", "choose_kernels", "Saver", "new_state", "save_grids"):
+        note(name)
+    metrics = training.metrics
+    monkeypatch.setattr(metrics, "open_detectors", lambda *args: args)
+    monkeypatch.setattr(metrics, "evaluate", evaluate)
+    monkeypatch.setattr(metrics, "in_a_line", str)
+    model = dataclasses.replace(MODEL, fps=12.5)
+    config = make_config(
+        labelled,
+        2,
+        model=model,
+        cache=str(tmp_path / "cache"),
+        kernels="reference",
+        keep_checkpoints=7,
+        save_minutes=50,
+        eval_every=0.012,
+        eval_clips=6,
+        eval_frames=128,
+        eval_detector="i3d.pt",
+        snapshot_kframes=0.012,
+    )
+    monkeypatch.setattr(training, "StopSignal", lambda run: type("Stop", (), {"requested": False}))
+    training.train(config, tmp_path / "run")
+    ((_, _, state),) = told["new_state"]
+    cache = str(tmp_path / "cache")
+    assert [row[:-1] for row in told["open_data"]] == [(str(labelled), "sky", 32, cache)]
+    assert told["choose_kernels"] == [("reference", False, CPU, None)]
+    assert told["Saver"][0][2:4] == (50, 7)
+    assert len(evaluated) == 2 and best == [3.0, 6.0]  # FVD16 decides which is the best
+    for generator, _, *wanted in evaluated:
+        assert generator is state.ema and wanted == [("i3d.pt", None, CPU), 6, 128]
+    assert len(told["save_grids"]) == 2
+    for _, generator, _, _, fps, *_ in told["save_grids"]:
+        assert generator is state.ema and fps == 12.5
+
+
+def test_grids_show_the_datas_labels(labelled, tmp_path, monkeypatch):
+    """Sixteen clips take the classes in turn, or the condition vectors of the clips in turn; one
+    grid has motion of its own for each clip, the other one motion for all.
+    """
+    asked, written = [], []
+
+    def render(generator, seed, start, frames, clips, **options):
+        asked.append((seed, frames, clips, options["motion_seed"], options["label"]))
+        yield torch.zeros(clips, frames, 3, 8, 8, dtype=torch.uint8)
+
+    monkeypatch.setattr(progress, "render", render)
+    monkeypatch.setattr(progress, "write_grid", lambda path, made, fps: written.append((path, fps)))
+    clips = Clips(labelled)
+    config = training.with_data(make_config(labelled, conditional=True), clips)
+    generator = type("Model", (), {"config": config.model})
+    progress.save_grids(tmp_path, generator, clips, 3000, 12.5)
+    assert [row[:3] for row in asked] == [(0, 32, 16)] * 2
+    assert asked[0][3] is None and isinstance(asked[1][3], int)
+    assert all(row[4] == [0, 1] * 8 for row in asked)
+    assert written == [
+        (tmp_path / f"{name}-000003k", 12.5) for name in ("samples", "shared-motion")
+    ]
+    clips.labels = np.arange(20, dtype=np.float32).reshape(10, 2)
+    progress.save_grids(tmp_path, generator, clips, 3000, 12.5)
+    assert asked[-1][4] == clips.labels.tolist() + clips.labels[:6].tolist()
+
+
+def test_grids_of_real_clips(labelled, tmp_path):
+    """Read back: the rate, and each clip by its brightness, in the video and in the film strip."""
+    progress.save_real_grid(tmp_path, Clips(labelled), 12.5)
+    with av.open(tmp_path / "real.mp4") as video:
+        assert video.streams.video[0].average_rate == 12.5
+        frames = [frame.to_ndarray(format="rgb24") for frame in video.decode(video=0)]
+    assert len(frames) == 32 and frames[0].shape == (128, 128, 3)
+    strip = np.asarray(Image.open(tmp_path / "real.png").convert("L")).astype(int)
+    for k in range(8):  # by their names, clip k is the one of even or odd number
+        number = [0, 2, 4, 6, 8, 1, 3, 5, 7, 9][k]
+        assert abs(strip[32 * k + 16, 16] - (16 + 14 * number)) <= 2
+        assert (
+            abs(frames[0][32 * (k // 4) + 16, 32 * (k % 4) + 16].mean() - (16 + 14 * number)) <= 4
+        )
+
+
+def test_statistics_are_means_of_what_is_finite(tmp_path):
+    stats = Stats(tmp_path, CPU)
+    for value in (1.0, 2.0, float("nan"), 6.0):
+        stats.add(loss=torch.tensor([value]))
+    stats.add_count(skipped_steps=1)
+    stats.add_count(skipped_steps=2)
+    line = stats.write(10, step=4)
+    assert line["loss"] == 3.0 and line["skipped_steps"] == 3 and line["step"] == 4

@@ -19,6 +19,11 @@ from safetensors.torch import load_file
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
+# Test processes side by side (pytest -n) have one thread each, and so have the programs they start.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
+
 import train as training
 from mostgan import checkpoint
 from mostgan.config import ModelConfig, TrainConfig

@@ -56,16 +56,14 @@ class Op(NamedTuple):
 
     def __call__(self, *args):
         """Runs the implementation that the mode, the device and the table of choices say."""
-        device = next(a for a in args if torch.is_tensor(a)).device.type
-        with torch.autocast(
-            device, enabled=False
-        ):  # the op's arguments have the dtypes that it works in
-            if device not in devices or mode == "reference":
-                return self.twin(*args)
-            if mode == "triton":
-                return self._first_triton(args)
-            name = choices().of(self, args)
-            return self.function(name)(*args)
+        return without_autocast(self._run, args)
+
+    def _run(self, *args):
+        if _device(args).type not in devices or mode == "reference":
+            return self.twin(*args)
+        if mode == "triton":
+            return self._first_triton(args)
+        return self.function(choices().of(self, args))(*args)
 
     def function(self, name):
         return self.twin if name == PLAIN else self.candidates[name]
@@ -79,6 +77,35 @@ class Op(NamedTuple):
                 except Unsuitable:
                     pass
         return self.twin(*args)
+
+
+def registered(op, schema, keep=None, gradient=None):
+    """An op as one of PyTorch's, mostgan::<name>: opaque to a compiler, which learns shapes and
+    strides from the twin.
+
+    keep(inputs, output) → (tensors, other values): what gradient(ctx, *grads) finds in
+    ctx.saved_tensors and ctx.settings. It returns the gradient of every input.
+    """
+    of_torch = torch.library.custom_op(f"mostgan::{op.name}", op, mutates_args=(), schema=schema)
+    of_torch.register_fake(lambda *args: without_autocast(op.twin, args))
+
+    def setup_context(ctx, inputs, output):
+        tensors, ctx.settings = keep(inputs, output)
+        ctx.save_for_backward(*tensors)
+
+    if gradient is not None:
+        of_torch.register_autograd(gradient, setup_context=setup_context)
+    return of_torch
+
+
+def without_autocast(function, args):
+    """function(*args): the arguments of an op have the dtypes that it works in."""
+    with torch.autocast(_device(args).type, enabled=False):
+        return function(*args)
+
+
+def _device(args):
+    return next(a.device for a in args if torch.is_tensor(a))
 
 
 def describe(op, args):

@@ -288,23 +288,14 @@ def _slope(x):
     return torch.full_like(x, LEAKY_SLOPE).masked_fill_(x > 0, 1)
 
 
-def mostatt_backward(
-    grad_weight,
-    grad_score,
-    grad_demod,
-    weight,
-    motion_style,
-    content_style,
-    score,
-    demod,
-    content_first,
-):
+def mostatt_backward(grads, inputs, score, demod, content_first):
     """The gradient of `mostatt_demod`, written out (mostatt_backward.py has the formulas and the
     letters).
 
-    grad_weight may be empty; score and demod are the forward results. Returns the gradients of
-    weight, motion_style and content_style (None without one).
+    grads: of W' (may be empty), score and demod. inputs: weight, motion_style, content_style or
+    None; their gradients are returned. score and demod are the forward results.
     """
+    (grad_weight, grad_score, grad_demod), (weight, motion_style, content_style) = grads, inputs
     rows, _, I, side, _ = weight.shape
     frames = len(motion_style)
     w = _of_rows(weight.flatten(2), frames)  # [N, O, J]
@@ -358,11 +349,13 @@ def epilogue_backward(grad, y, demod, bias, up=1, clamp=None):
     if clamp is not None:
         grad = torch.where(y.abs() < clamp, grad, 0)
     grad_z = grad * _slope(y) * LRELU_GAIN
-    total, total_z = grad_z.sum(dim=(2, 3)), (grad * y).sum(dim=(2, 3))  # grad · y = grad_z · z
+    # u · demod, pixel by pixel: bias times a sum, taken off another, would take digits with it.
+    scaled = y / (_slope(y) * LRELU_GAIN) - bias[:, None, None]
+    grad_demod = (grad_z * scaled).sum(dim=(2, 3)) / demod
     grad_x = grad_z * demod[:, :, None, None]
     if up == 2:
         grad_x = fir_filter(grad_x, 4.0, 1, 1, True)
-    return grad_x, (total_z - bias * total) / demod, total.sum(dim=0)
+    return grad_x, grad_demod, grad_z.sum(dim=(0, 2, 3))
 
 
 def conv2d_per_frame_grad_x(grad, weight, up=1):

@@ -24,8 +24,7 @@ from kernels.reference import lrelu as lrelu
 from kernels.reference import motion_modulation as motion_modulation
 from kernels.reference import normalize as normalize
 
-# ahead of the ops of the same names: `kernels.mostatt` and `kernels.fir` are to be functions, not
-# modules
+# Ahead of the ops of the same names: `kernels.mostatt` is to be a function, not a module.
 try:
     from kernels import fir as _fir
     from kernels import modconv as _modconv
@@ -40,10 +39,8 @@ except ModuleNotFoundError as error:
 
 
 def use(choice):
-    """Which implementations CUDA tensors take: "auto", "triton" or "reference". Returns the choice
-    before.
-
-    Without Triton, "auto" is "reference". Raises ValueError for another word, ImportError for
+    """Which implementations CUDA tensors take: "auto" (without Triton "reference"), "triton" or
+    "reference". Returns the choice before. Raises ValueError for another word, ImportError for
     triton where it is not installed.
     """
     if choice not in ("auto", "triton", "reference"):
@@ -60,9 +57,7 @@ def chosen(device):
 
 
 def summary(device):
-    """One line on what the ops have run as so far, such as '11 of 13 Triton, 2 cuDNN (measured
-    now)'.
-    """
+    """What the ops have run as so far, such as '11 of 13 Triton, 2 cuDNN (measured now)'."""
     return choose.choices().summary() if chosen(device) == "auto" else chosen(device)
 
 
@@ -74,18 +69,14 @@ def _by_op(x):
 
 @torch.compiler.assume_constant_result
 def _in_transform():
-    """Whether torch.func differentiates what runs now (or is traced now): registered ops cannot be
-    part of that.
-    """
+    """Whether torch.func differentiates what runs now: no registered op can be part of that."""
     return torch._C._functorch.maybe_current_level() is not None
 
 
 def _fir_by_op(x):
-    """Whether a filter by itself runs as a registered op.
-
-    So it does in compiled functions, on a CPU too: Inductor would split it into several passes that
-    keep what lies between them. Not in an exported program, which has PyTorch's own operations
-    only.
+    """Whether a filter runs as a registered op. So it does in compiled functions, on a CPU too:
+    Inductor would split it into passes that keep what is between them. An exported program has
+    PyTorch's own operations only.
     """
     if torch.compiler.is_exporting() or not _HAS_TRITON or _in_transform():
         return False
@@ -93,9 +84,7 @@ def _fir_by_op(x):
 
 
 def _working_dtype(x):
-    """The dtype in which convolutions of x run: autocast's where it is on, as PyTorch's own
-    would.
-    """
+    """The dtype in which convolutions of x run: autocast's where it is on, as PyTorch's own."""
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 

@@ -34,9 +34,7 @@ GAIN, SLOPE = tl.constexpr(math.sqrt(2)), tl.constexpr(0.2)
 
 
 class Filter(NamedTuple):
-    """What the kernels know of a call, from [N, H, W, C] to [N, H_OUT, W_OUT, C]; backward the
-    other way round.
-    """
+    """What the kernels know of a call, from [N, H, W, C] to [N, H_OUT, W_OUT, C], or backward."""
 
     H: int
     W: int
@@ -78,9 +76,7 @@ def _store(y_ptr, v, y, x, c, H, W, C):
 
 @triton.jit
 def _strip(S):
-    """Frame, columns and channels of a program, its first row. Grid: blocks of columns × channels,
-    strips of rows, frames.
-    """
+    """A program's frame, columns, channels, first row. Grid: columns × channels, rows, frames."""
     blocks = tl.cdiv(S.C, S.BLOCK_C)
     c = tl.program_id(0) % blocks * S.BLOCK_C + tl.arange(0, S.BLOCK_C)
     x = tl.program_id(0) // blocks * S.BLOCK_X + tl.arange(0, S.BLOCK_X)
@@ -141,9 +137,7 @@ def _epilogue_kernel(x_ptr, demod_ptr, bias_ptr, y_ptr, S):
 
 @triton.jit
 def _resample_kernel(x_ptr, y_ptr, S):
-    """Filter and keep every second pixel; or UP, its transpose. Grid: blocks of pixels, of
-    channels, frames.
-    """
+    """Filter and keep every second pixel; or UP, its transpose. Grid: pixels, channels, frames."""
     n = tl.program_id(2).to(tl.int64)
     x_ptr += n * S.H * S.W * S.C
     y_ptr += n * S.H_OUT * S.W_OUT * S.C
@@ -175,14 +169,13 @@ def _gradient_of_z(grad_ptr, out_ptr, bias, y, x, c, S):
         grad = tl.where(tl.abs(out) < S.CLAMP, grad, 0.0)
     grad *= tl.where(out > 0, GAIN, GAIN * SLOPE)
     # Bias is taken off pixel by pixel: off the sum, it would take leading digits with it.
-    return grad, grad * (out * tl.where(out > 0, 1 / GAIN, 1 / (GAIN * SLOPE)) - bias)
+    z = tl.where(out > 0, out, out / SLOPE) / GAIN
+    return grad, grad * (z - bias)
 
 
 @triton.jit
 def _filtered_gradient(grad_ptr, out_ptr, bias, y, x, c, S):
-    """`_filtered` of ∂z, padded by 2 as the transpose of padding by 1 is; and `_gradient_of_z` of
-    the row itself.
-    """
+    """`_filtered` of ∂z, padded by 2 for the transpose; and the row's own `_gradient_of_z`."""
     h = tl.zeros([x.shape[0], c.shape[0]], tl.float32)
     own, own_u = h, h
     for d in tl.static_range(4):
@@ -191,6 +184,14 @@ def _filtered_gradient(grad_ptr, out_ptr, bias, y, x, c, S):
         if d == 2:
             own, own_u = grad, grad_u
     return h, own, own_u
+
+
+@triton.jit
+def _add(total, lost, v):
+    """total + v, and what rounding takes from it, to be taken off the next v (Kahan's sum)."""
+    v -= lost
+    new = total + v
+    return new, new - total - v
 
 
 @triton.jit
@@ -204,7 +205,7 @@ def _epilogue_backward_kernel(grad_ptr, out_ptr, demod_ptr, bias_ptr, grad_x_ptr
     grad_x_ptr += n * S.H * S.W * S.C
     demod, bias = of_channels(demod_ptr, bias_ptr, n, c, S.C)
     total = tl.zeros([S.BLOCK_X, S.BLOCK_C], tl.float32)
-    total_u = total
+    total_u, lost, lost_u = total, total, total
     if S.FILTER:
         h0, _, _ = _filtered_gradient(grad_ptr, out_ptr, bias, top - 2, x, c, S)
         h1, _, _ = _filtered_gradient(grad_ptr, out_ptr, bias, top - 1, x, c, S)
@@ -216,18 +217,20 @@ def _epilogue_backward_kernel(grad_ptr, out_ptr, demod_ptr, bias_ptr, grad_x_ptr
             v = (h0 + h3 + 3.0 * (h1 + h2)) * S.SCALE
             h0, h1, h2 = h1, h2, h3
             mine = y + 1 < top + S.ROWS
-            total, total_u = total + tl.where(mine, own, 0.0), total_u + tl.where(mine, own_u, 0.0)
+            own, own_u = tl.where(mine, own, 0.0), tl.where(mine, own_u, 0.0)
         else:
-            v, own_u = _gradient_of_z(grad_ptr, out_ptr, bias, y, x, c, S)
-            total, total_u = total + v, total_u + own_u
+            own, own_u = _gradient_of_z(grad_ptr, out_ptr, bias, y, x, c, S)
+            v = own
+        total, lost = _add(total, lost, own)
+        total_u, lost_u = _add(total_u, lost_u, own_u)
         _store(grad_x_ptr, v * demod, y, x, c, S.H, S.W, S.C)
     across = tl.cdiv(S.W, S.BLOCK_X)
     strip = tl.program_id(1) * across + tl.program_id(0) // tl.cdiv(S.C, S.BLOCK_C)
     strips = tl.num_programs(1) * across
     address = (n * strips + strip) * S.C + c
-    tl.store(sums_ptr + address, tl.sum(total, axis=0), mask=c < S.C)
+    tl.store(sums_ptr + address, tl.sum(total.to(tl.float64), axis=0), mask=c < S.C)
     address += tl.num_programs(2) * strips * S.C
-    tl.store(sums_ptr + address, tl.sum(total_u, axis=0), mask=c < S.C)
+    tl.store(sums_ptr + address, tl.sum(total_u.to(tl.float64), axis=0), mask=c < S.C)
 
 
 # ---------------------------------------------------------------------------------------- launchers
@@ -250,53 +253,55 @@ def _fir_size(size, stride, padding, transposed):
     return (size + 2 * padding - 4) // stride + 1
 
 
-def fir_launch(x, gain, stride, padding, transposed):
-    """`reference.fir_filter` of x [N, C, H, W]."""
+def _filter_launch(x, size, demod, bias, settings):
+    """The strip kernel on x [N, C, H, W], whose result has a size of (H_OUT, W_OUT)."""
     N, C, H, W = x.shape
-    H_out, W_out = (_fir_size(size, stride, padding, transposed) for size in (H, W))
-    x, scale = channels_last(x), constants(SCALE=gain / 64)
-    y = torch.empty([N, H_out, W_out, C], device=x.device, dtype=x.dtype)
-    if stride == 1:  # the filter is symmetric: its transpose pads with the rest of its width
-        grid, tile = _strips(H_out, W_out, C)
-        pad = constants(PAD=3 - padding if transposed else padding)
-        S = Filter(H, W, H_out, W_out, C, **scale, **pad, **tile)
-        _epilogue_kernel[(*grid, N)](x, x, x, y, S, num_warps=WARPS)
-    else:
-        pixels, channels = TILE[0], edge(C, TILE[1])
-        settings = constants(PAD=padding, UP=transposed, BLOCK_X=pixels, BLOCK_C=channels)
-        grid = triton.cdiv(H_out * W_out, pixels), triton.cdiv(C, channels), N
-        S = Filter(H, W, H_out, W_out, C, **scale, **settings)
-        _resample_kernel[grid](x, y, S, num_warps=WARPS)
-    return channels_first(y)
-
-
-def epilogue_launch(x, demod, bias, up, clamp):
-    """`reference.epilogue` of x [N, C, H, W], with up=2 that of the transposed convolution."""
-    N, C, H, W = x.shape
-    H_out, W_out = (H - 1, W - 1) if up == 2 else (H, W)
-    y = torch.empty([N, H_out, W_out, C], device=x.device, dtype=x.dtype)
-    grid, tile = _strips(H_out, W_out, C)
-    settings = constants(SCALE=1 / 16, PAD=1, FILTER=up == 2, ACTIVATE=True)
-    S = Filter(H, W, H_out, W_out, C, **settings, **_clamps(clamp), **tile)
+    y = torch.empty([N, *size, C], device=x.device, dtype=x.dtype)
+    grid, tile = _strips(*size, C)
+    S = Filter(H, W, *size, C, **settings, **tile)
     inputs = channels_last(x), demod.contiguous(), bias.contiguous()
     _epilogue_kernel[(*grid, N)](*inputs, y, S, num_warps=WARPS)
     return channels_first(y)
 
 
+def fir_launch(x, gain, stride, padding, transposed):
+    """`reference.fir_filter` of x [N, C, H, W]."""
+    N, C, H, W = x.shape
+    size = [_fir_size(n, stride, padding, transposed) for n in (H, W)]
+    settings = constants(SCALE=gain / 64, UP=transposed)
+    if stride == 1:  # the filter is symmetric: its transpose pads with the rest of its width
+        pad = constants(PAD=3 - padding if transposed else padding)
+        return _filter_launch(x, size, x, x, settings | pad)
+    pixels, channels = TILE[0], edge(C, TILE[1])
+    settings |= constants(PAD=padding, BLOCK_X=pixels, BLOCK_C=channels)
+    y = torch.empty([N, *size, C], device=x.device, dtype=x.dtype)
+    grid = triton.cdiv(size[0] * size[1], pixels), triton.cdiv(C, channels), N
+    S = Filter(H, W, *size, C, **settings)
+    _resample_kernel[grid](channels_last(x), y, S, num_warps=WARPS)
+    return channels_first(y)
+
+
+def epilogue_launch(x, demod, bias, up, clamp):
+    """`reference.epilogue` of x [N, C, H, W], with up=2 that of the transposed convolution."""
+    size = [n - (up == 2) for n in x.shape[2:]]
+    settings = constants(SCALE=1 / 16, PAD=1, FILTER=up == 2, ACTIVATE=True)
+    return _filter_launch(x, size, demod, bias, settings | _clamps(clamp))
+
+
 def epilogue_backward_launch(grad, y, demod, bias, up, clamp):
     """Gradients of x, demod and bias from ∂y and y."""
     N, C, H_out, W_out = y.shape
-    H, W = (H_out + 1, W_out + 1) if up == 2 else (H_out, W_out)
+    H, W = (n + (up == 2) for n in (H_out, W_out))
     grid, tile = _strips(H, W, C)
     strips = grid[1] * triton.cdiv(W, tile["BLOCK_X"].value)
     grad_x = torch.empty([N, H, W, C], device=y.device, dtype=y.dtype)
-    sums = torch.empty([2, N, strips, C], device=y.device, dtype=torch.float32)
+    sums = torch.empty([2, N, strips, C], device=y.device, dtype=torch.float64)
     settings = constants(SCALE=1 / 16, FILTER=up == 2)
     S = Filter(H, W, H_out, W_out, C, **settings, **_clamps(clamp), **tile)
     inputs = channels_last(grad), channels_last(y), demod.contiguous(), bias.contiguous()
     _epilogue_backward_kernel[(*grid, N)](*inputs, grad_x, sums, S, num_warps=WARPS)
     total, total_u = sums.sum(dim=2)
-    grad_demod = (total_u / demod.float()).to(demod.dtype)
+    grad_demod = (total_u / demod).to(demod.dtype)
     return channels_first(grad_x), grad_demod, total.sum(dim=0).to(bias.dtype)
 
 

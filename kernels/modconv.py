@@ -40,8 +40,8 @@ from kernels.launch import channels_first, channels_last, constants, edge, float
 CONFIGS = {
     torch.float32: {"conv": (32, 32, 32, 4, 2), "weight": (32, 32, 32, 4, 2)},
     torch.bfloat16: {"conv": (128, 128, 64, 8, 3), "weight": (128, 128, 64, 8, 3)},
-    torch.float16: {"conv": (128, 128, 64, 8, 3), "weight": (128, 128, 64, 8, 3)},
 }
+CONFIGS[torch.float16] = CONFIGS[torch.bfloat16]
 # With TMA: rows × columns of a tile of pixels.
 TMA_TILES = {torch.float32: (4, 8), torch.bfloat16: (8, 16), torch.float16: (8, 16)}
 TRANSPOSE = {"same": "flipped", "up": "down"}
@@ -98,8 +98,8 @@ def _finish(epilogue, y_ptr, total, n, o, qy, qx, py, px, S):
 
 @triton.jit
 def _conv_kernel(x_ptr, weight_ptr, epilogue, y_ptr, S):
-    """x [N, H, W, I] → y [N, H_OUT, W_OUT, O]; weight [N, O, k·k, I], or [N, I, k·k, O] in the
-    transposed modes. Grid: blocks of pixels (with up, of each parity), blocks of o, frames.
+    """x [N, H, W, I] → y; weight [N, O, k·k, I], or of a transpose [N, I, k·k, O]. Grid: blocks of
+    pixels (with up, of each parity), blocks of o, frames.
     """
     n = tl.program_id(2).to(tl.int64)
     o = tl.program_id(1) * S.BLOCK_O + tl.arange(0, S.BLOCK_O)
@@ -170,9 +170,7 @@ def _conv_tma_kernel(x_desc, weight_desc, epilogue, y_ptr, S):
 
 @triton.jit
 def _grad_weight_kernel(grad_ptr, x_ptr, grad_weight_ptr, S):
-    """∂y [N, H_OUT, W_OUT, O], x [N, H, W, I] → ∂W [N, O, k·k, I]. Grid: blocks of o × of i, taps,
-    frames.
-    """
+    """∂y, x [N, H, W, I] → ∂W [N, O, k·k, I]. Grid: blocks of o × of i, taps, frames."""
     n = tl.program_id(2).to(tl.int64)
     blocks = tl.cdiv(S.I, S.BLOCK_I)
     o = tl.program_id(0) // blocks * S.BLOCK_O + tl.arange(0, S.BLOCK_O)
@@ -204,9 +202,7 @@ def _grad_weight_kernel(grad_ptr, x_ptr, grad_weight_ptr, S):
 
 
 def _describe(x, sizes, side, mode, config, *tile_of):
-    """The kernels' description of a call. sizes: H, W, H_OUT, W_OUT, I, O; config: a tile of
-    CONFIGS, which is cut to tile_of.
-    """
+    """sizes: H, W, H_OUT, W_OUT, I, O; config: a tile of CONFIGS, which is cut to tile_of."""
     tile = [edge(size, most, least=16) for size, most in zip(tile_of, config)]
     precision = "ieee" if x.dtype == torch.float32 else "tf32"
     return Convolution(*sizes, *map(tl.constexpr, (side, mode, precision, *tile)))
@@ -254,9 +250,8 @@ def conv_tma_launch(x, weight, mode, *epilogue):
     """`conv_launch` with tensor descriptors. Raises Unsuitable."""
     if mode in TRANSPOSE.values():
         raise Unsuitable("transposes have no kernel with TMA")
-    if not tma_anywhere and not (
-        x.is_cuda and torch.cuda.get_device_capability(x.device) >= (9, 0)
-    ):
+    hopper = x.is_cuda and torch.cuda.get_device_capability(x.device) >= (9, 0)
+    if not hopper and not tma_anywhere:
         raise Unsuitable("the device has no TMA")
     if x.shape[1] * x.element_size() % 16:
         raise Unsuitable(f"TMA wants rows of a multiple of 16 bytes, not {x.shape[1]} channels")
@@ -286,9 +281,7 @@ def looped(x, weight, up):
 
 
 def unfolded(x, weight, up):
-    """Batched matrix products with the unfolded input; with up=2 of the input, whose result is
-    folded.
-    """
+    """Matrix products with the unfolded input; with up=2 of the input, with a folded result."""
     N, O, I, k, _ = weight.shape
     H, W = x.shape[2:]
     if up == 2:
@@ -382,8 +375,6 @@ def conv2d(x, weight, up=1, demod=None, bias=None, clamp=None):
             f"x is {x.dtype} and weight {weight.dtype}: want float32, bfloat16 or float16 for both"
         )
     if len(x) != len(weight) or x.shape[1] != weight.shape[2]:
-        raise ValueError(
-            f"x {list(x.shape)} and weight {list(weight.shape)}: want [N, I, H, W] and [N, O, I, "
-            "k, k]"
-        )
+        shapes = f"x {list(x.shape)} and weight {list(weight.shape)}"
+        raise ValueError(f"{shapes}: want [N, I, H, W] and [N, O, I, k, k]")
     return conv_op(x, weight, "up" if up == 2 else "same", demod, bias, clamp)

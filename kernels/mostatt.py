@@ -59,9 +59,7 @@ class Tensors(NamedTuple):
 
 
 class Shape(NamedTuple):
-    """What the kernels know of a layer and a batch. Frame n is of row n // T of the weights, n //
-    T_STYLE of s.
-    """
+    """A layer and a batch. Frame n is of row n // T of the weights, n // T_STYLE of s."""
 
     T: int
     T_STYLE: int
@@ -113,13 +111,18 @@ def of_styles(n, o, S):
 
 
 @triton.jit
+def load_styles(ptr, n, o, S):
+    address, inside = of_styles(n, o, S)
+    return tl.load(ptr + address, mask=inside, other=0.0)
+
+
+@triton.jit
 def attention(t, n, o, S):
     """A = softmax over κ of frame n's scores → [len(o), K_P], 0 outside."""
-    address, inside = of_styles(n, o, S)
-    score = tl.load(t.score + address, mask=inside, other=0.0)
+    score = load_styles(t.score, n, o, S)
     score = tl.where((tl.arange(0, S.K_P) < S.K)[None, :], score, float("-inf"))
     e = tl.exp(score - tl.max(score, axis=1)[:, None])
-    return tl.where(inside, e / tl.sum(e, axis=1)[:, None], 0.0)
+    return tl.where((o < S.O)[:, None], e / tl.sum(e, axis=1)[:, None], 0.0)
 
 
 @triton.jit
@@ -132,9 +135,7 @@ def inverse_peak(t, n, S):
 
 @triton.jit
 def content_tile(t, n, o, i, tap, S):
-    """For frame n: weight [len(o), len(i)] at a tap, its address in a row of weights, which exist,
-    and the content style s [len(i)], 1 without one.
-    """
+    """weight [len(o), len(i)] of frame n at a tap, its address in a row, which exist, s [len(i)]"""
     inside = (o < S.O)[:, None] & (i < S.I)[None, :]
     address = (o[:, None] * S.TAPS + tap) * S.I + i[None, :]
     row = n // S.T * S.O * S.TAPS * S.I
@@ -148,10 +149,8 @@ def content_tile(t, n, o, i, tap, S):
 
 @triton.jit
 def _scores_kernel(product_ptr, style_ptr, score_ptr, S):
-    """Σ over taps and ranks of product [B, O, k·k, T, K, R] times b · c → score [B·T, O, K].
-
-    A column is (frame of the row of the weights, κ). Grid: blocks of o, of columns, rows of the
-    weights.
+    """Σ over taps and ranks of product [B, O, k·k, T, K, R] times b · c → score [B·T, O, K]. Grid:
+    blocks of o, of columns (frame of the row of the weights, κ), rows of the weights.
     """
     row = tl.program_id(2).to(tl.int64)
     o = tl.program_id(0) * S.BLOCK_O + tl.arange(0, S.BLOCK_O)
@@ -232,17 +231,14 @@ def check(weight, motion_style, content_style):
     B, O, I, side, _ = weight.shape
     N, K, R, factors = motion_style.shape
     if N % B or factors != I + 2 * side or not 1 <= K <= 16 or weight.shape[4] != side:
-        raise ValueError(
-            f"weight {list(weight.shape)}, motion style {list(motion_style.shape)}: want "
-            "[B, O, I, k, k] and [N, K, R, I + 2k], N a multiple of B and K at most 16"
-        )
+        shapes = f"weight {list(weight.shape)}, motion style {list(motion_style.shape)}"
+        want = "[B, O, I, k, k] and [N, K, R, I + 2k], N a multiple of B and K at most 16"
+        raise ValueError(f"{shapes}: want {want}")
     if content_style is not None:
         clips, channels = content_style.shape
         if N % clips or clips % B or channels != I:
-            raise ValueError(
-                f"content style {list(content_style.shape)}: want [clips, {I}], clips a divisor of "
-                f"{N} and a multiple of {B}"
-            )
+            want = f"[clips, {I}], clips a divisor of {N} and a multiple of {B}"
+            raise ValueError(f"content style {list(content_style.shape)}: want {want}")
 
 
 def shape_of(weight, motion_style, content_style, dtype, has_weight, content_first):
@@ -311,9 +307,8 @@ def twin(weight, motion_style, content_style, dtype, want_weight, content_first)
     )
     if want_weight:
         modulated = channels_first(channels_last(modulated))
-    O, I, side, _ = weight.shape[1:]
-    P = score.softmax(dim=2) @ reference.motion_modulation(style, I, side)
-    blocks = P.abs().amax(dim=2).split(peak_rows(O, dtype), dim=1)
+    P = score.softmax(dim=2) @ reference.motion_modulation(style, *weight.shape[2:4])
+    blocks = P.abs().amax(dim=2).split(peak_rows(weight.shape[1], dtype), dim=1)
     peak = torch.stack([block.amax(dim=1) for block in blocks], dim=1)
     return modulated, score.contiguous(), demod, peak
 
@@ -326,15 +321,13 @@ def mostatt(
 ):
     """Motion style attention and the demodulation factors of what it gives (spec §5, §6).
 
-    weight: [B', O, I, k, k], row n // (N / B') for frame n: one row, if all clips share the layer's
-    weight.
+    weight: [B', O, I, k, k], row n // (N / B') for frame n: one row, if all clips share a weight.
     motion_style: [N, K, R, I + 2k], K ≤ 16. content_style: [B, I] or None, row n // (N / B) for
     frame n, multiplies the weight before the score (content_first, strategy i) or after everything
     (strategy ii). Each of them may be float32, bfloat16 or float16, in any memory layout. dtype: of
-    W', default weight's; float32 computes without tf32.
-    want_weight False: W' is not stored. Returns W' [N, O, I, k, k] in channels-last memory (or
-    empty), score [N, O, K] and demod [N, O], both float32. Raises ValueError on shapes that do not
-    go together.
+    W', default weight's; float32 computes without tf32. Returns W' [N, O, I, k, k] in channels-last
+    memory (or empty), score [N, O, K] and demod [N, O] in float32. Raises ValueError on shapes that
+    do not go together.
     """
     dtype = weight.dtype if dtype is None else dtype
     check(weight, motion_style, content_style)

@@ -30,6 +30,7 @@ from kernels.mostatt import (
     attention,
     content_tile,
     inverse_peak,
+    load_styles,
     motion,
     of_styles,
     shape_of,
@@ -39,15 +40,15 @@ from kernels.mostatt import (
 
 
 class Gradients(NamedTuple):
-    """What the kernels know of the results."""
+    """∂W' and ∂demod, with demod itself."""
 
-    weight: Any  # of W', [N, O, k·k, I]
+    weight: Any  # [N, O, k·k, I]
     demod: Any  # [N, O]
-    demod_was: Any  # demod itself
+    demod_was: Any  # [N, O]
 
 
 class AtScore(NamedTuple):
-    """What comes of ∂A, and what the later kernels read."""
+    """What comes of ∂A, for the passes after it."""
 
     grad_score: Any  # [N, O, K]
     grad_peak: Any  # [N]: P's gradient at its largest entry, ±∂p
@@ -55,8 +56,9 @@ class AtScore(NamedTuple):
 
 
 @triton.jit
-def _gradient_of_factor(t, grads, P, n, o, i, tap, S):
-    """For a tile of P / p: w, s, U F (see the top) and h = U w s leaky_relu'(P)."""
+def _gradient_of_factor(t, grads, A, m, n, o, i, tap, S):
+    """A tile of w, s, U F (see the top) and h = U w s leaky_relu'(P), from A / p and m."""
+    P = tl.dot(A, m, input_precision=S.PRECISION)  # P / p
     w, address, inside, s = content_tile(t, n, o, i, tap, S)
     F = 1.0 + tl.maximum(P, 0.2 * P)
     demod = tl.load(grads.demod_was + n * S.O + o, mask=o < S.O, other=0.0)
@@ -80,8 +82,7 @@ def _grad_attention_kernel(t, grads, grad_attention_ptr, S):
     for step in range(tl.cdiv(S.I, S.BLOCK_I) * S.TAPS):
         tap, i = tap_and_channels(step, S)
         m = motion(t, n, i, tap, S)
-        P = tl.dot(A, m, input_precision=S.PRECISION)
-        w, s, UF, h = _gradient_of_factor(t, grads, P, n, o, i, tap, S)
+        w, s, UF, h = _gradient_of_factor(t, grads, A, m, n, o, i, tap, S)
         grad_A = tl.dot(h, tl.trans(m), grad_A, input_precision=S.PRECISION)
     address, inside = of_styles(n, o, S)
     tl.store(grad_attention_ptr + address, grad_A * scale, mask=inside)
@@ -120,9 +121,7 @@ def _grad_score_kernel(t, of, grad_attention_ptr, S):
     dots = tl.zeros([S.BLOCK_O, S.K_P], tl.float32)
     for block in range(tl.cdiv(S.O, S.BLOCK_O)):
         o = tl.arange(0, S.BLOCK_O) + block * S.BLOCK_O
-        address, inside = of_styles(n, o, S)
-        grad_A = tl.load(grad_attention_ptr + address, mask=inside, other=0.0)
-        dots += attention(t, n, o, S) * grad_A
+        dots += attention(t, n, o, S) * load_styles(grad_attention_ptr, n, o, S)
     peak_o, peak_j = tl.load(of.at + n * 3), tl.load(of.at + n * 3 + 1)
     grad_peak = -tl.sum(tl.sum(dots, axis=1), axis=0) * inverse_peak(t, n, S)
     grad_peak *= tl.load(of.at + n * 3 + 2)
@@ -131,8 +130,7 @@ def _grad_score_kernel(t, of, grad_attention_ptr, S):
     for block in range(tl.cdiv(S.O, S.BLOCK_O)):
         o = tl.arange(0, S.BLOCK_O) + block * S.BLOCK_O
         address, inside = of_styles(n, o, S)
-        A = attention(t, n, o, S)
-        grad_A = tl.load(grad_attention_ptr + address, mask=inside, other=0.0)
+        A, grad_A = attention(t, n, o, S), load_styles(grad_attention_ptr, n, o, S)
         grad_A += tl.where((o == peak_o)[:, None], grad_peak * tl.sum(m, axis=1)[None, :], 0.0)
         grad = A * (grad_A - tl.sum(A * grad_A, axis=1)[:, None])
         grad += tl.load(of.grad_score + address, mask=inside)
@@ -141,10 +139,7 @@ def _grad_score_kernel(t, of, grad_attention_ptr, S):
 
 @triton.jit
 def _grad_motion_kernel(t, grads, of, grad_motion_ptr, grad_style_ptr, S):
-    """∂M [N, K, k·k, I], of which the factors' gradients are small products, and ∂s [N, k·k, I].
-
-    Grid: (block of i, tap), frames. A program goes through the output channels in order.
-    """
+    """∂M [N, K, k·k, I] and ∂s [N, k·k, I], over o in order. Grid: (block of i, tap), frames."""
     n = tl.program_id(1).to(tl.int64)
     tap, i = tap_and_channels(tl.program_id(0), S)
     kappa = tl.arange(0, S.K_P)
@@ -155,10 +150,8 @@ def _grad_motion_kernel(t, grads, of, grad_motion_ptr, grad_style_ptr, S):
     for block in range(tl.cdiv(S.O, S.BLOCK_O)):
         o = tl.arange(0, S.BLOCK_O) + block * S.BLOCK_O
         A = attention(t, n, o, S) * scale
-        P = tl.dot(A, m, input_precision=S.PRECISION)
-        w, s, UF, h = _gradient_of_factor(t, grads, P, n, o, i, tap, S)
-        address, inside = of_styles(n, o, S)
-        grad_score = tl.load(of.grad_score + address, mask=inside, other=0.0) * S.INVERSE_ROOT
+        w, s, UF, h = _gradient_of_factor(t, grads, A, m, n, o, i, tap, S)
+        grad_score = load_styles(of.grad_score, n, o, S) * S.INVERSE_ROOT
         grad_m = tl.dot(tl.trans(A), h, grad_m, input_precision=S.PRECISION)
         if S.CONTENT_FIRST:
             grad_s += w * tl.dot(grad_score, m, UF, input_precision=S.PRECISION)
@@ -180,9 +173,8 @@ def _grad_motion_kernel(t, grads, of, grad_motion_ptr, grad_style_ptr, S):
 
 @triton.jit
 def _grad_content_kernel(t, grads, grad_score_ptr, grad_content_ptr, FRAMES, S):
-    """∂w of FRAMES frames in order → grad_content [N / FRAMES, O, k·k, I].
-
-    Grid: (block of i, tap), blocks of o, groups of frames, each of one row of the weights.
+    """∂w of FRAMES frames in order → grad_content [N / FRAMES, O, k·k, I]. Grid: (block of i, tap),
+    blocks of o, groups of frames, each of one row of the weights.
     """
     group = tl.program_id(2).to(tl.int64)
     tap, i = tap_and_channels(tl.program_id(0), S)
@@ -191,10 +183,8 @@ def _grad_content_kernel(t, grads, grad_score_ptr, grad_content_ptr, FRAMES, S):
     for n in range(group * FRAMES, group * FRAMES + FRAMES):
         A = attention(t, n, o, S) * inverse_peak(t, n, S)
         m = motion(t, n, i, tap, S)
-        P = tl.dot(A, m, input_precision=S.PRECISION)
-        w, s, UF, h = _gradient_of_factor(t, grads, P, n, o, i, tap, S)
-        address, inside = of_styles(n, o, S)
-        grad_score = tl.load(grad_score_ptr + address, mask=inside, other=0.0) * S.INVERSE_ROOT
+        w, s, UF, h = _gradient_of_factor(t, grads, A, m, n, o, i, tap, S)
+        grad_score = load_styles(grad_score_ptr, n, o, S) * S.INVERSE_ROOT
         if S.CONTENT_FIRST:
             m *= s[None, :]
         grad_w += UF * s[None, :]
@@ -208,17 +198,13 @@ def _grad_content_kernel(t, grads, grad_score_ptr, grad_content_ptr, FRAMES, S):
 
 
 def frames_of_a_program(frames, programs):
-    """Frames that a program of `_grad_content_kernel` adds up: as many as leave a GPU 512 programs,
-    if there are.
-    """
+    """Frames that a program of `_grad_content_kernel` adds up, if a GPU keeps 512 programs."""
     divisors = [n for n in range(1, frames + 1) if frames % n == 0]
     return max(n for n in divisors if n == 1 or programs * frames // n >= 512)
 
 
 def backward(grad_weight, grad_score, grad_demod, *saved):
-    """Launches the backward kernels → gradients of weight, motion_style and content_style (else
-    empty).
-    """
+    """Gradients of weight, motion_style and content_style (else empty)."""
     weight, motion_style, content_style, score, demod, peak, dtype, content_first = saved
     has_weight = grad_weight.numel() > 0
     shape = shape_of(*saved[:3], dtype, has_weight, content_first)
@@ -264,8 +250,8 @@ def backward(grad_weight, grad_score, grad_demod, *saved):
     if content_style is not None:
         of_clips = grad_s.unflatten(0, (len(content_style), -1))
         grad_s = of_clips.sum(dim=(1, 2)).to(content_style.dtype)
-    grad_style = reference.motion_modulation_backward(
-        grad_motion.transpose(2, 3).flatten(2), motion_style.float(), I, side
+    grad_style = reference.motion_modulation_backward(  # sums with cancellation, and small ones
+        grad_motion.transpose(2, 3).flatten(2).double(), motion_style.double(), I, side
     )
     return channels_first(grad_content), grad_style.to(motion_style.dtype), grad_s
 

@@ -22,17 +22,12 @@ def normalize(x):
 
 
 def lrelu(x):
-    """Leaky ReLU without its gain of √2 (spec §1): the gain goes into the weights and bias before
-    it, as it may with a positively homogeneous function. In place: x must be fresh.
-    """
+    """Leaky ReLU, in place, without its gain of √2 (spec §1): that is in the weights before it."""
     return F.leaky_relu_(x, LEAKY_SLOPE)
 
 
 def demod_bias_lrelu(x, demod, bias):
-    """Epilogue of a synthesis layer: √2 · leaky_relu(x · demod + bias) (spec §1, §6).
-
-    x: [N, O, H, W]; demod: [N, O], the demodulation factor per frame and channel; bias: [O].
-    """
+    """√2 · leaky_relu(x · demod + bias) (spec §1, §6). x: [N, O, H, W], demod: [N, O], bias: [O]"""
     demod, bias = (demod * LRELU_GAIN).to(x.dtype), (bias * LRELU_GAIN).to(x.dtype)
     return lrelu(torch.addcmul(bias[:, None, None], x, demod[:, :, None, None]))
 
@@ -54,11 +49,8 @@ def fir_filter(x, gain, stride, padding, transposed):
 
 
 class _Fir(torch.autograd.Function):
-    """`fir_filter` with its derivatives: it is linear, and its transpose is another of its kind, to
-    any order.
-
-    Autograd's own double backward of a convolution also convolves for the filter's gradient, which
-    nobody wants: for R1 that costs more than the filter itself.
+    """`fir_filter` with its derivatives, to any order: it is linear, its transpose of its kind.
+    Autograd's own double backward also convolves for the gradient of the filter.
     """
 
     @staticmethod
@@ -80,9 +72,7 @@ class _Fir(torch.autograd.Function):
 
 
 def _taps_of(x, axis, stride):
-    """(x0, 3 x1, 3 x2, x3) summed along an axis, at every stride-th place: plain adds that a
-    compiler fuses.
-    """
+    """x0 + 3 x1 + 3 x2 + x3 along an axis, at every stride-th place: adds that fuse."""
     count = (x.shape[axis] - 4) // stride + 1
     of_tap = [x.narrow(axis, d, (count - 1) * stride + 1) for d in range(4)]
     x0, x1, x2, x3 = (v[..., ::stride] if axis == 3 else v[:, :, ::stride] for v in of_tap)
@@ -90,9 +80,7 @@ def _taps_of(x, axis, stride):
 
 
 def _doubled(x, axis):
-    """The transpose of _taps_of with stride 2 and a pixel of padding: 3 x_j + x_{j-1} and 3 x_j +
-    x_{j+1} in turn.
-    """
+    """_taps_of transposed, stride 2, padding 1: 3 x_j + x_{j-1} and 3 x_j + x_{j+1} in turn."""
     n = x.shape[axis]
     padded = F.pad(x, (1, 1) if axis == 3 else (0, 0, 1, 1))
     even, odd = (3 * x + padded.narrow(axis, first, n) for first in (0, 2))
@@ -114,9 +102,7 @@ def _fir(x, gain, stride, padding, transposed):
 
 
 def fir(x, padding, gain=1.0):
-    """Low-pass filter every channel (spec §1). x: [N, C, H, W]; padding: zeros before and after on
-    both axes.
-    """
+    """Low-pass filter every channel (spec §1). x: [N, C, H, W]; padding: zeros on every side."""
     return _fir(x, gain, 1, padding, False)
 
 
@@ -131,10 +117,8 @@ def downsample2d(x):
 
 
 def upsample2d(x):
-    """H×W → 2H×2W (spec §1): zeros between the pixels, pad (2, 1), filter with gain 4.
-
-    That is the transpose of downsampling, as a stride-2 transposed convolution that never touches
-    the zeros.
+    """H×W → 2H×2W (spec §1): zeros between the pixels, pad (2, 1), filter with gain 4. That is the
+    transpose of downsampling, which never touches the zeros.
     """
     return _fir(x, 4.0, 2, 1, True)
 
@@ -151,9 +135,7 @@ def motion_modulation(motion_style, in_channels, kernel_size):
 
 
 def motion_modulation_backward(grad, motion_style, in_channels, kernel_size):
-    """The gradient of `motion_modulation`'s factors from that of M, [N, K, I·k·k] → [N, K, R, I + k
-    + k].
-    """
+    """The gradient of `motion_modulation`'s factors from that of M, [N, K, I·k·k]."""
     rank, side = motion_style.shape[2], kernel_size
     a, b, c = motion_style.split([in_channels, side, side], dim=3)
     bc = (b.unsqueeze(-1) * c.unsqueeze(-2)).flatten(3)  # [N, K, R, k·k]
@@ -177,9 +159,7 @@ def mostatt(content_weight, motion_style, style_gain=None):
     clips, _, in_channels, kernel_size, _ = content_weight.shape
     W = content_weight.flatten(2)  # [B, O, I·k·k]
     M = motion_modulation(motion_style, in_channels, kernel_size)  # [N, K, I·k·k]
-    of_clip = M.reshape(
-        clips, -1, M.shape[2]
-    )  # the styles of all frames of a clip meet its weight in one product
+    of_clip = M.reshape(clips, -1, M.shape[2])  # one product for the styles of all its frames
     score = W @ of_clip.transpose(1, 2) / math.sqrt(M.shape[2])  # [B, O, T·K]
     score = score.unflatten(2, (-1, M.shape[1])).transpose(1, 2).flatten(0, 1)  # [N, O, K]
     A = score.softmax(dim=2)
@@ -218,19 +198,16 @@ def conv2d_per_frame(x, weight, up=1):
 
     On a CPU one call per frame is two to four times faster than one grouped convolution. But
     PyTorch gives a single small frame (up to 20,480 numbers) to a slower library than oneDNN: those
-    go in groups of a few.
+    go in groups of a few. A loop would fix an exported program's number of frames.
     """
-    if (
-        not x.is_cpu or torch.compiler.is_exporting()
-    ):  # a loop would fix an exported program's number of frames
+    if not x.is_cpu or torch.compiler.is_exporting():
         return conv2d_grouped(x, weight, up).contiguous(memory_format=torch.channels_last)
     group = 1 if x[0].numel() > 20480 else 8
+    groups = zip(x.split(group), weight.split(group))
     if group == 1:
-        convolved = [conv2d_shared(frame, w, up) for frame, w in zip(x.split(1), weight.unbind(0))]
+        convolved = [conv2d_shared(frame, w[0], up) for frame, w in groups]
     else:
-        convolved = [
-            conv2d_grouped(frames, w, up) for frames, w in zip(x.split(group), weight.split(group))
-        ]
+        convolved = [conv2d_grouped(frames, w, up) for frames, w in groups]
     y = convolved[0] if len(convolved) == 1 else torch.cat(convolved)
     return y.contiguous(memory_format=torch.channels_last)
 
@@ -238,15 +215,11 @@ def conv2d_per_frame(x, weight, up=1):
 def conv2d_grouped(x, weight, up):
     """conv2d_per_frame as one call, frames side by side on channels."""
     frames, out_channels = weight.shape[:2]
-    side_by_side = x.reshape(1, -1, *x.shape[2:])
+    x = x.reshape(1, -1, *x.shape[2:])
     if up == 2:
-        y = F.conv_transpose2d(
-            side_by_side, weight.transpose(1, 2).flatten(0, 1), stride=2, groups=frames
-        )
+        y = F.conv_transpose2d(x, weight.transpose(1, 2).flatten(0, 1), stride=2, groups=frames)
     else:
-        y = F.conv2d(
-            side_by_side, weight.flatten(0, 1), padding=weight.shape[-1] // 2, groups=frames
-        )
+        y = F.conv2d(x, weight.flatten(0, 1), padding=weight.shape[-1] // 2, groups=frames)
     return y.view(frames, out_channels, *y.shape[2:])
 
 
@@ -324,28 +297,21 @@ def mostatt_backward(grads, inputs, score, demod, content_first):
     grad_w = (U * F_ * s + by_score * first).unflatten(0, (rows, -1)).sum(dim=1).view_as(weight)
     grad_s = None
     if content_style is not None:
-        grad_s = w * (U * F_ + by_score if content_first else U * F_)
-        grad_s = (
-            grad_s.unflatten(0, (len(content_style), -1)).unflatten(3, (I, -1)).sum(dim=(1, 2, 4))
-        )
+        grad_s = (w * (U * F_ + by_score if content_first else U * F_)).unflatten(2, (I, -1))
+        grad_s = grad_s.sum(dim=(1, 3)).unflatten(0, (len(content_style), -1)).sum(dim=1)
     return grad_w, motion_modulation_backward(grad_M, motion_style, I, side), grad_s
 
 
 def epilogue(x, demod, bias, up=1, clamp=None):
-    """What follows a synthesis convolution: with up=2 the transposed convolution's FIR, then
-    `demod_bias_lrelu`.
-
-    clamp: bound of the result's magnitude (spec §1), or None. Shapes as in `fir` and
-    `demod_bias_lrelu`.
+    """What follows a synthesis convolution: with up=2 the transposed one's FIR, then
+    `demod_bias_lrelu`. clamp: bound of the result's magnitude (spec §1), or None.
     """
     x = demod_bias_lrelu(fir(x, 1, gain=4.0) if up == 2 else x, demod, bias)
     return x if clamp is None else x.clamp(-clamp, clamp)
 
 
 def epilogue_backward(grad, y, demod, bias, up=1, clamp=None):
-    """The gradient of `epilogue` to x, demod and bias from that of its result y and from y itself
-    (fir.py).
-    """
+    """The gradient of `epilogue` to x, demod and bias from its result y and that of y."""
     if clamp is not None:
         grad = torch.where(y.abs() < clamp, grad, 0)
     grad_z = grad * _slope(y) * LRELU_GAIN
@@ -359,9 +325,7 @@ def epilogue_backward(grad, y, demod, bias, up=1, clamp=None):
 
 
 def conv2d_per_frame_grad_x(grad, weight, up=1):
-    """The gradient of `conv2d_per_frame` to x: with up=2 a convolution of stride 2, else a
-    transposed one.
-    """
+    """The gradient of `conv2d_per_frame` to x: a convolution of stride 2, or a transposed one."""
     frames, out_channels, channels, side, _ = weight.shape
     grad = grad.reshape(1, -1, *grad.shape[2:])
     if up == 2:

@@ -7,8 +7,6 @@ what runs:
                measures it (the default)
     triton     the Triton kernels, unmeasured
     reference  the plain PyTorch
-
-Ops that are not defined below have no kernel.
 """
 
 import functools
@@ -90,9 +88,7 @@ def _working_dtype(x):
 
 
 def _op(registered):
-    """A decorator: the function where registered(x) says so, else that of reference.py by the same
-    name, whose signature and docstring it takes.
-    """
+    """A decorator: the function where registered(x), else reference.py's of the same name."""
 
     def decorate(function):
         plain = getattr(reference, function.__name__)

@@ -37,10 +37,6 @@ mode = "auto"  # what kernels.use was told: auto, triton or reference
 devices = {"cuda"}  # where candidates run at all; on other devices the twin does. Tests add "cpu"
 
 
-def warn(text):
-    log.warning("kernels: %s", text)
-
-
 class Unsuitable(Exception):
     """A candidate is not made for this device or these shapes: dropped without a warning."""
 
@@ -148,15 +144,15 @@ class Choices:
         return self.used[text]
 
     def race(self, op, args, dropped):
-        """Compares and times all candidates but the dropped ones. Returns the row, which is kept
-        and saved. Nothing that is allocated here stays.
-        """
+        """Compares and times all candidates but the dropped; the row, which is also saved."""
         text = describe(op, args)
         row = {"ms": {}, "error": {}, "dropped": dict(dropped)}
         try:
             wanted = results(op.twin(*args))
         except torch.OutOfMemoryError:
-            warn(f"{text}: no memory to compare candidates, so plain PyTorch is used this time")
+            log.warning(
+                f"kernels: {text}: no memory to compare candidates: plain PyTorch this time"
+            )
             release_memory()
             return row | {"chosen": PLAIN}  # not kept: there may be more memory another time
         self.rows[text] = row
@@ -202,7 +198,7 @@ class Choices:
             raise
         if problem is not None:
             row["dropped"][name] = problem
-            warn(f"{name} is not used for {text}: {problem}")
+            log.warning(f"kernels: {name} is not used for {text}: {problem}")
 
     def _require_device(self, name, text):
         """Ends a program whose device is broken; the table still says what was tried."""
@@ -232,7 +228,9 @@ class Choices:
         except FileNotFoundError:
             return
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as reason:
-            warn(f"the table {self.path} cannot be read ({reason}), so it is measured anew")
+            log.warning(
+                f"kernels: the table {self.path} cannot be read ({reason}), so it is measured anew"
+            )
             return
         self.rows = rows
 
@@ -252,7 +250,9 @@ class Choices:
             self.writes = False
             with contextlib.suppress(OSError):
                 temporary.unlink()
-            warn(f"{self.path} cannot be written ({reason}): it is measured anew each time")
+            log.warning(
+                f"kernels: {self.path} cannot be written ({reason}): it is measured anew each time"
+            )
 
 
 KINDS = ("Triton", "cuDNN", "matrix products", PLAIN)
@@ -272,7 +272,7 @@ def _row_as_read(text, row):
     )
     if trying is not None and not _runs(trying["process"]):
         row["dropped"][trying["name"]] = "the process that tried it ended there"
-        warn(f"{trying['name']} is not used for {text}: a process ended there")
+        log.warning(f"kernels: {trying['name']} is not used for {text}: a process ended there")
     return row
 
 
@@ -287,10 +287,8 @@ def _runs(name):
         return False
     try:
         os.kill(int(number), 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
+    except OSError as reason:
+        return not isinstance(reason, ProcessLookupError)
     return True
 
 
@@ -351,9 +349,8 @@ def _capturing(args):
 def device_key():
     """What a table is valid for."""
     cuda = torch.cuda.is_available()
-    source = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
-        source.update(path.read_bytes())
+    sources = sorted(Path(__file__).parent.glob("*.py"))
+    source = hashlib.sha256(b"".join(path.read_bytes() for path in sources))
     return {
         "device": torch.cuda.get_device_name() if cuda else "CPU",
         "capability": list(torch.cuda.get_device_capability()) if cuda else None,

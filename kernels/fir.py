@@ -25,7 +25,7 @@ import triton.language as tl
 
 from kernels import reference
 from kernels.choose import Op, registered
-from kernels.launch import channels_first, channels_last, constants, edge, float32_twin
+from kernels.launch import channels_first, channels_last, clamps, constants, edge, float32_twin
 
 # Pixels across, channels and rows of a strip; pixels and channels of a resampled tile; warps.
 # Chosen from the resource report of `bench/kernels.py --aot`; not yet timed.
@@ -196,9 +196,7 @@ def _add(total, lost, v):
 
 @triton.jit
 def _epilogue_backward_kernel(grad_ptr, out_ptr, demod_ptr, bias_ptr, grad_x_ptr, sums_ptr, S):
-    """∂y [H_OUT, W_OUT] → ∂x [H, W], and Σ ∂z, Σ ∂z (z − bias) of the strip's own pixels → sums
-    [2, N, strips, C]. Grid: `_strip`.
-    """
+    """∂y → ∂x, and Σ ∂z, Σ ∂z (z − bias) of the strip → sums [2, N, strips, C]. Grid: `_strip`."""
     n, x, c, top = _strip(S)
     grad_ptr += n * S.H_OUT * S.W_OUT * S.C
     out_ptr += n * S.H_OUT * S.W_OUT * S.C
@@ -243,10 +241,6 @@ def _strips(H, W, C):
     return grid, constants(BLOCK_X=x, BLOCK_C=c, ROWS=rows)
 
 
-def _clamps(clamp):
-    return constants(CLAMPS=clamp is not None, CLAMP=float(clamp or 0))
-
-
 def _fir_size(size, stride, padding, transposed):
     if transposed:
         return (size - 1) * stride + 4 - 2 * padding
@@ -285,7 +279,7 @@ def epilogue_launch(x, demod, bias, up, clamp):
     """`reference.epilogue` of x [N, C, H, W], with up=2 that of the transposed convolution."""
     size = [n - (up == 2) for n in x.shape[2:]]
     settings = constants(SCALE=1 / 16, PAD=1, FILTER=up == 2, ACTIVATE=True)
-    return _filter_launch(x, size, demod, bias, settings | _clamps(clamp))
+    return _filter_launch(x, size, demod, bias, settings | clamps(clamp))
 
 
 def epilogue_backward_launch(grad, y, demod, bias, up, clamp):
@@ -297,7 +291,7 @@ def epilogue_backward_launch(grad, y, demod, bias, up, clamp):
     grad_x = torch.empty([N, H, W, C], device=y.device, dtype=y.dtype)
     sums = torch.empty([2, N, strips, C], device=y.device, dtype=torch.float64)
     settings = constants(SCALE=1 / 16, FILTER=up == 2)
-    S = Filter(H, W, H_out, W_out, C, **settings, **_clamps(clamp), **tile)
+    S = Filter(H, W, H_out, W_out, C, **settings, **clamps(clamp), **tile)
     inputs = channels_last(grad), channels_last(y), demod.contiguous(), bias.contiguous()
     _epilogue_backward_kernel[(*grid, N)](*inputs, grad_x, sums, S, num_warps=WARPS)
     total, total_u = sums.sum(dim=2)

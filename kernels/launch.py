@@ -25,10 +25,12 @@ def constants(**values):
     return {name: tl.constexpr(value) for name, value in values.items()}
 
 
+def clamps(clamp):
+    return constants(CLAMPS=clamp is not None, CLAMP=float(clamp or 0))
+
+
 def float32_twin(function):
-    """A plain function as the twin of an op: computed in float32 (float64 in float64), its result
-    in the first argument's dtype and in channels-last memory.
-    """
+    """A plain function as the twin of an op: in float32, the result in x's dtype, channels last."""
 
     def twin(x, *others):
         args = (x, *others)

@@ -32,7 +32,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from kernels import reference
 from kernels.choose import Op, Unsuitable, registered
 from kernels.fir import EPILOGUE, activated, epilogue_backward_op, of_channels
-from kernels.launch import channels_first, channels_last, constants, edge, float32_twin
+from kernels.launch import channels_first, channels_last, clamps, constants, edge, float32_twin
 
 # Tile of (pixels, output channels, inner dimension), warps, stages, by dtype: convolution, and
 # gradient to the kernels (there output channels, input channels, pixels). Chosen from the report of
@@ -139,9 +139,8 @@ def _conv_kernel(x_ptr, weight_ptr, epilogue, y_ptr, S):
 
 @triton.jit
 def _conv_tma_kernel(x_desc, weight_desc, epilogue, y_ptr, S):
-    """`_conv_kernel` in the modes same and up by tensor descriptors: x [N, H, W, I], weight [N · O,
-    k·k, I]. What lies outside of x is read as 0; outputs beyond O are of the next frame's kernels,
-    and are not stored.
+    """`_conv_kernel` in the modes same and up by tensor descriptors; weight [N · O, k·k, I]. What
+    is outside of x is read as 0; outputs beyond O, of the next frame's kernels, are not stored.
     """
     n = tl.program_id(2)
     first_o = tl.program_id(1) * S.BLOCK_O
@@ -209,9 +208,7 @@ def _describe(x, sizes, side, mode, config, *tile_of):
 
 
 def conv_launch(x, weight, mode, demod=None, bias=None, clamp=None, tma=False):
-    """x [N, C, H, W] through weight [N, O, I, k, k] in a mode of `_conv_kernel`. demod, bias,
-    clamp: of the epilogue of a layer without FIR, or None.
-    """
+    """x through weight in a mode of `_conv_kernel`, and the epilogue of a layer without FIR."""
     (N, _, H, W), (_, O, I, side, _) = x.shape, weight.shape
     size = {"up": lambda n: 2 * n + side - 2, "down": lambda n: (n - side) // 2 + 1}
     H_out, W_out = map(size.get(mode, int), (H, W))
@@ -222,8 +219,7 @@ def conv_launch(x, weight, mode, demod=None, bias=None, clamp=None, tma=False):
         rows, columns, parities = (H_out + 1) // 2, (W_out + 1) // 2, 4
     *tile, warps, stages = CONFIGS[x.dtype]["conv"]
     S = _describe(x, (H, W, H_out, W_out, I, O), side, mode, tile, rows * columns, O, I)
-    clamps = constants(CLAMPS=clamp is not None, CLAMP=float(clamp or 0))
-    S = S._replace(**constants(ACTIVATE=demod is not None), **clamps)
+    S = S._replace(**constants(ACTIVATE=demod is not None), **clamps(clamp))
     x, weight = channels_last(x), channels_last(weight)
     y = torch.empty([N, H_out, W_out, O], device=x.device, dtype=x.dtype)
     kernel, sources, blocks = (
@@ -276,8 +272,7 @@ def grad_weight_launch(grad, x, side, mode):
 
 def looped(x, weight, up):
     """One convolution of cuDNN after another."""
-    frames = [reference.conv2d_shared(f, w, up) for f, w in zip(x.split(1), weight.unbind(0))]
-    return torch.cat(frames)
+    return torch.cat([reference.conv2d_shared(f, w, up) for f, w in zip(x.split(1), weight)])
 
 
 def unfolded(x, weight, up):
@@ -286,8 +281,7 @@ def unfolded(x, weight, up):
     H, W = x.shape[2:]
     if up == 2:
         columns = weight.flatten(3).permute(0, 1, 3, 2).reshape(N, O * k * k, I) @ x.flatten(2)
-        size = 2 * H + k - 2, 2 * W + k - 2
-        return torch.nn.functional.fold(columns, size, k, stride=2)
+        return torch.nn.functional.fold(columns, (2 * H + k - 2, 2 * W + k - 2), k, stride=2)
     columns = torch.nn.functional.unfold(x, k, padding=k // 2)
     return (weight.flatten(2) @ columns).view(N, O, H, W)
 
@@ -324,9 +318,8 @@ CONV = Op(
 
 
 def _grad_weight(grad, x, side, mode):
-    up = 2 if mode == "up" else 1
-    grad_weight = reference.conv2d_per_frame_grad_weight(grad, x, side, up)
-    return channels_first(channels_last(grad_weight))
+    of = reference.conv2d_per_frame_grad_weight(grad, x, side, 2 if mode == "up" else 1)
+    return channels_first(channels_last(of))
 
 
 GRAD_WEIGHT = Op(

@@ -17,6 +17,7 @@ last. Sums are float32 and have one order: runs repeat exactly. The gradient is 
 mostatt_backward.py.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -278,9 +279,7 @@ def forward(weight, motion_style, content_style, dtype, want_weight, content_fir
     shape = shape_of(weight, motion_style, content_style, dtype, want_weight, content_first)
     weight, N = channels_last(weight), len(motion_style)
 
-    def empty(*size, dtype=torch.float32):
-        return torch.empty(size, device=weight.device, dtype=dtype)
-
+    empty = functools.partial(torch.empty, device=weight.device, dtype=torch.float32)
     s = weight if content_style is None else content_style.contiguous()
     score, peak = empty(N, shape.O, shape.K), empty(N, shape.PEAKS)
     t = Tensors(weight, motion_style.contiguous(), s, score, peak)

@@ -15,6 +15,7 @@ P is computed again in each of three passes over ∂W', which have different sum
 over o, over frames. Nothing is added atomically, so runs repeat exactly.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -173,9 +174,7 @@ def _grad_motion_kernel(t, grads, of, grad_motion_ptr, grad_style_ptr, S):
 
 @triton.jit
 def _grad_content_kernel(t, grads, grad_score_ptr, grad_content_ptr, FRAMES, S):
-    """∂w of FRAMES frames in order → grad_content [N / FRAMES, O, k·k, I]. Grid: (block of i, tap),
-    blocks of o, groups of frames, each of one row of the weights.
-    """
+    """∂w of FRAMES frames in order → [N / FRAMES, O, k·k, I]. Grid: (i, tap), o, frame groups."""
     group = tl.program_id(2).to(tl.int64)
     tap, i = tap_and_channels(tl.program_id(0), S)
     o = tl.program_id(1) * S.BLOCK_O + tl.arange(0, S.BLOCK_O)
@@ -211,9 +210,7 @@ def backward(grad_weight, grad_score, grad_demod, *saved):
     B, _, I, side, _ = weight.shape
     w, N = channels_last(weight), len(motion_style)
 
-    def empty(*size, dtype=torch.float32):
-        return torch.empty(size, device=w.device, dtype=dtype)
-
+    empty = functools.partial(torch.empty, device=w.device, dtype=torch.float32)
     s = w if content_style is None else content_style.contiguous()
     t = Tensors(w, motion_style.contiguous(), s, score, peak)
     grad_weight = channels_last(grad_weight) if has_weight else w
@@ -236,15 +233,13 @@ def backward(grad_weight, grad_score, grad_demod, *saved):
     _grad_motion_kernel[grid](t, grads, of, grad_motion, grad_s, S, **launch)
 
     S, launch = tiled("content", shape)
-    columns, rows = (triton.cdiv(*of) for of in ((I, S.BLOCK_I.value), (shape.O, S.BLOCK_O.value)))
-    columns *= side * side
+    columns = triton.cdiv(I, S.BLOCK_I.value) * side * side
+    rows = triton.cdiv(shape.O, S.BLOCK_O.value)
     frames = frames_of_a_program(N // B, B * columns * rows)
     groups = N // frames
     kept = weight.dtype if groups == B else torch.float32
-    grad_content = empty(groups, *w.shape[1:], dtype=kept)
-    _grad_content_kernel[columns, rows, groups](
-        t, grads, of.grad_score, grad_content, frames, S, **launch
-    )
+    grad_content, grid = empty(groups, *w.shape[1:], dtype=kept), (columns, rows, groups)
+    _grad_content_kernel[grid](t, grads, of.grad_score, grad_content, frames, S, **launch)
     if groups > B:
         grad_content = grad_content.unflatten(0, (B, -1)).sum(dim=1).to(weight.dtype)
     if content_style is not None:

@@ -33,11 +33,8 @@ def demod_bias_lrelu(x, demod, bias):
 
 
 def fir_filter(x, gain, stride, padding, transposed):
-    """Filters every channel and keeps every stride-th pixel; or, transposed, the transpose of that
-    linear map.
-
-    x: [N, C, H, W]; padding: zeros on every side. In channels-last memory, the fastest plain form
-    on a CPU.
+    """Filters every channel and keeps every stride-th pixel; or the transpose of that linear map.
+    x: [N, C, H, W]; padding: zeros on every side.
     """
     taps = torch.tensor(FIR_TAPS, device=x.device, dtype=x.dtype)
     f = (torch.outer(taps, taps) * (gain / 64)).expand(x.shape[1], 1, 4, 4)  # symmetric: no flip
@@ -88,9 +85,8 @@ def _doubled(x, axis):
 
 
 def _fir(x, gain, stride, padding, transposed):
-    """_Fir, or in a compiled function the same by adds and products: Inductor makes one pass of
-    them and of what is around, and they have a second derivative under torch.func.grad, which a
-    compiled autograd.Function has not.
+    """_Fir, or compiled the same by adds and products: Inductor makes one pass of them, and under
+    torch.func.grad they have a second derivative, which a compiled autograd.Function has not.
     """
     if not torch.compiler.is_compiling():
         return _Fir.apply(x, gain, stride, padding, transposed)
@@ -128,19 +124,17 @@ def motion_modulation(motion_style, in_channels, kernel_size):
 
     motion_style: [N, K, R, I + k + k], the factors a, b, c side by side → M: [N, K, I·k·k].
     """
-    rank = motion_style.shape[2]
     a, b, c = motion_style.split([in_channels, kernel_size, kernel_size], dim=3)
     bc = (b.unsqueeze(-1) * c.unsqueeze(-2)).flatten(3)  # [N, K, R, k·k]
-    return (a.transpose(2, 3) @ bc).flatten(2) / math.sqrt(rank)
+    return (a.transpose(2, 3) @ bc).flatten(2) / math.sqrt(motion_style.shape[2])
 
 
 def motion_modulation_backward(grad, motion_style, in_channels, kernel_size):
     """The gradient of `motion_modulation`'s factors from that of M, [N, K, I·k·k]."""
-    rank, side = motion_style.shape[2], kernel_size
-    a, b, c = motion_style.split([in_channels, side, side], dim=3)
+    a, b, c = motion_style.split([in_channels, kernel_size, kernel_size], dim=3)
     bc = (b.unsqueeze(-1) * c.unsqueeze(-2)).flatten(3)  # [N, K, R, k·k]
-    grad = grad.unflatten(2, (in_channels, -1)) / math.sqrt(rank)  # [N, K, I, k·k]
-    grad_bc = (a @ grad).unflatten(3, (side, side))
+    grad = grad.unflatten(2, (in_channels, -1)) / math.sqrt(motion_style.shape[2])
+    grad_bc = (a @ grad).unflatten(3, (kernel_size, kernel_size))
     grad_b = (grad_bc * c.unsqueeze(-2)).sum(dim=4)
     grad_c = (grad_bc * b.unsqueeze(-1)).sum(dim=3)
     return torch.cat([bc @ grad.transpose(2, 3), grad_b, grad_c], dim=3)
@@ -153,8 +147,7 @@ def mostatt(content_weight, motion_style, style_gain=None):
     share theirs.
     motion_style: [N, K, R, I + k + k]. style_gain: [K], scales each style's share of P by hand
     (paper B.1); the maximum that P is divided by stays that of the whole P, so that what other
-    styles do stays as it was. Returns weight W' [N, O, I, k, k] and the pre-softmax score [N, O,
-    K].
+    styles do stays as it was. Returns weight W' [N, O, I, k, k] and the scores [N, O, K].
     """
     clips, _, in_channels, kernel_size, _ = content_weight.shape
     W = content_weight.flatten(2)  # [B, O, I·k·k]
@@ -182,8 +175,7 @@ def demodulation(weight):
 
 
 def conv2d_shared(x, weight, up=1):
-    """Convolution with one kernel for all frames; 'same' padding, or up=2 (spec §1, without its
-    FIR).
+    """Convolution with one kernel for all frames; 'same' padding, or up=2 (without its FIR).
 
     x: [N, I, H, W], weight: [O, I, k, k] → [N, O, H, W], or [N, O, 2H+1, 2W+1] with up=2.
     """
@@ -214,13 +206,12 @@ def conv2d_per_frame(x, weight, up=1):
 
 def conv2d_grouped(x, weight, up):
     """conv2d_per_frame as one call, frames side by side on channels."""
-    frames, out_channels = weight.shape[:2]
-    x = x.reshape(1, -1, *x.shape[2:])
+    frames, x = len(weight), x.reshape(1, -1, *x.shape[2:])
     if up == 2:
         y = F.conv_transpose2d(x, weight.transpose(1, 2).flatten(0, 1), stride=2, groups=frames)
     else:
         y = F.conv2d(x, weight.flatten(0, 1), padding=weight.shape[-1] // 2, groups=frames)
-    return y.view(frames, out_channels, *y.shape[2:])
+    return y.unflatten(1, (frames, -1))[0]
 
 
 def mostatt_demod(
@@ -232,14 +223,13 @@ def mostatt_demod(
     style_gain=None,
     content_first=False,
 ):
-    """MoStAtt with all that its kernel gives in one go: the clip's content style, `mostatt`, then
-    `demodulation`.
+    """What MoStAtt's kernel gives in one go: the clip's content style, `mostatt`, `demodulation`.
 
     weight: [B', O, I, k, k], frame n uses row n // (N / B'). content_style: [B, I], frame n uses
     row n // (N / B); it multiplies the weight before the score (content_first: strategy i of paper
     4.3), or the result (strategy ii).
-    style_gain: as `mostatt` takes it. Returns weight W' [N, O, I, k, k] in dtype (empty if not
-    want_weight), score [N, O, K], demod [N, O].
+    style_gain: as `mostatt` takes it. Returns weight W' [N, O, I, k, k] in dtype (or empty), score
+    [N, O, K], demod [N, O].
     """
     if content_style is not None and content_first:
         weight = _of_rows(weight, len(content_style)) * content_style[:, None, :, None, None]
@@ -326,13 +316,13 @@ def epilogue_backward(grad, y, demod, bias, up=1, clamp=None):
 
 def conv2d_per_frame_grad_x(grad, weight, up=1):
     """The gradient of `conv2d_per_frame` to x: a convolution of stride 2, or a transposed one."""
-    frames, out_channels, channels, side, _ = weight.shape
-    grad = grad.reshape(1, -1, *grad.shape[2:])
+    frames, grad = len(weight), grad.reshape(1, -1, *grad.shape[2:])
     if up == 2:
         y = F.conv2d(grad, weight.transpose(1, 2).flatten(0, 1), stride=2, groups=frames)
     else:
-        y = F.conv_transpose2d(grad, weight.flatten(0, 1), padding=side // 2, groups=frames)
-    return y.view(frames, channels, *y.shape[2:])
+        padding = weight.shape[-1] // 2
+        y = F.conv_transpose2d(grad, weight.flatten(0, 1), padding=padding, groups=frames)
+    return y.unflatten(1, (frames, -1))[0]
 
 
 def conv2d_per_frame_grad_weight(grad, x, side, up=1):

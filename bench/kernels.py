@@ -407,12 +407,12 @@ def launch_all(module, dtype, r, rank, K, N=64, orders=3):
     same = t(N, O, r // 2, r // 2)
     for mode, tensor in (("up", x), ("down", y), ("same", x), ("flipped", same)):
         conv.conv_launch(tensor, weight, mode)
-    conv.conv_launch(x, weight, "same", demod, bias, None)
+    conv.conv_launch(x, weight, "same", demod, bias)
     if conv.tma_anywhere:
-        conv.conv_tma_launch(x, weight, 2)
-        conv.conv_tma_launch(x, weight, 1, demod, bias, None)
-    conv.grad_weight_launch(y, x, 3, 2)
-    conv.grad_weight_launch(same, x, 3, 1)
+        conv.conv_tma_launch(x, weight, "up")
+        conv.conv_tma_launch(x, weight, "same", demod, bias)
+    conv.grad_weight_launch(y, x, 3, "up")
+    conv.grad_weight_launch(same, x, 3, "same")
     for up, tensor in ((2, y), (1, t(N, O, r, r))):
         out = fir.epilogue_launch(tensor, demod, bias, up, None)
         fir.epilogue_backward_launch(out, out, demod, bias, up, None)

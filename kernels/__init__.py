@@ -7,25 +7,22 @@ what runs:
                measures it (the default)
     triton     the Triton kernels, unmeasured
     reference  the plain PyTorch
-
-Ops that are not defined below have no kernel.
 """
+
+import functools
 
 import torch
 import torch.nn.functional as F
 
 from kernels import choose, reference
-from kernels.reference import (
-    LRELU_GAIN,
-    conv2d_shared,
-    demodulation,
-    lrelu,
-    motion_modulation,
-    normalize,
-)
+from kernels.reference import LRELU_GAIN as LRELU_GAIN
+from kernels.reference import conv2d_shared as conv2d_shared
+from kernels.reference import demodulation as demodulation
+from kernels.reference import lrelu as lrelu
+from kernels.reference import motion_modulation as motion_modulation
+from kernels.reference import normalize as normalize
 
-# ahead of the ops of the same names: `kernels.mostatt` and `kernels.fir` are to be functions, not
-# modules
+# Ahead of the ops of the same names: `kernels.mostatt` is to be a function, not a module.
 try:
     from kernels import fir as _fir
     from kernels import modconv as _modconv
@@ -38,34 +35,10 @@ except ModuleNotFoundError as error:
         raise
     _HAS_TRITON, choose.mode = False, "reference"
 
-__all__ = [
-    "LRELU_GAIN",
-    "chosen",
-    "conv2d_epilogue",
-    "conv2d_per_frame",
-    "conv2d_shared",
-    "demod_bias_lrelu",
-    "demodulation",
-    "downsample2d",
-    "epilogue",
-    "filter2d",
-    "fir",
-    "lrelu",
-    "mostatt",
-    "mostatt_demod",
-    "motion_modulation",
-    "normalize",
-    "summary",
-    "upsample2d",
-    "use",
-]
-
 
 def use(choice):
-    """Which implementations CUDA tensors take: "auto", "triton" or "reference". Returns the choice
-    before.
-
-    Without Triton, "auto" is "reference". Raises ValueError for another word, ImportError for
+    """Which implementations CUDA tensors take: "auto" (without Triton "reference"), "triton" or
+    "reference". Returns the choice before. Raises ValueError for another word, ImportError for
     triton where it is not installed.
     """
     if choice not in ("auto", "triton", "reference"):
@@ -82,9 +55,7 @@ def chosen(device):
 
 
 def summary(device):
-    """One line on what the ops have run as so far, such as '11 of 13 Triton, 2 cuDNN (measured
-    now)'.
-    """
+    """What the ops have run as so far, such as '11 of 13 Triton, 2 cuDNN (measured now)'."""
     return choose.choices().summary() if chosen(device) == "auto" else chosen(device)
 
 
@@ -96,18 +67,14 @@ def _by_op(x):
 
 @torch.compiler.assume_constant_result
 def _in_transform():
-    """Whether torch.func differentiates what runs now (or is traced now): registered ops cannot be
-    part of that.
-    """
+    """Whether torch.func differentiates what runs now: no registered op can be part of that."""
     return torch._C._functorch.maybe_current_level() is not None
 
 
 def _fir_by_op(x):
-    """Whether a filter by itself runs as a registered op.
-
-    So it does in compiled functions, on a CPU too: Inductor would split it into several passes that
-    keep what lies between them. Not in an exported program, which has PyTorch's own operations
-    only.
+    """Whether a filter runs as a registered op. So it does in compiled functions, on a CPU too:
+    Inductor would split it into passes that keep what is between them. An exported program has
+    PyTorch's own operations only.
     """
     if torch.compiler.is_exporting() or not _HAS_TRITON or _in_transform():
         return False
@@ -115,20 +82,34 @@ def _fir_by_op(x):
 
 
 def _working_dtype(x):
-    """The dtype in which convolutions of x run: autocast's where it is on, as PyTorch's own
-    would.
-    """
+    """The dtype in which convolutions of x run: autocast's where it is on, as PyTorch's own."""
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
+def _op(registered):
+    """A decorator: the function where registered(x), else reference.py's of the same name."""
+
+    def decorate(function):
+        plain = getattr(reference, function.__name__)
+
+        @functools.wraps(plain)
+        def op(x, *args, **options):
+            return (function if registered(x) else plain)(x, *args, **options)
+
+        return op
+
+    return decorate
+
+
+@_op(_by_op)
 def mostatt(content_weight, motion_style, style_gain=None):
-    # Gains are for looking at styles, and have no kernel.
-    if _by_op(content_weight) and style_gain is None:
-        return mostatt_demod(content_weight, motion_style)[:2]
-    return reference.mostatt(content_weight, motion_style, style_gain)
+    if style_gain is not None:  # for looking at styles, without a kernel
+        return reference.mostatt(content_weight, motion_style, style_gain)
+    return mostatt_demod(content_weight, motion_style)[:2]
 
 
+@_op(_by_op)
 def mostatt_demod(
     weight,
     motion_style,
@@ -138,74 +119,47 @@ def mostatt_demod(
     style_gain=None,
     content_first=False,
 ):
-    if _by_op(weight) and style_gain is None:
-        dtype = dtype or _working_dtype(weight)
-        return _mostatt.mostatt(
-            weight, motion_style, content_style, dtype, want_weight, content_first
-        )
-    return reference.mostatt_demod(
-        weight, motion_style, content_style, dtype, want_weight, style_gain, content_first
-    )
+    args = weight, motion_style, content_style, dtype
+    if style_gain is not None:
+        return reference.mostatt_demod(*args, want_weight, style_gain, content_first)
+    dtype = dtype or _working_dtype(weight)
+    return _mostatt.mostatt(*args[:3], dtype, want_weight, content_first)
 
 
+@_op(_by_op)
 def conv2d_per_frame(x, weight, up=1):
-    if _by_op(x):
-        dtype = _working_dtype(x)
-        return _modconv.conv2d_per_frame(x.to(dtype), weight.to(dtype), up)
-    return reference.conv2d_per_frame(x, weight, up)
+    dtype = _working_dtype(x)
+    return _modconv.conv2d(x.to(dtype), weight.to(dtype), up)
 
 
+@_op(_by_op)
 def conv2d_epilogue(x, weight, demod, bias, up=1, clamp=None):
-    if _by_op(x) and up == 1:  # with a FIR filter between them they are two passes
-        dtype = _working_dtype(x)
-        return _modconv.conv2d_epilogue(x.to(dtype), weight.to(dtype), demod, bias, clamp)
-    return epilogue(conv2d_per_frame(x, weight, up), demod, bias, up, clamp)
+    if up == 2:  # with a FIR filter between them they are two passes
+        return epilogue(conv2d_per_frame(x, weight, up), demod, bias, up, clamp)
+    dtype = _working_dtype(x)
+    return _modconv.conv2d(x.to(dtype), weight.to(dtype), 1, demod, bias, clamp)
 
 
-def demod_bias_lrelu(x, demod, bias):
-    return epilogue(x, demod, bias)
-
-
+@_op(_by_op)
 def epilogue(x, demod, bias, up=1, clamp=None):
-    if _by_op(x):
-        return _fir.epilogue(x, demod, bias, up, clamp)
-    return reference.epilogue(x, demod, bias, up, clamp)
+    return _fir.epilogue_op(x, demod, bias, up, clamp)
 
 
+@_op(_fir_by_op)
 def fir(x, padding, gain=1.0):
-    if _fir_by_op(x):
-        return _fir.fir_op(x, gain, 1, padding, False)
-    return reference.fir(x, padding, gain)
+    return _fir.fir_op(x, gain, 1, padding, False)
 
 
+@_op(_fir_by_op)
 def filter2d(x):
-    if _fir_by_op(x):
-        return _fir.fir_op(F.pad(x, (2, 1, 2, 1)), 1.0, 1, 0, False)
-    return reference.filter2d(x)
+    return _fir.fir_op(F.pad(x, (2, 1, 2, 1)), 1.0, 1, 0, False)
 
 
+@_op(_fir_by_op)
 def downsample2d(x):
-    if _fir_by_op(x):
-        return _fir.fir_op(x, 1.0, 2, 1, False)
-    return reference.downsample2d(x)
+    return _fir.fir_op(x, 1.0, 2, 1, False)
 
 
+@_op(_fir_by_op)
 def upsample2d(x):
-    if _fir_by_op(x):
-        return _fir.fir_op(x, 4.0, 2, 1, True)
-    return reference.upsample2d(x)
-
-
-for _op in (
-    mostatt,
-    mostatt_demod,
-    conv2d_per_frame,
-    conv2d_epilogue,
-    demod_bias_lrelu,
-    epilogue,
-    fir,
-    filter2d,
-    downsample2d,
-    upsample2d,
-):
-    _op.__doc__ = getattr(reference, _op.__name__).__doc__
+    return _fir.fir_op(x, 4.0, 2, 1, True)

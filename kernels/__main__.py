@@ -1,9 +1,6 @@
 """python -m kernels: prints the tables of choices that are kept on this machine, one for each
-device and version.
-
-Each line is an op with its shapes and one implementation of it: its time, its relative error
-against the plain PyTorch twin, and whether it is the one in use (marked by *) or why it was
-dropped.
+device and version. Each line is an op with its shapes and one implementation of it: its time, its
+relative error against plain PyTorch, and * if it is the one in use, or why it was dropped.
 """
 
 import argparse
@@ -13,17 +10,11 @@ from kernels.choose import cache_folder
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        prog="python -m kernels",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.parse_args()
+    argparse.ArgumentParser(prog="python -m kernels", description=__doc__).parse_args()
     tables = sorted(cache_folder().glob("*.json"))
     if not tables:
         print(
-            f"{cache_folder()} is empty: train.py and sample.py fill it when they first run on a "
-            "GPU"
+            f"{cache_folder()} is empty: train.py and sample.py fill it at their first run on a GPU"
         )
     for path in tables:
         try:

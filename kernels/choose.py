@@ -20,6 +20,7 @@ import json
 import logging
 import os
 import statistics
+import sys
 import time
 import uuid
 from pathlib import Path
@@ -27,11 +28,8 @@ from typing import NamedTuple
 
 import torch
 
-TOLERANCE = {
-    torch.float32: 2e-3,
-    torch.bfloat16: 2e-2,
-    torch.float16: 2e-2,
-}  # ‖difference‖ / ‖twin's result‖
+# ‖difference‖ / ‖twin's result‖
+TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 2e-2, torch.float16: 2e-2}
 PLAIN = "plain PyTorch"  # the name of the twin among the candidates
 log = logging.getLogger("kernels")
 
@@ -40,15 +38,11 @@ devices = {"cuda"}  # where candidates run at all; on other devices the twin doe
 
 
 class Unsuitable(Exception):
-    """Raised by a candidate that is not made for these shapes or this device. It is dropped without
-    a warning.
-    """
+    """A candidate is not made for this device or these shapes: dropped without a warning."""
 
 
 class Op(NamedTuple):
-    """An op: `twin` and every candidate are functions of the same arguments, with the same
-    results.
-    """
+    """An op: `twin` and every candidate take the same arguments and give the same results."""
 
     name: str
     twin: object
@@ -56,16 +50,14 @@ class Op(NamedTuple):
 
     def __call__(self, *args):
         """Runs the implementation that the mode, the device and the table of choices say."""
-        device = next(a for a in args if torch.is_tensor(a)).device.type
-        with torch.autocast(
-            device, enabled=False
-        ):  # the op's arguments have the dtypes that it works in
-            if device not in devices or mode == "reference":
-                return self.twin(*args)
-            if mode == "triton":
-                return self._first_triton(args)
-            name = choices().of(self, args)
-            return self.function(name)(*args)
+        return without_autocast(self._run, args)
+
+    def _run(self, *args):
+        if _device(args).type not in devices or mode == "reference":
+            return self.twin(*args)
+        if mode == "triton":
+            return self._first_triton(args)
+        return self.function(choices().of(self, args))(*args)
 
     def function(self, name):
         return self.twin if name == PLAIN else self.candidates[name]
@@ -74,11 +66,40 @@ class Op(NamedTuple):
         """The first of the Triton candidates that is suitable; no error of a kernel is hidden."""
         for name, candidate in self.candidates.items():
             if name.startswith("Triton"):
-                try:
+                with contextlib.suppress(Unsuitable):
                     return candidate(*args)
-                except Unsuitable:
-                    pass
         return self.twin(*args)
+
+
+def registered(op, schema, keep=None, gradient=None):
+    """The op as mostgan::<name> of PyTorch's: opaque to a compiler, which learns shapes from the
+    twin. keep(inputs, output) → (tensors, other values): what gradient(ctx, *grads) finds in
+    ctx.saved_tensors and ctx.settings; it returns the gradient of every input.
+    """
+    of_torch = torch.library.custom_op(f"mostgan::{op.name}", op, mutates_args=(), schema=schema)
+    of_torch.register_fake(lambda *args: without_autocast(op.twin, args))
+
+    def setup_context(ctx, inputs, output):
+        tensors, ctx.settings = keep(inputs, output)
+        ctx.save_for_backward(*tensors)
+
+    if gradient is not None:
+        of_torch.register_autograd(gradient, setup_context=setup_context)
+    return of_torch
+
+
+def without_autocast(function, args):
+    """function(*args): the arguments of an op have the dtypes that it works in."""
+    with torch.autocast(_device(args).type, enabled=False):
+        return function(*args)
+
+
+def _device(args):
+    return next(a.device for a in args if torch.is_tensor(a))
+
+
+def results(out):
+    return [out] if torch.is_tensor(out) else list(out)
 
 
 def describe(op, args):
@@ -89,23 +110,16 @@ def describe(op, args):
 def _describe(a):
     if not torch.is_tensor(a):
         return str(a).removeprefix("torch.")
-    sizes = "×".join(map(str, a.shape)) or "scalar"
+    text = f"{'×'.join(map(str, a.shape)) or 'scalar'}:{str(a.dtype).removeprefix('torch.')}"
     channels_last = a.ndim > 3 and not a.is_contiguous() and a.movedim(-3, -1).is_contiguous()
-    return (
-        f"{sizes}:{str(a.dtype).removeprefix('torch.')}{':channels-last' if channels_last else ''}"
-    )
-
-
-def results(out):
-    return [out] if torch.is_tensor(out) else list(out)
+    return text + ":channels-last" * channels_last
 
 
 class Choices:
     """The table of choices: `rows` maps an op with its shapes to what was measured.
 
     A row is {"chosen": name, "ms": {name: …}, "error": {name: …}, "dropped": {name: why}}; while it
-    is measured it has no "chosen", and "trying" is the candidate at work and the process that runs
-    it.
+    is measured, {"trying": a name and the process that runs it} is there in place of "chosen".
     """
 
     def __init__(self, folder=None, key=None):
@@ -117,9 +131,7 @@ class Choices:
         self._read()
 
     def of(self, op, args):
-        """The name of the implementation for these arguments; measures it if it is not known
-        yet.
-        """
+        """The implementation for these arguments, by name; measured if it is not known yet."""
         text = describe(op, args)
         if text not in self.used:
             row = self.rows.get(text, {})
@@ -132,20 +144,14 @@ class Choices:
         return self.used[text]
 
     def race(self, op, args, dropped):
-        """Compares and times all candidates on these arguments. Returns the row, which is also kept
-        and saved.
-
-        dropped: candidates that an earlier process has dropped. Nothing that is allocated here
-        stays.
-        """
+        """Compares and times all candidates but the dropped; the row, which is also saved."""
         text = describe(op, args)
         row = {"ms": {}, "error": {}, "dropped": dict(dropped)}
         try:
             wanted = results(op.twin(*args))
         except torch.OutOfMemoryError:
             log.warning(
-                "kernels: %s: no memory to compare candidates, so plain PyTorch is used this time",
-                text,
+                f"kernels: {text}: no memory to compare candidates: plain PyTorch this time"
             )
             release_memory()
             return row | {"chosen": PLAIN}  # not kept: there may be more memory another time
@@ -157,10 +163,10 @@ class Choices:
         release_memory()
         if not row["ms"]:
             row["ms"][PLAIN] = None
-        if torch.are_deterministic_algorithms_enabled():
-            row["chosen"] = next(iter(row["ms"]))
-        else:
-            row["chosen"] = min(row["ms"], key=row["ms"].get)
+        deterministic = torch.are_deterministic_algorithms_enabled()
+        row["chosen"] = (
+            next(iter(row["ms"])) if deterministic else min(row["ms"], key=row["ms"].get)
+        )
         row.pop("trying", None)
         self._write()
         return row
@@ -192,37 +198,25 @@ class Choices:
             raise
         if problem is not None:
             row["dropped"][name] = problem
-            log.warning("kernels: %s is not used for %s: %s", name, text, problem)
+            log.warning(f"kernels: {name} is not used for {text}: {problem}")
 
     def _require_device(self, name, text):
-        """An illegal address leaves a device on which nothing runs any more; the table still says
-        what was tried.
-        """
+        """Ends a program whose device is broken; the table still says what was tried."""
         try:
             synchronize()
         except Exception as reason:
-            raise RuntimeError(
-                f"kernels: {name} broke the device at {text}; start the program again: it leaves "
-                "this one out"
-            ) from reason
+            again = "start the program again: it leaves this one out"
+            raise RuntimeError(f"kernels: {name} broke the device at {text}; {again}") from reason
 
     def summary(self):
-        """Such as '11 of 13 Triton, 2 cuDNN (measured now)': the ops that this process has run, by
-        kind.
-        """
+        """Such as '11 of 13 Triton, 2 cuDNN (measured now)': what this process has run, by kind."""
         if not self.used:
             return "plain PyTorch"
         kinds = [next(k for k in KINDS if name.startswith(k)) for name in self.used.values()]
         parts = [f"{kinds.count(k)} {k}" for k in KINDS if k in kinds]
         parts[0] = parts[0].replace(" ", f" of {len(kinds)} ", 1)
         new, all_of_them = len(self.measured), len(self.used)
-        when = (
-            "measured now"
-            if new == all_of_them
-            else f"{new} measured now"
-            if new
-            else "measured before"
-        )
+        when = {0: "measured before", all_of_them: "measured now"}.get(new, f"{new} measured now")
         return f"{', '.join(parts)} ({when})"
 
     def _read(self):
@@ -235,9 +229,7 @@ class Choices:
             return
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as reason:
             log.warning(
-                "kernels: the table %s cannot be read (%s), so it is measured anew",
-                self.path,
-                reason,
+                f"kernels: the table {self.path} cannot be read ({reason}), so it is measured anew"
             )
             return
         self.rows = rows
@@ -259,9 +251,7 @@ class Choices:
             with contextlib.suppress(OSError):
                 temporary.unlink()
             log.warning(
-                "kernels: %s cannot be written (%s): it is measured anew each time",
-                self.path,
-                reason,
+                f"kernels: {self.path} cannot be written ({reason}): it is measured anew each time"
             )
 
 
@@ -276,13 +266,13 @@ def choices():
 
 def _row_as_read(text, row):
     """A row as another process left it: what was being tried when that process ended is dropped."""
-    row = {"ms": dict(row["ms"]), "error": dict(row["error"]), "dropped": dict(row["dropped"])} | {
-        key: row[key] for key in ("chosen", "trying") if key in row
-    }
-    trying = row.pop("trying", None)
+    trying = row.get("trying")
+    row = {key: dict(row[key]) for key in ("ms", "error", "dropped")} | (
+        {"chosen": row["chosen"]} if "chosen" in row else {}
+    )
     if trying is not None and not _runs(trying["process"]):
         row["dropped"][trying["name"]] = "the process that tried it ended there"
-        log.warning("kernels: %s is not used for %s: a process ended there", trying["name"], text)
+        log.warning(f"kernels: {trying['name']} is not used for {text}: a process ended there")
     return row
 
 
@@ -297,27 +287,21 @@ def _runs(name):
         return False
     try:
         os.kill(int(number), 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
+    except OSError as reason:
+        return not isinstance(reason, ProcessLookupError)
     return True
 
 
 def compare(out, wanted):
-    """(largest relative error, None) of a candidate's results, or (None, what is wrong with
-    them).
-    """
+    """(largest relative error, None) of a candidate's results, or (None, what is wrong)."""
     worst = 0.0
     for i, (ours, twins) in enumerate(zip(out, wanted, strict=True)):
-        for what in ("shape", "dtype"):
-            if getattr(ours, what) != getattr(twins, what):
-                return (
-                    None,
-                    f"result {i} has {what} {getattr(ours, what)}, not {getattr(twins, what)}",
-                )
-        if ours.stride() != twins.stride():
-            return None, f"result {i} has strides {ours.stride()}, not {twins.stride()}"
+        mine, theirs = (
+            {"shape": t.shape, "dtype": t.dtype, "strides": t.stride()} for t in (ours, twins)
+        )
+        for what in theirs:
+            if mine[what] != theirs[what]:
+                return None, f"result {i} has {what} {mine[what]}, not {theirs[what]}"
         if twins.numel() == 0:
             continue
         size = torch.linalg.vector_norm(twins, dtype=torch.float32)
@@ -331,7 +315,7 @@ def compare(out, wanted):
 
 def milliseconds(run, args):
     """Median time of a function that has run once before, in milliseconds."""
-    if next(a for a in args if torch.is_tensor(a)).is_cuda:
+    if _device(args).type == "cuda":
         from triton.testing import do_bench
 
         first = _once(run)
@@ -359,29 +343,19 @@ def release_memory():
 
 
 def _capturing(args):
-    return (
-        any(torch.is_tensor(a) and a.is_cuda for a in args)
-        and torch.cuda.is_current_stream_capturing()
-    )
+    return _device(args).type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def device_key():
     """What a table is valid for."""
     cuda = torch.cuda.is_available()
-    try:
-        import triton
-
-        version = triton.__version__
-    except ImportError:
-        version = None
-    source = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
-        source.update(path.read_bytes())
+    sources = sorted(Path(__file__).parent.glob("*.py"))
+    source = hashlib.sha256(b"".join(path.read_bytes() for path in sources))
     return {
         "device": torch.cuda.get_device_name() if cuda else "CPU",
         "capability": list(torch.cuda.get_device_capability()) if cuda else None,
         "torch": torch.__version__,
-        "triton": version,
+        "triton": getattr(sys.modules.get("triton"), "__version__", None),
         "cudnn": torch.backends.cudnn.version(),
         "kernels": source.hexdigest()[:16],
     }

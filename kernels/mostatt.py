@@ -17,15 +17,16 @@ last. Sums are float32 and have one order: runs repeat exactly. The gradient is 
 mostatt_backward.py.
 """
 
-from typing import NamedTuple
+import functools
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from kernels import reference
 from kernels.choose import Op
+from kernels.launch import channels_first, channels_last, constants, edge
 
 # A tile's output channels and input channels, warps, pipeline stages; by whether tensor cores may
 # round to tf32. Chosen from the resource report of `bench/kernels.py --aot`; not yet timed.
@@ -48,10 +49,18 @@ CONFIGS = {
 SCORE_TILE = 16, 64  # output channels, and frames × styles, of a tile of scores
 
 
+class Tensors(NamedTuple):
+    """What several kernels read."""
+
+    weight: Any  # [B, O, k·k, I]
+    style: Any  # [N, K, R, I + 2k]
+    content_style: Any  # [clips, I]
+    score: Any  # [N, O, K]
+    peak: Any  # [N, PEAKS]
+
+
 class Shape(NamedTuple):
-    """What the kernels know of a layer and a batch. Frame n is of row n // T of the weights, n //
-    T_STYLE of s.
-    """
+    """A layer and a batch. Frame n is of row n // T of the weights, n // T_STYLE of s."""
 
     T: int
     T_STYLE: int
@@ -67,75 +76,89 @@ class Shape(NamedTuple):
     INVERSE_ROOT: tl.constexpr  # 1 / √J
     HAS_STYLE: tl.constexpr
     CONTENT_FIRST: tl.constexpr
+    HAS_WEIGHT: tl.constexpr  # whether W', or its gradient, is in memory
     PRECISION: tl.constexpr
+    BLOCK_O: tl.constexpr = tl.constexpr(1)  # the tile
+    BLOCK_I: tl.constexpr = tl.constexpr(1)
 
 
 @triton.jit
-def motion(style_ptr, row, is_row, i, tap, S):
-    """M_κ[i, tap] for style rows (frame · K + κ) → float32 [len(row), len(i)], 0 outside."""
-    m = tl.zeros([row.shape[0], i.shape[0]], tl.float32)
+def tap_and_channels(step, S):
+    """The tap and the input channels i of a step through all of them."""
+    return step % S.TAPS, tl.arange(0, S.BLOCK_I) + step // S.TAPS * S.BLOCK_I
+
+
+@triton.jit
+def motion(t, n, i, tap, S):
+    """M_κ[i, tap] of frame n → float32 [K_P, len(i)], 0 outside."""
+    kappa = tl.arange(0, S.K_P)
+    m = tl.zeros([S.K_P, i.shape[0]], tl.float32)
     for r in range(S.R):
-        factors = style_ptr + (row * S.R + r) * (S.I + 2 * S.SIDE)
-        inside = is_row[:, None] & (i < S.I)[None, :]
+        factors = t.style + ((n * S.K + kappa) * S.R + r) * (S.I + 2 * S.SIDE)
+        inside = (kappa < S.K)[:, None] & (i < S.I)[None, :]
         a = tl.load(factors[:, None] + i[None, :], mask=inside, other=0.0).to(tl.float32)
-        b = tl.load(factors + S.I + tap // S.SIDE, mask=is_row, other=0.0).to(tl.float32)
-        c = tl.load(factors + S.I + S.SIDE + tap % S.SIDE, mask=is_row, other=0.0).to(tl.float32)
-        m += a * (b * c * S.R**-0.5)[:, None]
+        b = tl.load(factors + S.I + tap // S.SIDE, mask=kappa < S.K, other=0.0).to(tl.float32)
+        c = tl.load(factors + S.I + S.SIDE + tap % S.SIDE, mask=kappa < S.K, other=0.0)
+        m += a * (b * c.to(tl.float32) * S.R**-0.5)[:, None]
     return m
 
 
 @triton.jit
-def attention(score_ptr, n, o, kappa, S):
-    """A = softmax over κ of frame n's scores → [len(o), len(kappa)], 0 outside."""
+def of_styles(n, o, S):
+    """Addresses in [N, O, K] for frame n, and which exist → [len(o), K_P] each."""
+    kappa = tl.arange(0, S.K_P)
     inside = (o < S.O)[:, None] & (kappa < S.K)[None, :]
-    address = score_ptr + (n * S.O + o)[:, None] * S.K + kappa[None, :]
-    score = tl.load(address, mask=inside, other=0.0)
-    score = tl.where((kappa < S.K)[None, :], score, float("-inf"))
-    e = tl.exp(score - tl.max(score, axis=1)[:, None])
-    return tl.where(inside, e / tl.sum(e, axis=1)[:, None], 0.0)
+    return (n * S.O + o)[:, None] * S.K + kappa[None, :], inside
 
 
 @triton.jit
-def inverse_peak(peak_ptr, n, S):
-    """1 / p of frame n from the maxima of its blocks of o; 0 where P is nothing, for there P̂ must
-    be 0.
-    """
+def load_styles(ptr, n, o, S):
+    address, inside = of_styles(n, o, S)
+    return tl.load(ptr + address, mask=inside, other=0.0)
+
+
+@triton.jit
+def attention(t, n, o, S):
+    """A = softmax over κ of frame n's scores → [len(o), K_P], 0 outside."""
+    score = load_styles(t.score, n, o, S)
+    score = tl.where((tl.arange(0, S.K_P) < S.K)[None, :], score, float("-inf"))
+    e = tl.exp(score - tl.max(score, axis=1)[:, None])
+    return tl.where((o < S.O)[:, None], e / tl.sum(e, axis=1)[:, None], 0.0)
+
+
+@triton.jit
+def inverse_peak(t, n, S):
+    """1 / p of frame n; 0 where P is nothing, for there P̂ must be 0."""
     block = tl.arange(0, S.PEAKS_P)
-    peak = tl.max(tl.load(peak_ptr + n * S.PEAKS + block, mask=block < S.PEAKS, other=0.0), axis=0)
+    peak = tl.max(tl.load(t.peak + n * S.PEAKS + block, mask=block < S.PEAKS, other=0.0), axis=0)
     return tl.where(peak > 2e-38, 1.0 / tl.maximum(peak, 2e-38), 0.0)
 
 
 @triton.jit
-def content_tile(content_ptr, content_style_ptr, n, o, i, tap, S):
-    """For frame n: weight [len(o), len(i)] at a tap, where it is, and the content style s [len(i)],
-    1 without one.
-    """
+def content_tile(t, n, o, i, tap, S):
+    """weight [len(o), len(i)] of frame n at a tap, its address in a row, which exist, s [len(i)]"""
     inside = (o < S.O)[:, None] & (i < S.I)[None, :]
     address = (o[:, None] * S.TAPS + tap) * S.I + i[None, :]
     row = n // S.T * S.O * S.TAPS * S.I
-    w = tl.load(content_ptr + row + address, mask=inside, other=0.0).to(tl.float32)
+    w = tl.load(t.weight + row + address, mask=inside, other=0.0).to(tl.float32)
     s = tl.full([i.shape[0]], 1.0, tl.float32)
     if S.HAS_STYLE:
-        style = content_style_ptr + n // S.T_STYLE * S.I
+        style = t.content_style + n // S.T_STYLE * S.I
         s = tl.load(style + i, mask=i < S.I, other=0.0).to(tl.float32)
     return w, address, inside, s
 
 
 @triton.jit
-def _scores_kernel(
-    product_ptr, style_ptr, score_ptr, S, BLOCK_O: tl.constexpr, COLUMNS: tl.constexpr
-):
-    """Σ over taps and ranks of product [B, O, k·k, T, K, R] times b · c → score [B·T, O, K].
-
-    A column is (frame of the row of the weights, κ). Grid: blocks of o, of columns, rows of the
-    weights.
+def _scores_kernel(product_ptr, style_ptr, score_ptr, S):
+    """Σ over taps and ranks of product [B, O, k·k, T, K, R] times b · c → score [B·T, O, K]. Grid:
+    blocks of o, of columns (frame of the row of the weights, κ), rows of the weights.
     """
     row = tl.program_id(2).to(tl.int64)
-    o = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)
-    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    o = tl.program_id(0) * S.BLOCK_O + tl.arange(0, S.BLOCK_O)
+    column = tl.program_id(1) * S.BLOCK_I + tl.arange(0, S.BLOCK_I)
     columns = S.T * S.K
     inside = (o < S.O)[:, None] & (column < columns)[None, :]
-    score = tl.zeros([BLOCK_O, COLUMNS], tl.float32)
+    score = tl.zeros([S.BLOCK_O, S.BLOCK_I], tl.float32)
     for step in range(S.TAPS * S.R):
         tap, r = step // S.R, step % S.R
         factors = style_ptr + ((row * columns + column) * S.R + r) * (S.I + 2 * S.SIDE) + S.I
@@ -150,86 +173,58 @@ def _scores_kernel(
 
 
 @triton.jit
-def _peak_kernel(score_ptr, style_ptr, peak_ptr, S, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr):
+def _peak_kernel(t, S):
     """max |P| of a block of o → peak [N, blocks]. Grid: blocks of o, frames."""
     n = tl.program_id(1).to(tl.int64)
-    o = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)
-    kappa = tl.arange(0, S.K_P)
-    A = attention(score_ptr, n, o, kappa, S)
-    peak = tl.zeros([BLOCK_O, BLOCK_I], tl.float32)
-    for step in range(tl.cdiv(S.I, BLOCK_I) * S.TAPS):
-        i = step // S.TAPS * BLOCK_I + tl.arange(0, BLOCK_I)
-        m = motion(style_ptr, n * S.K + kappa, kappa < S.K, i, step % S.TAPS, S)
-        peak = tl.maximum(peak, tl.abs(tl.dot(A, m, input_precision=S.PRECISION)))
+    o = tl.program_id(0) * S.BLOCK_O + tl.arange(0, S.BLOCK_O)
+    A = attention(t, n, o, S)
+    peak = tl.zeros([S.BLOCK_O, S.BLOCK_I], tl.float32)
+    for step in range(tl.cdiv(S.I, S.BLOCK_I) * S.TAPS):
+        tap, i = tap_and_channels(step, S)
+        P = tl.dot(A, motion(t, n, i, tap, S), input_precision=S.PRECISION)
+        peak = tl.maximum(peak, tl.abs(P))
     largest = tl.max(tl.max(peak, axis=1), axis=0)
-    tl.store(peak_ptr + n * tl.num_programs(0) + tl.program_id(0), largest)
+    tl.store(t.peak + n * S.PEAKS + tl.program_id(0), largest)
 
 
 @triton.jit
-def _modulate_kernel(
-    content,
-    score_ptr,
-    peak_ptr,
-    weight_ptr,
-    demod_ptr,
-    S,
-    WANT_WEIGHT: tl.constexpr,
-    BLOCK_O: tl.constexpr,
-    BLOCK_I: tl.constexpr,
-):
+def _modulate_kernel(t, weight_ptr, demod_ptr, S):
     """W' = weight · s · F, once to memory, and demod beside it. Grid: blocks of o, frames."""
-    content_ptr, style_ptr, content_style_ptr = content
     n = tl.program_id(1).to(tl.int64)
-    o = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)
-    kappa = tl.arange(0, S.K_P)
-    A = attention(score_ptr, n, o, kappa, S) * inverse_peak(peak_ptr, n, S)
-    squares = tl.zeros([BLOCK_O, BLOCK_I], tl.float32)
-    for step in range(tl.cdiv(S.I, BLOCK_I) * S.TAPS):
-        tap = step % S.TAPS
-        i = step // S.TAPS * BLOCK_I + tl.arange(0, BLOCK_I)
-        w, address, inside, s = content_tile(content_ptr, content_style_ptr, n, o, i, tap, S)
-        m = motion(style_ptr, n * S.K + kappa, kappa < S.K, i, tap, S)
-        P = tl.dot(A, m, input_precision=S.PRECISION)  # P / p
+    o = tl.program_id(0) * S.BLOCK_O + tl.arange(0, S.BLOCK_O)
+    A = attention(t, n, o, S) * inverse_peak(t, n, S)
+    squares = tl.zeros([S.BLOCK_O, S.BLOCK_I], tl.float32)
+    for step in range(tl.cdiv(S.I, S.BLOCK_I) * S.TAPS):
+        tap, i = tap_and_channels(step, S)
+        w, address, inside, s = content_tile(t, n, o, i, tap, S)
+        P = tl.dot(A, motion(t, n, i, tap, S), input_precision=S.PRECISION)  # P / p
         w *= s[None, :]
         w += w * tl.maximum(P, 0.2 * P)
         squares += w * w
-        if WANT_WEIGHT:
+        if S.HAS_WEIGHT:
             target = weight_ptr + n * S.O * S.TAPS * S.I + address
             tl.store(target, w.to(weight_ptr.dtype.element_ty), mask=inside)
     demod = 1.0 / tl.sqrt(tl.sum(squares, axis=1) + 1e-8)
     tl.store(demod_ptr + n * S.O + o, demod, mask=o < S.O)
 
 
-def block_size(size, most, least=16):
-    """Tile edge: the power of two that holds `size`, within what the tensor cores want and the
-    configuration allows.
-    """
-    return max(least, min(most, triton.next_power_of_2(size)))
-
-
-def tap_major(weight):
-    """[.., O, I, k, k] → [.., O, k, k, I], contiguous: nothing to do for channels-last weights."""
-    return weight.movedim(-3, -1).contiguous()
+# ---------------------------------------------------------------------------------------- launchers
 
 
 def precision_of(dtype):
     return "ieee" if dtype == torch.float32 else "tf32"
 
 
-def peak_rows(O, precision):
+def peak_rows(O, dtype):
     """Output channels of a block, of which `peak` holds one maximum."""
-    return block_size(O, CONFIGS[precision]["peak"][0])
+    return edge(O, CONFIGS[precision_of(dtype)]["peak"][0], least=16)
 
 
-def peak_blocks(O, precision):
-    return triton.cdiv(O, peak_rows(O, precision))
-
-
-def tile(name, shape):
-    """Configuration of a kernel as launch arguments: tile, warps, stages."""
-    rows, columns, warps, stages = CONFIGS[shape.PRECISION.value][name]
-    edges = {"BLOCK_O": block_size(shape.O, rows), "BLOCK_I": block_size(shape.I, columns)}
-    return edges | {"num_warps": warps, "num_stages": stages}
+def tiled(name, shape):
+    """The shape with a kernel's tile, and its warps and stages."""
+    o, i, warps, stages = CONFIGS[shape.PRECISION.value][name]
+    tile = constants(BLOCK_O=edge(shape.O, o, least=16), BLOCK_I=edge(shape.I, i, least=16))
+    return shape._replace(**tile), {"num_warps": warps, "num_stages": stages}
 
 
 def check(weight, motion_style, content_style):
@@ -237,79 +232,69 @@ def check(weight, motion_style, content_style):
     B, O, I, side, _ = weight.shape
     N, K, R, factors = motion_style.shape
     if N % B or factors != I + 2 * side or not 1 <= K <= 16 or weight.shape[4] != side:
-        raise ValueError(
-            f"weight {list(weight.shape)}, motion style {list(motion_style.shape)}: want "
-            "[B, O, I, k, k] and [N, K, R, I + 2k], N a multiple of B and K at most 16"
-        )
+        shapes = f"weight {list(weight.shape)}, motion style {list(motion_style.shape)}"
+        want = "[B, O, I, k, k] and [N, K, R, I + 2k], N a multiple of B and K at most 16"
+        raise ValueError(f"{shapes}: want {want}")
     if content_style is not None:
         clips, channels = content_style.shape
         if N % clips or clips % B or channels != I:
-            raise ValueError(
-                f"content style {list(content_style.shape)}: want [clips, {I}], clips a divisor of "
-                f"{N} "
-                f"and a multiple of {B}"
-            )
+            want = f"[clips, {I}], clips a divisor of {N} and a multiple of {B}"
+            raise ValueError(f"content style {list(content_style.shape)}: want {want}")
 
 
-def shape_of(weight, motion_style, content_style, dtype, content_first):
+def shape_of(weight, motion_style, content_style, dtype, has_weight, content_first):
     """The Shape of a call, whose arguments are checked."""
     check(weight, motion_style, content_style)
     (B, O, I, side, _), (N, K, R, _) = weight.shape, motion_style.shape
-    clips = N if content_style is None else len(content_style)
-    has_style, precision = content_style is not None, precision_of(dtype)
-    peaks = peak_blocks(O, precision)
+    has_style = content_style is not None
+    clips = len(content_style) if has_style else N
+    peaks = triton.cdiv(O, peak_rows(O, dtype))
     sizes = N // B, N // clips, O, I, K, peaks
-    constants = block_size(K, 16), triton.next_power_of_2(peaks), R, side, side * side
-    flags = (I * side * side) ** -0.5, has_style, has_style and content_first, precision
-    return Shape(*sizes, *map(tl.constexpr, constants + flags))
+    padded = edge(K, 16, least=16), triton.next_power_of_2(peaks), R, side, side * side
+    flags = has_style, has_style and content_first, has_weight, precision_of(dtype)
+    return Shape(*sizes, *map(tl.constexpr, (*padded, (I * side * side) ** -0.5, *flags)))
 
 
-def scores(content, motion_style, content_style, shape, dtype):
-    """score [N, O, K] of Eq. 2. content: [B, O, k, k, I]; the product is in dtype, its sums are
-    float32.
-    """
-    B, (N, K), I = len(content), motion_style.shape[:2], shape.I
-    a = motion_style[..., :I]
+def launch_scores(t, content_style, shape, dtype):
+    """Scores of Eq. 2; the product is in dtype, its sums are float32."""
+    B, (N, K), I = len(t.weight), t.style.shape[:2], shape.I
+    a = t.style[..., :I]
     if shape.CONTENT_FIRST.value:
         of_clips = a.unflatten(0, (len(content_style), -1))
         a = (of_clips * content_style[:, None, None, None]).flatten(0, 1)
     a = a.reshape(B, -1, I).transpose(1, 2)  # [B, I, T·K·R]
-    rows = content.view(B, -1, I)
-    if dtype != torch.float32 and content.is_cuda:
+    rows = t.weight.view(B, -1, I)
+    if dtype != torch.float32 and rows.is_cuda:
         product = torch.bmm(rows.to(dtype), a.to(dtype), out_dtype=torch.float32)
     else:
         product = rows.float() @ a.float()
-    score = torch.empty([N, shape.O, K], device=content.device, dtype=torch.float32)
-    block_o, columns = block_size(shape.O, SCORE_TILE[0]), block_size(N // B * K, SCORE_TILE[1])
-    grid = triton.cdiv(shape.O, block_o), triton.cdiv(N // B * K, columns), B
-    _scores_kernel[grid](
-        product, motion_style, score, shape, BLOCK_O=block_o, COLUMNS=columns, num_warps=4
-    )
-    return score
+    o, columns = edge(shape.O, SCORE_TILE[0], least=16), edge(N // B * K, SCORE_TILE[1], least=16)
+    S = shape._replace(**constants(BLOCK_O=o, BLOCK_I=columns))
+    grid = triton.cdiv(shape.O, o), triton.cdiv(N // B * K, columns), B
+    _scores_kernel[grid](product, t.style, t.score, S, num_warps=4)
 
 
 def forward(weight, motion_style, content_style, dtype, want_weight, content_first):
-    """Launches the forward kernels; see `mostatt`. Returns W', score, demod, and peak [N, blocks of
-    o].
-    """
-    shape = shape_of(weight, motion_style, content_style, dtype, content_first)
-    content, style, (N, O) = (
-        tap_major(weight),
-        motion_style.contiguous(),
-        (len(motion_style), shape.O),
-    )
-    s = content if content_style is None else content_style.contiguous()
-    score = scores(content, style, content_style, shape, dtype)
-    demod = torch.empty([N, O], device=weight.device, dtype=torch.float32)
-    peak = torch.empty([N, shape.PEAKS], device=weight.device, dtype=torch.float32)
-    size = [N, *content.shape[1:]] if want_weight else [0]
-    modulated = torch.empty(size, device=weight.device, dtype=dtype)
-    _peak_kernel[shape.PEAKS, N](score, style, peak, shape, **tile("peak", shape))
-    launch = tile("modulate", shape)
-    _modulate_kernel[triton.cdiv(O, launch["BLOCK_O"]), N](
-        (content, style, s), score, peak, modulated, demod, shape, WANT_WEIGHT=want_weight, **launch
-    )
-    return modulated.movedim(-1, -3) if want_weight else modulated, score, demod, peak
+    """W' (empty if not wanted), score, demod, and peak [N, blocks of o], see `mostatt`."""
+    shape = shape_of(weight, motion_style, content_style, dtype, want_weight, content_first)
+    weight, N = channels_last(weight), len(motion_style)
+
+    empty = functools.partial(torch.empty, device=weight.device, dtype=torch.float32)
+    s = weight if content_style is None else content_style.contiguous()
+    score, peak = empty(N, shape.O, shape.K), empty(N, shape.PEAKS)
+    t = Tensors(weight, motion_style.contiguous(), s, score, peak)
+    launch_scores(t, content_style, shape, dtype)
+    S, launch = tiled("peak", shape)
+    _peak_kernel[shape.PEAKS, N](t, S, **launch)
+    size = [N, *weight.shape[1:]] if want_weight else [0]
+    modulated, demod = empty(*size, dtype=dtype), empty(N, shape.O)
+    S, launch = tiled("modulate", shape)
+    grid = triton.cdiv(shape.O, S.BLOCK_O.value), N
+    _modulate_kernel[grid](t, modulated, demod, S, **launch)
+    return channels_first(modulated) if want_weight else modulated, score, demod, peak
+
+
+# ------------------------------------------------------------------------------------- registration
 
 
 def twin(weight, motion_style, content_style, dtype, want_weight, content_first):
@@ -320,39 +305,14 @@ def twin(weight, motion_style, content_style, dtype, want_weight, content_first)
         weight.float(), style, s, dtype, want_weight, content_first=content_first
     )
     if want_weight:
-        modulated = tap_major(modulated).movedim(-1, -3)
-    O, I, side, _ = weight.shape[1:]
-    P = score.softmax(dim=2) @ reference.motion_modulation(style, I, side)
-    rows = peak_rows(O, precision_of(dtype))
-    peak = torch.stack([block.abs().amax(dim=(1, 2)) for block in P.split(rows, dim=1)], dim=1)
+        modulated = channels_first(channels_last(modulated))
+    P = score.softmax(dim=2) @ reference.motion_modulation(style, *weight.shape[2:4])
+    blocks = P.abs().amax(dim=2).split(peak_rows(weight.shape[1], dtype), dim=1)
+    peak = torch.stack([block.amax(dim=1) for block in blocks], dim=1)
     return modulated, score.contiguous(), demod, peak
 
 
 MOSTATT = Op("mostatt", twin, {"Triton": forward})
-
-
-@torch.library.custom_op("mostgan::mostatt", mutates_args=())
-def mostatt_op(
-    weight: Tensor,
-    motion_style: Tensor,
-    content_style: Tensor | None,
-    dtype: torch.dtype,
-    want_weight: bool,
-    content_first: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`forward` as an op of PyTorch's, opaque to the compiler."""
-    return MOSTATT(weight, motion_style, content_style, dtype, want_weight, content_first)
-
-
-@mostatt_op.register_fake
-def _(weight, motion_style, content_style, dtype, want_weight, content_first):
-    (O, I, side, _), (N, K) = weight.shape[1:], motion_style.shape[:2]
-    modulated = weight.new_empty([N, O, side, side, I] if want_weight else [0], dtype=dtype)
-    score, demod, peak = (
-        weight.new_empty(shape, dtype=torch.float32)
-        for shape in ([N, O, K], [N, O], [N, peak_blocks(O, precision_of(dtype))])
-    )
-    return modulated.movedim(-1, -3) if want_weight else modulated, score, demod, peak
 
 
 def mostatt(
@@ -360,16 +320,15 @@ def mostatt(
 ):
     """Motion style attention and the demodulation factors of what it gives (spec §5, §6).
 
-    weight: [B', O, I, k, k], row n // (N / B') for frame n: one row, if all clips share the layer's
-    weight.
+    weight: [B', O, I, k, k], row n // (N / B') for frame n: one row, if all clips share a weight.
     motion_style: [N, K, R, I + 2k], K ≤ 16. content_style: [B, I] or None, row n // (N / B) for
     frame n, multiplies the weight before the score (content_first, strategy i) or after everything
     (strategy ii). Each of them may be float32, bfloat16 or float16, in any memory layout. dtype: of
-    W', default weight's; float32 computes without tf32.
-    want_weight False: W' is not stored. Returns W' [N, O, I, k, k] in channels-last memory (or
-    empty), score [N, O, K] and demod [N, O], both float32. Raises ValueError on shapes that do not
-    go together.
+    W', default weight's; float32 computes without tf32. Returns W' [N, O, I, k, k] in channels-last
+    memory (or empty), score [N, O, K] and demod [N, O] in float32. Raises ValueError on shapes that
+    do not go together.
     """
     dtype = weight.dtype if dtype is None else dtype
     check(weight, motion_style, content_style)
-    return mostatt_op(weight, motion_style, content_style, dtype, want_weight, content_first)[:3]
+    args = (weight, motion_style, content_style, dtype, want_weight, content_first)
+    return torch.ops.mostgan.mostatt(*args)[:3]  # which mostatt_backward.py registers

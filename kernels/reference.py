@@ -22,27 +22,19 @@ def normalize(x):
 
 
 def lrelu(x):
-    """Leaky ReLU without its gain of √2 (spec §1): the gain goes into the weights and bias before
-    it, as it may with a positively homogeneous function. In place: x must be fresh.
-    """
+    """Leaky ReLU, in place, without its gain of √2 (spec §1): that is in the weights before it."""
     return F.leaky_relu_(x, LEAKY_SLOPE)
 
 
 def demod_bias_lrelu(x, demod, bias):
-    """Epilogue of a synthesis layer: √2 · leaky_relu(x · demod + bias) (spec §1, §6).
-
-    x: [N, O, H, W]; demod: [N, O], the demodulation factor per frame and channel; bias: [O].
-    """
+    """√2 · leaky_relu(x · demod + bias) (spec §1, §6). x: [N, O, H, W], demod: [N, O], bias: [O]"""
     demod, bias = (demod * LRELU_GAIN).to(x.dtype), (bias * LRELU_GAIN).to(x.dtype)
     return lrelu(torch.addcmul(bias[:, None, None], x, demod[:, :, None, None]))
 
 
 def fir_filter(x, gain, stride, padding, transposed):
-    """Filters every channel and keeps every stride-th pixel; or, transposed, the transpose of that
-    linear map.
-
-    x: [N, C, H, W]; padding: zeros on every side. In channels-last memory, the fastest plain form
-    on a CPU.
+    """Filters every channel and keeps every stride-th pixel; or the transpose of that linear map.
+    x: [N, C, H, W]; padding: zeros on every side.
     """
     taps = torch.tensor(FIR_TAPS, device=x.device, dtype=x.dtype)
     f = (torch.outer(taps, taps) * (gain / 64)).expand(x.shape[1], 1, 4, 4)  # symmetric: no flip
@@ -54,11 +46,8 @@ def fir_filter(x, gain, stride, padding, transposed):
 
 
 class _Fir(torch.autograd.Function):
-    """`fir_filter` with its derivatives: it is linear, and its transpose is another of its kind, to
-    any order.
-
-    Autograd's own double backward of a convolution also convolves for the filter's gradient, which
-    nobody wants: for R1 that costs more than the filter itself.
+    """`fir_filter` with its derivatives, to any order: it is linear, its transpose of its kind.
+    Autograd's own double backward also convolves for the gradient of the filter.
     """
 
     @staticmethod
@@ -80,9 +69,7 @@ class _Fir(torch.autograd.Function):
 
 
 def _taps_of(x, axis, stride):
-    """(x0, 3 x1, 3 x2, x3) summed along an axis, at every stride-th place: plain adds that a
-    compiler fuses.
-    """
+    """x0 + 3 x1 + 3 x2 + x3 along an axis, at every stride-th place: adds that fuse."""
     count = (x.shape[axis] - 4) // stride + 1
     of_tap = [x.narrow(axis, d, (count - 1) * stride + 1) for d in range(4)]
     x0, x1, x2, x3 = (v[..., ::stride] if axis == 3 else v[:, :, ::stride] for v in of_tap)
@@ -90,9 +77,7 @@ def _taps_of(x, axis, stride):
 
 
 def _doubled(x, axis):
-    """The transpose of _taps_of with stride 2 and a pixel of padding: 3 x_j + x_{j-1} and 3 x_j +
-    x_{j+1} in turn.
-    """
+    """_taps_of transposed, stride 2, padding 1: 3 x_j + x_{j-1} and 3 x_j + x_{j+1} in turn."""
     n = x.shape[axis]
     padded = F.pad(x, (1, 1) if axis == 3 else (0, 0, 1, 1))
     even, odd = (3 * x + padded.narrow(axis, first, n) for first in (0, 2))
@@ -100,9 +85,8 @@ def _doubled(x, axis):
 
 
 def _fir(x, gain, stride, padding, transposed):
-    """_Fir, or in a compiled function the same by adds and products: Inductor makes one pass of
-    them and of what is around, and they have a second derivative under torch.func.grad, which a
-    compiled autograd.Function has not.
+    """_Fir, or compiled the same by adds and products: Inductor makes one pass of them, and under
+    torch.func.grad they have a second derivative, which a compiled autograd.Function has not.
     """
     if not torch.compiler.is_compiling():
         return _Fir.apply(x, gain, stride, padding, transposed)
@@ -114,9 +98,7 @@ def _fir(x, gain, stride, padding, transposed):
 
 
 def fir(x, padding, gain=1.0):
-    """Low-pass filter every channel (spec §1). x: [N, C, H, W]; padding: zeros before and after on
-    both axes.
-    """
+    """Low-pass filter every channel (spec §1). x: [N, C, H, W]; padding: zeros on every side."""
     return _fir(x, gain, 1, padding, False)
 
 
@@ -131,10 +113,8 @@ def downsample2d(x):
 
 
 def upsample2d(x):
-    """H×W → 2H×2W (spec §1): zeros between the pixels, pad (2, 1), filter with gain 4.
-
-    That is the transpose of downsampling, as a stride-2 transposed convolution that never touches
-    the zeros.
+    """H×W → 2H×2W (spec §1): zeros between the pixels, pad (2, 1), filter with gain 4. That is the
+    transpose of downsampling, which never touches the zeros.
     """
     return _fir(x, 4.0, 2, 1, True)
 
@@ -144,21 +124,17 @@ def motion_modulation(motion_style, in_channels, kernel_size):
 
     motion_style: [N, K, R, I + k + k], the factors a, b, c side by side → M: [N, K, I·k·k].
     """
-    rank = motion_style.shape[2]
     a, b, c = motion_style.split([in_channels, kernel_size, kernel_size], dim=3)
     bc = (b.unsqueeze(-1) * c.unsqueeze(-2)).flatten(3)  # [N, K, R, k·k]
-    return (a.transpose(2, 3) @ bc).flatten(2) / math.sqrt(rank)
+    return (a.transpose(2, 3) @ bc).flatten(2) / math.sqrt(motion_style.shape[2])
 
 
 def motion_modulation_backward(grad, motion_style, in_channels, kernel_size):
-    """The gradient of `motion_modulation`'s factors from that of M, [N, K, I·k·k] → [N, K, R, I + k
-    + k].
-    """
-    rank, side = motion_style.shape[2], kernel_size
-    a, b, c = motion_style.split([in_channels, side, side], dim=3)
+    """The gradient of `motion_modulation`'s factors from that of M, [N, K, I·k·k]."""
+    a, b, c = motion_style.split([in_channels, kernel_size, kernel_size], dim=3)
     bc = (b.unsqueeze(-1) * c.unsqueeze(-2)).flatten(3)  # [N, K, R, k·k]
-    grad = grad.unflatten(2, (in_channels, -1)) / math.sqrt(rank)  # [N, K, I, k·k]
-    grad_bc = (a @ grad).unflatten(3, (side, side))
+    grad = grad.unflatten(2, (in_channels, -1)) / math.sqrt(motion_style.shape[2])
+    grad_bc = (a @ grad).unflatten(3, (kernel_size, kernel_size))
     grad_b = (grad_bc * c.unsqueeze(-2)).sum(dim=4)
     grad_c = (grad_bc * b.unsqueeze(-1)).sum(dim=3)
     return torch.cat([bc @ grad.transpose(2, 3), grad_b, grad_c], dim=3)
@@ -171,15 +147,12 @@ def mostatt(content_weight, motion_style, style_gain=None):
     share theirs.
     motion_style: [N, K, R, I + k + k]. style_gain: [K], scales each style's share of P by hand
     (paper B.1); the maximum that P is divided by stays that of the whole P, so that what other
-    styles do stays as it was. Returns weight W' [N, O, I, k, k] and the pre-softmax score [N, O,
-    K].
+    styles do stays as it was. Returns weight W' [N, O, I, k, k] and the scores [N, O, K].
     """
     clips, _, in_channels, kernel_size, _ = content_weight.shape
     W = content_weight.flatten(2)  # [B, O, I·k·k]
     M = motion_modulation(motion_style, in_channels, kernel_size)  # [N, K, I·k·k]
-    of_clip = M.reshape(
-        clips, -1, M.shape[2]
-    )  # the styles of all frames of a clip meet its weight in one product
+    of_clip = M.reshape(clips, -1, M.shape[2])  # one product for the styles of all its frames
     score = W @ of_clip.transpose(1, 2) / math.sqrt(M.shape[2])  # [B, O, T·K]
     score = score.unflatten(2, (-1, M.shape[1])).transpose(1, 2).flatten(0, 1)  # [N, O, K]
     A = score.softmax(dim=2)
@@ -202,8 +175,7 @@ def demodulation(weight):
 
 
 def conv2d_shared(x, weight, up=1):
-    """Convolution with one kernel for all frames; 'same' padding, or up=2 (spec §1, without its
-    FIR).
+    """Convolution with one kernel for all frames; 'same' padding, or up=2 (without its FIR).
 
     x: [N, I, H, W], weight: [O, I, k, k] → [N, O, H, W], or [N, O, 2H+1, 2W+1] with up=2.
     """
@@ -218,36 +190,28 @@ def conv2d_per_frame(x, weight, up=1):
 
     On a CPU one call per frame is two to four times faster than one grouped convolution. But
     PyTorch gives a single small frame (up to 20,480 numbers) to a slower library than oneDNN: those
-    go in groups of a few.
+    go in groups of a few. A loop would fix an exported program's number of frames.
     """
-    if (
-        not x.is_cpu or torch.compiler.is_exporting()
-    ):  # a loop would fix an exported program's number of frames
+    if not x.is_cpu or torch.compiler.is_exporting():
         return conv2d_grouped(x, weight, up).contiguous(memory_format=torch.channels_last)
     group = 1 if x[0].numel() > 20480 else 8
+    groups = zip(x.split(group), weight.split(group))
     if group == 1:
-        convolved = [conv2d_shared(frame, w, up) for frame, w in zip(x.split(1), weight.unbind(0))]
+        convolved = [conv2d_shared(frame, w[0], up) for frame, w in groups]
     else:
-        convolved = [
-            conv2d_grouped(frames, w, up) for frames, w in zip(x.split(group), weight.split(group))
-        ]
+        convolved = [conv2d_grouped(frames, w, up) for frames, w in groups]
     y = convolved[0] if len(convolved) == 1 else torch.cat(convolved)
     return y.contiguous(memory_format=torch.channels_last)
 
 
 def conv2d_grouped(x, weight, up):
     """conv2d_per_frame as one call, frames side by side on channels."""
-    frames, out_channels = weight.shape[:2]
-    side_by_side = x.reshape(1, -1, *x.shape[2:])
+    frames, x = len(weight), x.reshape(1, -1, *x.shape[2:])
     if up == 2:
-        y = F.conv_transpose2d(
-            side_by_side, weight.transpose(1, 2).flatten(0, 1), stride=2, groups=frames
-        )
+        y = F.conv_transpose2d(x, weight.transpose(1, 2).flatten(0, 1), stride=2, groups=frames)
     else:
-        y = F.conv2d(
-            side_by_side, weight.flatten(0, 1), padding=weight.shape[-1] // 2, groups=frames
-        )
-    return y.view(frames, out_channels, *y.shape[2:])
+        y = F.conv2d(x, weight.flatten(0, 1), padding=weight.shape[-1] // 2, groups=frames)
+    return y.unflatten(1, (frames, -1))[0]
 
 
 def mostatt_demod(
@@ -259,14 +223,13 @@ def mostatt_demod(
     style_gain=None,
     content_first=False,
 ):
-    """MoStAtt with all that its kernel gives in one go: the clip's content style, `mostatt`, then
-    `demodulation`.
+    """What MoStAtt's kernel gives in one go: the clip's content style, `mostatt`, `demodulation`.
 
     weight: [B', O, I, k, k], frame n uses row n // (N / B'). content_style: [B, I], frame n uses
     row n // (N / B); it multiplies the weight before the score (content_first: strategy i of paper
     4.3), or the result (strategy ii).
-    style_gain: as `mostatt` takes it. Returns weight W' [N, O, I, k, k] in dtype (empty if not
-    want_weight), score [N, O, K], demod [N, O].
+    style_gain: as `mostatt` takes it. Returns weight W' [N, O, I, k, k] in dtype (or empty), score
+    [N, O, K], demod [N, O].
     """
     if content_style is not None and content_first:
         weight = _of_rows(weight, len(content_style)) * content_style[:, None, :, None, None]
@@ -288,23 +251,14 @@ def _slope(x):
     return torch.full_like(x, LEAKY_SLOPE).masked_fill_(x > 0, 1)
 
 
-def mostatt_backward(
-    grad_weight,
-    grad_score,
-    grad_demod,
-    weight,
-    motion_style,
-    content_style,
-    score,
-    demod,
-    content_first,
-):
+def mostatt_backward(grads, inputs, score, demod, content_first):
     """The gradient of `mostatt_demod`, written out (mostatt_backward.py has the formulas and the
     letters).
 
-    grad_weight may be empty; score and demod are the forward results. Returns the gradients of
-    weight, motion_style and content_style (None without one).
+    grads: of W' (may be empty), score and demod. inputs: weight, motion_style, content_style or
+    None; their gradients are returned. score and demod are the forward results.
     """
+    (grad_weight, grad_score, grad_demod), (weight, motion_style, content_style) = grads, inputs
     rows, _, I, side, _ = weight.shape
     frames = len(motion_style)
     w = _of_rows(weight.flatten(2), frames)  # [N, O, J]
@@ -333,49 +287,42 @@ def mostatt_backward(
     grad_w = (U * F_ * s + by_score * first).unflatten(0, (rows, -1)).sum(dim=1).view_as(weight)
     grad_s = None
     if content_style is not None:
-        grad_s = w * (U * F_ + by_score if content_first else U * F_)
-        grad_s = (
-            grad_s.unflatten(0, (len(content_style), -1)).unflatten(3, (I, -1)).sum(dim=(1, 2, 4))
-        )
+        grad_s = (w * (U * F_ + by_score if content_first else U * F_)).unflatten(2, (I, -1))
+        grad_s = grad_s.sum(dim=(1, 3)).unflatten(0, (len(content_style), -1)).sum(dim=1)
     return grad_w, motion_modulation_backward(grad_M, motion_style, I, side), grad_s
 
 
 def epilogue(x, demod, bias, up=1, clamp=None):
-    """What follows a synthesis convolution: with up=2 the transposed convolution's FIR, then
-    `demod_bias_lrelu`.
-
-    clamp: bound of the result's magnitude (spec §1), or None. Shapes as in `fir` and
-    `demod_bias_lrelu`.
+    """What follows a synthesis convolution: with up=2 the transposed one's FIR, then
+    `demod_bias_lrelu`. clamp: bound of the result's magnitude (spec §1), or None.
     """
     x = demod_bias_lrelu(fir(x, 1, gain=4.0) if up == 2 else x, demod, bias)
     return x if clamp is None else x.clamp(-clamp, clamp)
 
 
 def epilogue_backward(grad, y, demod, bias, up=1, clamp=None):
-    """The gradient of `epilogue` to x, demod and bias from that of its result y and from y itself
-    (fir.py).
-    """
+    """The gradient of `epilogue` to x, demod and bias from its result y and that of y."""
     if clamp is not None:
         grad = torch.where(y.abs() < clamp, grad, 0)
     grad_z = grad * _slope(y) * LRELU_GAIN
-    total, total_z = grad_z.sum(dim=(2, 3)), (grad * y).sum(dim=(2, 3))  # grad · y = grad_z · z
+    # u · demod, pixel by pixel: bias times a sum, taken off another, would take digits with it.
+    scaled = y / (_slope(y) * LRELU_GAIN) - bias[:, None, None]
+    grad_demod = (grad_z * scaled).sum(dim=(2, 3)) / demod
     grad_x = grad_z * demod[:, :, None, None]
     if up == 2:
         grad_x = fir_filter(grad_x, 4.0, 1, 1, True)
-    return grad_x, (total_z - bias * total) / demod, total.sum(dim=0)
+    return grad_x, grad_demod, grad_z.sum(dim=(0, 2, 3))
 
 
 def conv2d_per_frame_grad_x(grad, weight, up=1):
-    """The gradient of `conv2d_per_frame` to x: with up=2 a convolution of stride 2, else a
-    transposed one.
-    """
-    frames, out_channels, channels, side, _ = weight.shape
-    grad = grad.reshape(1, -1, *grad.shape[2:])
+    """The gradient of `conv2d_per_frame` to x: a convolution of stride 2, or a transposed one."""
+    frames, grad = len(weight), grad.reshape(1, -1, *grad.shape[2:])
     if up == 2:
         y = F.conv2d(grad, weight.transpose(1, 2).flatten(0, 1), stride=2, groups=frames)
     else:
-        y = F.conv_transpose2d(grad, weight.flatten(0, 1), padding=side // 2, groups=frames)
-    return y.view(frames, channels, *y.shape[2:])
+        padding = weight.shape[-1] // 2
+        y = F.conv_transpose2d(grad, weight.flatten(0, 1), padding=padding, groups=frames)
+    return y.unflatten(1, (frames, -1))[0]
 
 
 def conv2d_per_frame_grad_weight(grad, x, side, up=1):

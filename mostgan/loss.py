@@ -32,7 +32,11 @@ def squared_norm(gradient):
     return gradient.square().sum(dim=(1, 2, 3)).mean()
 
 
-def r1_penalty(logits_of, frames, transform=None):
+def _unmoved(x, transposed):
+    return x
+
+
+def r1_penalty(logits_of, frames, transform=_unmoved):
     """R1 without its γ/2, differentiable in D's parameters.
 
     logits_of: function of frames [N, 3, H, W] → logits [B]. transform(x, transposed): a linear map
@@ -48,7 +52,6 @@ def r1_penalty(logits_of, frames, transform=None):
     The logits, times 0, are in the result for the parameters that R1 does not depend on: their
     gradient is then 0 and not None, so that Adam takes the same step for them in either form.
     """
-    transform = transform or (lambda x, transposed: x)
     if frames.is_cpu and not torch.compiler.is_compiling():
         x = frames.detach().requires_grad_()
         logits = logits_of(x)

@@ -11,6 +11,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 import triton.language as tl
+from triton.runtime import interpreter
 
 import kernels.reference as twin
 from kernels import choose
@@ -18,7 +19,7 @@ from kernels import choose
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 # Hopper's tf32 truncates: gradients are up to 8.5e-3 off.
-TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 2e-2}
+TOLERANCE = {torch.float32: 2e-7, torch.bfloat16: 2e-2}
 DTYPES = [torch.float32, torch.bfloat16] if GPU else [torch.float32]
 torch.backends.cudnn.allow_tf32 = False  # the twins' own convolutions round to it by default
 fir_module = importlib.import_module("kernels.fir")
@@ -31,6 +32,17 @@ if not GPU:
     # The interpreter's loop counters are Python's, and meet the constants of a Shape from the left.
     tl.constexpr.__rmod__ = lambda constant, number: number % constant.value
     tl.constexpr.__rfloordiv__ = lambda constant, number: number // constant.value
+    # The interpreter puts itself into triton.language at every launch, and again for every call of
+    # a helper, which takes half of the time: once for each module of helpers is enough.
+    patched = set()
+
+    def call(helper, *args, **options):
+        if helper.fn.__module__ not in patched:
+            patched.add(helper.fn.__module__)
+            interpreter._patch_lang(helper.fn)
+        return helper.rewrite()(*args, **options)
+
+    interpreter.InterpretedFunction.__call__ = call
 
 
 @pytest.fixture(autouse=True)
@@ -177,7 +189,7 @@ def test_epilogue(N, C, H, layout, up, clamp, dtype):
     demod = (randn(N, C, seed=2, dtype=dtype).abs() + 0.25).to(dtype).double()
     bias = randn(C, seed=3, dtype=dtype)
     compare(
-        lambda *a: fir_module.epilogue(*a, up=up, clamp=clamp),
+        lambda *a: fir_module.epilogue_op(*a, up, clamp),
         lambda *a: twin.epilogue(*a, up=up, clamp=clamp),
         [x, demod, bias],
         dtype,
@@ -247,7 +259,7 @@ def test_modconv(N, O, I, H, k, layout, up, dtype):
         randn(N, O, I, k, k, seed=2, dtype=dtype),
     )
     compare(
-        lambda *a: modconv_module.conv2d_per_frame(*a, up=up),
+        lambda *a: modconv_module.conv2d(*a, up=up),
         lambda *a: twin.conv2d_per_frame(*a, up=up),
         [x, weight],
         dtype,
@@ -265,7 +277,8 @@ def test_modconv_by_every_candidate(N, O, I, H, k, up, dtype):
         randn(N, O, I, k, k, seed=2, dtype=dtype),
     )
     ref = twin.conv2d_per_frame(x, weight, up)
-    every_candidate(modconv_module.CONV, (x.to(dtype), weight.to(dtype), up), ref, TOLERANCE[dtype])
+    inputs = x.to(dtype), weight.to(dtype), "up" if up == 2 else "same"
+    every_candidate(modconv_module.CONV, inputs, ref, TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -276,22 +289,24 @@ def test_modconv_with_its_epilogue(N, O, I, H, k, clamp, dtype):
         randn(N, I, H, H + 1, seed=1, dtype=dtype),
         randn(N, O, I, k, k, seed=2, dtype=dtype),
     )
-    demod = (randn(N, O, seed=3, dtype=dtype).abs() + 0.25).to(dtype).double()
-    bias = randn(O, seed=4, dtype=dtype)
+    # As in the network, where it divides by about the norm of a kernel.
+    demod = (randn(N, O, seed=3, dtype=dtype).abs() + 0.25) / (I * k * k) ** 0.5
+    demod, bias = demod.to(dtype).double(), randn(O, seed=4, dtype=dtype)
 
     def plain(*args):
         return twin.conv2d_epilogue(*args, clamp=clamp)
 
     compare(
-        lambda *a: modconv_module.conv2d_epilogue(*a, clamp=clamp),
+        lambda x, weight, *epilogue: modconv_module.conv2d(x, weight, 1, *epilogue, clamp),
         plain,
         [x, weight, demod, bias],
         dtype,
         ["y"],
     )
-    inputs = [v.to(dtype) for v in (x, weight, demod, bias)]
-    ref = plain(x, weight, demod, bias)
-    every_candidate(modconv_module.CONV_EPILOGUE, (*inputs, clamp), ref, TOLERANCE[dtype])
+    x, weight, demod, bias = (v.to(dtype) for v in (x, weight, demod, bias))
+    ref = plain(*(v.double() for v in (x, weight, demod, bias)))
+    inputs = x, weight, "same", demod, bias, clamp
+    every_candidate(modconv_module.CONV, inputs, ref, TOLERANCE[dtype])
 
 
 OPS = [
@@ -300,8 +315,6 @@ OPS = [
     fir_module.EPILOGUE,
     fir_module.EPILOGUE_BACKWARD,
     modconv_module.CONV,
-    modconv_module.CONV_EPILOGUE,
-    modconv_module.GRAD_X,
     modconv_module.GRAD_WEIGHT,
 ]
 
@@ -316,13 +329,13 @@ MODEL = dict(
     motion_code_dim=16,
     num_frequencies=8,
     motion_vector_dim=4,
-    motion_styles=3,
-    motion_resolutions=(8, 16),
+    motion_styles=2,
+    motion_resolutions=(4, 8),
 )
 RELEASE = dict(
     modulation_order="motion_first",
-    prenorm_resolutions=(8, 16),
-    motion_demod_only_resolutions=(16,),
+    prenorm_resolutions=(4, 8),
+    motion_demod_only_resolutions=(4,),
     rank=2,
 )
 
@@ -382,9 +395,9 @@ def test_fake_tensors_have_the_shapes_and_strides_of_real_ones(monkeypatch, kern
     def t(*shape):
         return torch.randn(shape, device=DEVICE)
 
-    score, demod, x, y = t(4, 5, 6), t(4, 5), t(2, 7, 5, 6), t(2, 5, 11, 13)
-    weight, style, content_style = t(1, 5, 7, 3, 3), t(4, 6, 3, 13), t(2, 7)
-    of_frames, peak = channels_last(t(4, 5, 7, 3, 3)), t(4, 1).abs()
+    score, demod, x, y = t(2, 5, 3), t(2, 5), t(2, 7, 5, 6), t(2, 5, 11, 13)
+    weight, style, content_style = t(1, 5, 7, 3, 3), t(2, 3, 1, 13), t(2, 7)
+    of_frames, peak = channels_last(t(2, 5, 7, 3, 3)), t(2, 1).abs()
     saved = (score, demod, peak)
     ops = torch.ops.mostgan
     calls = [
@@ -414,17 +427,17 @@ def test_fake_tensors_have_the_shapes_and_strides_of_real_ones(monkeypatch, kern
             torch.float32,
             False,
         ),
-        (ops.conv2d_epilogue, x, of_frames[:2], t(2, 5), t(5), None),
+        (ops.conv2d_per_frame, x, of_frames, "same", t(2, 5), t(5), None),
         (ops.fir, x, 1.0, 1, 2, False),
         (ops.fir, x, 1.0, 1, 2, True),
         (ops.fir, t(2, 3, 4, 6), 1.0, 2, 1, False),
         (ops.fir, x, 4.0, 2, 1, True),
         (ops.epilogue, x, t(2, 7), t(7), 2, None),
         (ops.epilogue_backward, x, x, t(2, 7), t(7), 2, 1.0),
-        (ops.conv2d_per_frame, x, of_frames[:2], 1),
-        (ops.conv2d_per_frame, x, of_frames[:2], 2),
-        (ops.conv2d_per_frame_grad_x, y, of_frames[:2], 2),
-        (ops.conv2d_per_frame_grad_weight, y, x, 3, 2),
+        *((ops.conv2d_per_frame, x, of_frames, mode, None, None, None) for mode in ("same", "up")),
+        (ops.conv2d_per_frame, y, of_frames, "down", None, None, None),
+        (ops.conv2d_per_frame, t(2, 5, 5, 6), of_frames, "flipped", None, None, None),
+        (ops.conv2d_per_frame_grad_weight, y, x, 3, "up"),
     ]
     for op, *args in calls:
         real = op(*args)

@@ -135,7 +135,8 @@ def test_gradient_of_mostatt_is_autograds(k, rank, styles, rows, order):
     exact = torch.autograd.grad(outputs, inputs, cotangents)
     _, score, demod = (out.detach() for out in outputs)
     first = order == "content first"
-    ours = reference.mostatt_backward(*cotangents, weight, motion, content, score, demod, first)
+    given = weight, motion, content
+    ours = reference.mostatt_backward(cotangents, given, score, demod, first)
     agree(ours[: len(exact)], exact)
 
 

@@ -151,6 +151,7 @@ def follow(config, data, monkeypatch):
     state.ada_p = 0.4
     written, phases = Written(config, clips, state), []
     optimize, update_ema = training.optimize, training.update_ema
+    next_ada_p = training.next_ada_p
 
     def watched(adam, phase, *rest):
         parameters = list((state.G if phase == "G" else state.D).parameters())
@@ -178,8 +179,14 @@ def follow(config, data, monkeypatch):
         for average, old, p in zip(ema.parameters(), before, G.parameters()):
             assert torch.allclose(average, kept * old + (1 - kept) * p, rtol=1e-5, atol=1e-6)
 
+    def adjusted(config, p, mean_sign):
+        # Of D's signs on all real clips since the last time.
+        assert mean_sign == pytest.approx(float(torch.cat(written.signs).mean()), abs=1e-6)
+        return next_ada_p(config, p, mean_sign)
+
     monkeypatch.setattr(training, "optimize", watched)
     monkeypatch.setattr(training, "update_ema", averaged)
+    monkeypatch.setattr(training, "next_ada_p", adjusted)
     w_avg, p = state.G.mapping.w_avg.clone(), state.ada_p
     loop = training.steps(state, config, clips, CPU, Stats(data, CPU), Skips())
     for step in range(STEPS):

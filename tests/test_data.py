@@ -243,6 +243,14 @@ def test_other_numbers_of_frames():
         sample_span(2, 3, rng)
 
 
+def test_every_window_of_a_long_clip_is_taken():
+    """Of 12 frames, 10 at most: windows start at frames 0, 1 and 2, and the last frame is shown."""
+    rng = np.random.default_rng(0)
+    shown = [sample_real(12, 3, rng, max_num_frames=10) for _ in range(500)]
+    assert {int(frames[0] - times[0]) for frames, times in shown} == {0, 1, 2}
+    assert max(frames[-1] for frames, _ in shown) == 11
+
+
 def test_long_clips_are_windowed():
     rng = np.random.default_rng(0)
     draws = [sample_real(5000, 3, rng) for _ in range(3000)]

@@ -255,6 +255,17 @@ def test_generated_clips_have_the_datas_labels(labelled):
     assert any(len(set(labels)) == 2 for labels in drawn)
 
 
+def test_real_clips_have_their_own_labels(labelled):
+    """A clip is known by its brightness at the left of a frame, 14 k + its time there."""
+    clips, seen = Clips(labelled), []
+    for batch in itertools.islice(batches(clips, 4, 3, seed=1, mirror=False), 10):
+        for frames, t, label in zip(batch.frames, batch.t, batch.label):
+            k = round((float(frames[0, :, :, 0].float().mean()) - float(t[0])) / 14)
+            assert label.tolist() == [[1, 0], [0, 1]][k % 2]  # classes a and b
+            seen.append(k)
+    assert set(seen) == set(range(10))
+
+
 def test_times_are_drawn_as_asked(labelled):
     clips = Clips(labelled)  # of 60 frames
     longest = {}

@@ -28,7 +28,7 @@ import train as training
 from mostgan import checkpoint
 from mostgan.checkpoint import __main__ as commands
 from mostgan.checkpoint import pickles
-from mostgan.checkpoint.export import export_file
+from mostgan.checkpoint.export import WindowRenderer, export_file
 from mostgan.checkpoint.released import read_released
 from mostgan.config import ModelConfig, UserError, train_preset
 from mostgan.discriminator import Discriminator
@@ -1051,6 +1051,25 @@ def test_the_readmes_use_of_an_export(tmp_path, monkeypatch):
     expected = generator(names["z"], names["t"], names["noise"], first_anchor, psi=0.8)
     difference = names["frames"][0].int() - to_uint8(expected).int()
     assert names["frames"].shape == (1, 16, 3, 32, 32) and difference.abs().max() <= 1
+
+
+@torch.no_grad()
+def test_an_exported_window_shows_each_clip_with_its_label():
+    """Two clips of different labels are those that come alone."""
+    config = dataclasses.replace(TINY, num_labels=3)
+    torch.manual_seed(0)
+    window = WindowRenderer(Generator(config).eval())
+    t = torch.tensor([[0.0, 3.0], [7.0, 9.5]], dtype=torch.float64)
+    noise, first_anchor = motion_noise([1, 2], t, config)
+    inputs = torch.randn(2, config.z_dim), t, noise, first_anchor
+    psi, labels = torch.tensor(0.7), torch.eye(3)[[2, 0]]
+    both = window(*inputs, psi, labels)
+    for i in range(2):
+        own = [tensor[i : i + 1] for tensor in inputs]
+        alone = window(*own, psi, labels[i : i + 1])[0]
+        assert (alone.int() - both[i].int()).abs().max() <= 1
+        other = window(*own, psi, labels[1 - i : 2 - i])[0]
+        assert (other.int() - both[i].int()).float().abs().mean() > 1
 
 
 def test_exports_that_cannot_be(tmp_path):

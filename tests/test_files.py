@@ -1,84 +1,166 @@
-"""Whatever is written under a final name is on the disk before it gets the name."""
+"""files.py, and everything that writes a file which must be whole: on the disk before it has its
+name, and not there at all before.
+"""
 
 import json
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import CPU, MODEL, make_config
+from made_clips import moving, pack, write_pictures
 
-import train as training
 from mostgan import checkpoint
 from mostgan.config import UserError
 from mostgan.data import Clips
 from mostgan.files import whole_file, whole_folder, write_whole
+from mostgan.metrics.sets import write_sums
+from mostgan.model import Generator
 from mostgan.progress import Stats
-from mostgan.run import continue_run, start_run, what_to_resume
+from mostgan.run import start_run, what_to_resume
+from mostgan.video import VideoWriter, write_png
 
 
 @pytest.fixture
-def on_disk(monkeypatch):
-    """Fails where something takes a name that does not begin with a dot, before its content, or
-    that of the files in it, was synced. Yields the names that were given.
+def renamed(monkeypatch):
+    """{path: names of the files in it, or {""} for a file} of what takes its name meanwhile, of
+    which every byte was synced to the disk before. Anything else fails.
     """
-    synced, named = set(), []
-    fsync = os.fsync
+    synced, found, fsync = {}, {}, os.fsync
 
-    def noted(handle):
-        status = os.fstat(handle)
-        synced.add((status.st_dev, status.st_ino))
+    def note(handle):
         fsync(handle)
+        about = os.fstat(handle)
+        synced[about.st_ino] = about.st_size
 
-    def watch(module, name):
-        rename = getattr(module, name)
+    def watched(rename):
+        def called(old, new, **options):
+            # A folder that makes room for another, or is on its way out, need not be synced.
+            if not Path(new).name.startswith("."):
+                files = sorted(Path(old).iterdir()) if os.path.isdir(old) else [Path(old)]
+                for file in files:
+                    assert synced.get(file.stat().st_ino) == file.stat().st_size, (
+                        f"{file}: unsynced"
+                    )
+                is_folder = os.path.isdir(old)
+                found[Path(new)] = {file.name if is_folder else "" for file in files}
+            return rename(old, new, **options)
 
-        def renamed(source, target):
-            files = [source, *source.iterdir()] if source.is_dir() else [source]
-            if not os.path.basename(target).startswith("."):
-                for file in files[1:] or files:
-                    status = file.stat()
-                    assert (status.st_dev, status.st_ino) in synced, (file, target)
-                named.append(os.path.basename(target))
-            return rename(source, target)
+        return called
 
-        monkeypatch.setattr(module, name, renamed)
-
-    monkeypatch.setattr(os, "fsync", noted)
-    watch(os, "replace")
-    watch(Path, "rename")
-    return named
+    monkeypatch.setattr(os, "fsync", note)
+    for name in ("rename", "replace"):
+        monkeypatch.setattr(os, name, watched(getattr(os, name)))
+    return found
 
 
-def test_a_file_and_a_folder(tmp_path, on_disk):
-    write_whole(tmp_path / "a", "text")
-    with whole_folder(tmp_path / "b") as folder:
-        (folder / "c").write_text("text")
-        assert not (tmp_path / "b").exists()
-    with pytest.raises(ZeroDivisionError), whole_file(tmp_path / "a") as file:
+def frames_of(length):
+    return moving(length, 32, 32)
+
+
+def a_checkpoint(folder):
+    generator = Generator(MODEL)
+    return checkpoint.save(folder, 3, MODEL, generator.state_dict(), {}, {"step": 3}, metric=2.0)
+
+
+def write_video(path):
+    with VideoWriter(path, 25, comment="how") as video:
+        video.write(frames_of(3))
+
+
+def packed_folder(path):
+    write_pictures(path.parent / "src" / "a", frames_of(4))
+    write_pictures(path.parent / "src" / "b", frames_of(5))
+    (path.parent / "labels.csv").write_text("a,0.5,1\nb,2,3\n")
+    pack(path.parent / "src", path, 32, labels=path.parent / "labels.csv")
+
+
+def statistics(path):
+    stats = Stats(path.parent, CPU)
+    stats.add(loss=torch.tensor(1.0))
+    stats.write(1, frames=1)
+    stats.drop_after(5)
+
+
+WRITERS = {
+    "text.txt": lambda path: write_whole(path, "é"),
+    "a.png": lambda path: write_png(path, frames_of(1)[0]),
+    "a.mp4": write_video,
+    "a.gif": write_video,
+    "a.webp": write_video,
+    "a.npy": write_video,
+    "frames": write_video,
+    "sums.safetensors": lambda path: write_sums(path, {"a": torch.ones(3)}),
+    "checkpoint-000003": lambda path: a_checkpoint(path.parent),
+    "clips": packed_folder,
+    "stats.jsonl": statistics,
+}
+INSIDE = {
+    "frames": {"000000.png", "000001.png", "000002.png"},
+    "checkpoint-000003": {*checkpoint.FILES, "checksums.json"},
+}
+BESIDE = {"a.npy": ["a.npy.json"], "checkpoint-000003": ["best.json"]}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_what_has_its_name_is_on_the_disk(tmp_path, renamed, name):
+    WRITERS[name](tmp_path / name)
+    if name == "clips":
+        made = {path.name for path in (tmp_path / name).iterdir()}
+        assert {"index.json", "preview.png", "labels.safetensors"} < made
+        assert made <= {path.name for path in renamed if path.parent == tmp_path / name}
+        return
+    assert renamed[tmp_path / name] == INSIDE.get(name, {""})
+    assert all(tmp_path / beside in renamed for beside in BESIDE.get(name, []))
+
+
+def test_a_runs_configuration_is_on_the_disk(packed, tmp_path, renamed):
+    start_run(tmp_path / "run", make_config(packed), Clips(packed))
+    assert renamed == {tmp_path / "run" / "config.json": {""}}
+
+
+def test_a_checkpoints_name_is_on_the_disk(tmp_path, monkeypatch):
+    """The folder that it is in is synced too, after it has its name."""
+    seen, fsync = [], checkpoint.fsync
+
+    def note(path):
+        seen.append((path, sorted(file.name for file in tmp_path.glob("checkpoint-*"))))
+        fsync(path)
+
+    monkeypatch.setattr(checkpoint, "fsync", note)
+    a_checkpoint(tmp_path)
+    assert seen[-1] == (tmp_path, ["checkpoint-000003"])
+    assert all(named == [] for _, named in seen[:-1])
+
+
+@pytest.mark.parametrize("whole", [whole_file, whole_folder])
+def test_an_error_leaves_the_old_one_and_nothing_else(tmp_path, whole):
+    path = tmp_path / "it"
+    for content in (b"old", b"new"):
+        try:
+            with whole(path) as target:
+                if whole is whole_file:
+                    target.write(content)
+                else:
+                    (target / "inside").write_bytes(content)
+                assert content == b"old" or path.exists()  # the old one stays to the end
+                if content == b"new":
+                    raise ValueError
+        except ValueError:
+            assert content == b"new"
+    file = path if whole is whole_file else path / "inside"
+    assert file.read_bytes() == b"old" and [p.name for p in tmp_path.iterdir()] == ["it"]
+
+
+def test_a_part_that_was_left_by_a_killed_process_has_no_final_name(tmp_path):
+    with whole_file(tmp_path / "a.json") as file:
         file.write(b"half")
-        assert (tmp_path / "a").read_text() == "text"  # the former one, until the end
-        raise ZeroDivisionError
-    assert (tmp_path / "a").read_text() == "text"
-    assert on_disk == ["a", "b"] and sorted(p.name for p in tmp_path.iterdir()) == ["a", "b"]
-
-
-def test_what_a_run_writes(packed, tmp_path, on_disk):
-    config, clips = make_config(packed), Clips(packed)
-    run = start_run(tmp_path / "run", config, clips)
-    checkpoint.save(run, 3, MODEL, {"a": torch.ones(2)}, {}, {"frames": 0}, metric=1.0)
-    continue_run(what_to_resume(None, str(run)), config, clips)
-    stats = Stats(run, CPU)
-    stats.path.write_text('{"frames": 12}\n{"frames": 24}\n{"fra')
-    stats.drop_after(12)
-    assert stats.path.read_text() == '{"frames": 12}\n'
-    assert on_disk == [
-        "config.json",
-        "checkpoint-000003",
-        "best.json",
-        "config.json",
-        "stats.jsonl",
-    ]
+        file.flush()
+        (name,) = os.listdir(tmp_path)
+        assert name.startswith(".") and name.endswith(".part")
+    assert np.array_equal(os.listdir(tmp_path), ["a.json"])
 
 
 def test_the_newest_run_is_the_one_saved_last(tmp_path, monkeypatch):
@@ -92,4 +174,4 @@ def test_the_newest_run_is_the_one_saved_last(tmp_path, monkeypatch):
         (path.parent / "config.json").write_text(json.dumps({}))
         os.utime(path, (1e9 + age, 1e9 + age))
     assert checkpoint.find(None).parent.name == "00000-a"
-    assert training.what_to_resume(None, "").run.name == "00000-a"
+    assert what_to_resume(None, "").run.name == "00000-a"

@@ -10,6 +10,7 @@ from test_model import TINY, frames_of, make
 
 import mostgan
 from mostgan.config import UserError
+from mostgan.motion import content_latent
 from mostgan.rendering import (
     Shown,
     Way,
@@ -19,6 +20,7 @@ from mostgan.rendering import (
     exact,
     frame_times,
     loop_step,
+    to_uint8,
 )
 
 
@@ -222,6 +224,66 @@ def test_content_and_motion_seeds_are_apart():
     for i, (content, motion) in enumerate([(1, 5), (1, 6), (2, 5), (2, 6)]):
         assert_close(both[i : i + 1], render(generator, content, frames=8, motion_seed=motion))
     assert not torch.equal(both[0], both[1]) and not torch.equal(both[0], both[2])
+
+
+LABELS = {
+    "classes": ([2, 0, 1], torch.eye(3)[[2, 0, 1]]),
+    "vectors": (torch.arange(9.0).view(3, 3) / 4, torch.arange(9.0).view(3, 3) / 4),
+    "one class": (1, torch.eye(3)[[1, 1, 1]]),
+}
+
+
+@pytest.mark.parametrize("name", LABELS)
+def test_every_clip_has_its_own_label(name):
+    """Against the forward pass, in content and in motion; and where content moves."""
+    (label, condition), generator = LABELS[name], make(num_labels=3)
+    with torch.no_grad():
+        generator.motion_codes.conv0[:, -3:] *= 30  # motion hears of its label, too
+        generator.mapping.w_avg.normal_(generator=torch.Generator().manual_seed(1))
+    t = torch.arange(2, dtype=torch.float64).expand(3, -1)
+    made = frames_of(generator, [4, 5, 6], t, condition, psi=0.6)
+    options = dict(frames=2, clips=3, label=label, psi=0.6)
+    assert_close(render(generator, 4, **options), to_uint8(made).unflatten(0, (3, 2)))
+    other = frames_of(generator, [4, 5, 6], t, condition.roll(1, dims=1), psi=0.6)
+    assert (made - other).abs().mean() > 0.02
+    moving = render(generator, [(4, 9), (5, 9), (6, 9)], content_frames=1, **options)
+    first, second = to_uint8(made).unflatten(0, (3, 2))[:, :1], moving[:, 1:]
+    assert_close(moving[:, :1], first)
+    for i in range(3):
+        of_nine = {"label": condition[i : i + 1], "psi": 0.6, "motion_seed": 4 + i}
+        assert_close(second[i : i + 1], render(generator, 9, start=1, frames=1, **of_nine))
+
+
+def test_every_class_is_truncated_to_its_own_mean():
+    """Of an imported model; what is no class goes to the mean of all (spec §3)."""
+    generator = make(num_labels=3)
+    means = torch.randn(3, 32, generator=torch.Generator().manual_seed(0))
+    generator.mapping.class_means = means
+    generator.mapping.w_avg.normal_(generator=torch.Generator().manual_seed(1))
+    condition = torch.tensor([[0.0, 0, 1], [1, 0, 0], [0, 0.5, 0.5]])
+    expected = torch.stack([means[2], means[0], generator.mapping.w_avg])
+    shown = Shown([(1,), (2,), (3,)], [1, 2, 3], condition, 0.0, 1.0, None)
+    assert torch.allclose(content_stops(generator, shown)[:, 0], expected)
+    z = content_latent([1, 2, 3], 32)
+    nearer = content_stops(generator, shown._replace(psi=0.75))[:, 0]
+    w = generator.mapping(z, condition)
+    assert torch.allclose(nearer, expected + 0.75 * (w - expected), atol=1e-6)
+
+
+def test_one_motion_seed_is_every_clips():
+    generator = make()
+    clips = render(generator, [1, 1, 2], clips=3, frames=2, motion_seed=5)
+    assert torch.equal(clips[0], clips[1])
+    assert_close(clips[2:], render(generator, 2, frames=2, motion_seed=5))
+
+
+def test_levels_are_the_nearest():
+    """Spec §0: −1 is level 0, 0 is 128, 1 is 255; what is beyond is cut off."""
+    level = torch.arange(256.0)
+    for off in (-0.49, 0.0, 0.49):
+        assert torch.equal(to_uint8((level + off - 127.5) / 127.5), level.to(torch.uint8))
+    outside = torch.tensor([-9.0, -1.0, 0.0, 1.0, 9.0])
+    assert to_uint8(outside).tolist() == [0, 0, 128, 255, 255]
 
 
 def test_psi_0_is_the_mean_content():

@@ -114,6 +114,108 @@ def test_more_frames_per_second_show_the_same_motion(sample):
     assert np.abs(backwards[::-1].astype(int) - plain).max() <= 1
 
 
+def test_every_option_gets_where_it_is_used(tmp_path, monkeypatch):
+    """What render, the writer and the kernels are told, and under which autocast; by a checkpoint
+    of 10 frames per second.
+    """
+    asked = {}
+
+    def render(generator, *args, **options):
+        asked.update(options, args=args)
+
+        def windows():
+            asked["bf16"] = torch.is_autocast_enabled("cpu")
+            yield torch.zeros(args[3], 1, 3, 32, 32, dtype=torch.uint8)
+
+        return windows()
+
+    class Writer(program.VideoWriter):
+        def __init__(self, *args):
+            asked["writer"] = args
+            super().__init__(*args)
+
+    monkeypatch.setattr(program, "render", render)
+    monkeypatch.setattr(program, "VideoWriter", Writer)
+    monkeypatch.setattr(program, "choose_kernels", lambda *args: asked.update(kernels=args))
+    save(tmp_path, make(num_labels=2, fps=10.0))
+    options = dict(
+        crf=9,
+        frames=1,
+        seed=4,
+        motion_seed=7,
+        content_seeds=(3, 5),
+        content_seconds=2.5,
+        psi=0.25,
+        condition=(0.5, -1.0),
+        motion_style=("2=0.5",),
+        start=12.5,
+        speed=-0.5,
+        fps=20.0,
+        grid="2x3",
+        rows="motion",
+        columns="content",
+        precision="bf16",
+        kernels="reference",
+    )
+    out = tmp_path / "a.mp4"
+    assert program.sample(program.Options(tmp_path, out, **options))
+    content, *rest = asked.pop("args")
+    assert content == [(3, 5), (5, 3), (3, 5)] * 2 and rest == [12.5, 1, 6]
+    path, fps, crf, comment = asked.pop("writer")
+    assert (path, fps, crf) == (out, 20, 9) and '"seed": 4' in comment
+    device = torch.device("cpu")
+    assert asked == {
+        "motion_seed": [7, 7, 7, 8, 8, 8],
+        "label": [0.5, -1.0],
+        "psi": 0.25,
+        "content_frames": 25,  # 2.5 seconds of 10 frames
+        "style_gain": {2: 0.5},
+        "step": -0.25,  # half the pace, at twice the rate
+        "loop": None,
+        "bf16": True,
+        "kernels": ("reference", False, device),
+    }
+    program.sample(program.Options(tmp_path, tmp_path / "b.npy", frames=1, label=1, loop=2.0))
+    assert asked["label"] == 1 and asked["loop"] == 20 and not asked["bf16"]
+    assert asked["args"][0] == [0] and asked["motion_seed"] == [0] and asked["psi"] == 1
+
+
+def test_the_clips_of_a_grid_stand_row_by_row(run, tmp_path, monkeypatch):
+    """Two rows of three clips: clip i has the level 40 i, and gets brighter from frame to frame."""
+
+    def render(*args, **options):
+        levels = 40 * torch.arange(6)[:, None] + torch.arange(4)
+        frames = levels[:, :, None, None, None].expand(-1, -1, 3, 32, 32).to(torch.uint8)
+        yield from frames.split(3, dim=1)
+
+    monkeypatch.setattr(program, "render", render)
+    options = program.Options(run, tmp_path / "a.npy", frames=4, grid="2x3")
+    assert program.sample(options)
+    frames = np.load(tmp_path / "a.npy")
+    assert frames.shape == (4, 64, 96, 3)
+    for r in range(2):
+        for c in range(3):
+            shown = frames[:, 32 * r : 32 * r + 32, 32 * c : 32 * c + 32]
+            expected = 40 * (3 * r + c) + np.arange(4)
+            assert (shown == expected[:, None, None, None]).all()
+
+
+def test_a_video_that_was_interrupted_says_so_by_its_status(run, tmp_path, monkeypatch, capsys):
+    def render(generator, content, start, frames, clips, **options):
+        for made in range(0, frames, 3):
+            if made == 3:
+                signal.raise_signal(signal.SIGINT)
+            yield torch.zeros(1, 3, 3, 32, 32, dtype=torch.uint8)
+
+    monkeypatch.setattr(program, "render", render)
+    words = ["sample", "--checkpoint", str(run), "--out", str(tmp_path / "a.npy")]
+    monkeypatch.setattr(sys, "argv", [*words, "--frames", "9"])
+    assert program.main() == 130 and "the video ends" in capsys.readouterr().err
+    assert len(np.load(tmp_path / "a.npy")) == 6
+    monkeypatch.setattr(sys, "argv", [*words, "--frames", "3", "--force"])
+    assert program.main() is None
+
+
 @pytest.mark.parametrize("rows", ["content", "motion", "nothing"])
 @pytest.mark.parametrize("columns", ["content", "motion", "nothing"])
 def test_grids(run, rows, columns):

@@ -347,29 +347,3 @@ def test_style_gains():
     )
     with pytest.raises(UserError, match="has none"):
         render(bare, style_gain={0: 0.5})
-
-
-@pytest.mark.parametrize("seeds", [[3, 4], [(3, 5, 6), (4, 1, 2)]], ids=["fixed", "moving"])
-def test_each_clip_has_its_own_label(seeds):
-    """Two clips of different labels are those that are rendered alone, content and motion."""
-    generator = make(num_labels=3)
-    both = render(generator, seeds, frames=4, clips=2, label=[2, 0], psi=0.8)
-    for i, label in enumerate((2, 0)):
-        alone = render(generator, seeds[i : i + 1], frames=4, label=label, psi=0.8)
-        assert_close(both[i], alone[0])
-        other = render(generator, seeds[i : i + 1], frames=4, label=1, psi=0.8)
-        assert (both[i].int() - other[0].int()).abs().float().mean() > 1
-
-
-def test_motion_sees_the_label():
-    """Spied on, since a frame shows the label of the content too."""
-    generator, asked = make(num_labels=3), []
-    motion = generator.motion
-
-    def watched(w, t, noise, first_anchor, label):
-        asked.append(label)
-        return motion(w, t, noise, first_anchor, label)
-
-    generator.motion = watched
-    render(generator, [3, 4], frames=2, clips=2, label=[2, 0])
-    assert asked[0].tolist() == [[0, 0, 1], [1, 0, 0]]

@@ -6,7 +6,6 @@ import json
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -19,7 +18,6 @@ from test_video import comment_in, frames_in
 import sample as program
 from mostgan import checkpoint
 from mostgan.config import UserError
-from mostgan.video import VideoWriter
 
 ROOT = Path(__file__).parent.parent
 
@@ -430,76 +428,3 @@ def test_memory_stays_flat_over_20000_frames(tmp_path):
     up, down = (float(x) for x in done.stdout.splitlines()[-1].split()[1:])
     assert up < 30 and down < 30
     assert len(frames_in(tmp_path / "a.mp4")) == 20_000
-
-
-# ----------------------------------------------------------------------------- what it hands on
-
-
-@pytest.fixture
-def told(tmp_path, monkeypatch):
-    """told(**options): what sample.py asks of `render` and of the rest, for a model of 12 frames
-    per second with labels.
-    """
-    (tmp_path / "run").mkdir()
-    save(tmp_path / "run", make(num_labels=3, fps=12.0))
-
-    def call(**options):
-        asked = {}
-
-        def render(generator, content, start, frames, clips, **rest):
-            asked.update(content=content, start=start, frames=frames, clips=clips, **rest)
-            asked["autocast"] = torch.is_autocast_enabled("cpu")
-            numbers = torch.arange(clips, dtype=torch.uint8)[:, None, None, None, None]
-            yield (20 * numbers).expand(clips, frames, 3, 32, 32)
-
-        def writer(path, fps, crf, comment):
-            asked.update(fps=fps, crf=crf, comment=json.loads(comment))
-            return VideoWriter(path, fps, crf, comment)
-
-        monkeypatch.setattr(program, "render", render)
-        monkeypatch.setattr(program, "VideoWriter", writer)
-        monkeypatch.setattr(program, "choose_kernels", lambda *args: asked.update(kernels=args[:2]))
-        out = tmp_path / "sample.npy"
-        chosen = dict(checkpoint=tmp_path / "run", out=out, force=True, frames=6, label=0)
-        assert program.sample(program.Options(**chosen | options))
-        return asked | {"pictures": np.load(out)}
-
-    return call
-
-
-def test_what_render_is_asked_for(told):
-    asked = told(psi=0.6, start=7.5, speed=0.5, fps=24.0, content_seconds=2.0, kernels="reference")
-    assert (asked["psi"], asked["start"], asked["step"], asked["fps"]) == (0.6, 7.5, 0.25, 24)
-    assert asked["content_frames"] == 24 and asked["kernels"] == ("reference", False)
-    assert asked["comment"]["options"]["psi"] == 0.6 and not asked["autocast"]
-    asked = told(motion_style=("1=0.5",), loop=2.0, frames=None, crf=30, precision="bf16", label=2)
-    assert (asked["style_gain"], asked["loop"], asked["frames"]) == ({1: 0.5}, 24, 24)
-    assert (asked["crf"], asked["label"], asked["fps"]) == (30, 2, 12) and asked["autocast"]
-    asked = told(condition=(0.5, 0.0, 1.0), label=None, seed=4, motion_seed=9)
-    assert asked["label"] == [0.5, 0.0, 1.0]
-    assert asked["content"] == [4] and asked["motion_seed"] == [9]
-
-
-def test_a_grid_is_filled_row_by_row(told):
-    """Clip i, of gray 20 i, is in row i // 3 and column i % 3."""
-    pictures = told(grid="2x3")["pictures"]
-    assert pictures.shape == (6, 64, 96, 3)
-    corners = pictures[0, ::32, ::32, 0]
-    assert corners.tolist() == [[0, 20, 40], [60, 80, 100]]
-
-
-def test_a_video_that_was_stopped_is_not_complete(told, run, tmp_path, monkeypatch):
-    stop = threading.Event()
-
-    def until_stopped(generator, content, start, frames, clips, **rest):
-        yield torch.zeros(clips, frames // 2, 3, 32, 32, dtype=torch.uint8)
-        stop.set()
-        yield torch.zeros(clips, frames // 2, 3, 32, 32, dtype=torch.uint8)
-
-    monkeypatch.setattr(program, "stop_signal", lambda: stop)
-    monkeypatch.setattr(program, "render", until_stopped)
-    options = program.Options(checkpoint=run, out=tmp_path / "half.npy", frames=6)
-    assert program.sample(options) is True  # the last window had come before the stop
-    monkeypatch.setattr(program, "render", lambda *args, **rest: iter([]))
-    with pytest.raises(KeyboardInterrupt):
-        program.sample(program.Options(checkpoint=run, out=tmp_path / "none.npy", frames=6))

@@ -143,3 +143,36 @@ def file_size_limit(size):
 
 def stats_of(run):
     return [json.loads(line) for line in (run / "stats.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture
+def renamed(monkeypatch):
+    """{path: names of the files in it, or {""} for a file} of what takes its name meanwhile, of
+    which every byte was synced to the disk before. Anything else fails.
+    """
+    synced, found, fsync = {}, {}, os.fsync
+
+    def note(handle):
+        fsync(handle)
+        about = os.fstat(handle)
+        synced[about.st_ino] = about.st_size
+
+    def watched(rename):
+        def called(old, new, **options):
+            # A folder that makes room for another, or is on its way out, need not be synced.
+            if not Path(new).name.startswith("."):
+                files = sorted(Path(old).iterdir()) if os.path.isdir(old) else [Path(old)]
+                for file in files:
+                    assert synced.get(file.stat().st_ino) == file.stat().st_size, (
+                        f"{file}: unsynced"
+                    )
+                is_folder = os.path.isdir(old)
+                found[Path(new)] = {file.name if is_folder else "" for file in files}
+            return rename(old, new, **options)
+
+        return called
+
+    monkeypatch.setattr(os, "fsync", note)
+    for name in ("rename", "replace"):
+        monkeypatch.setattr(os, name, watched(getattr(os, name)))
+    return found

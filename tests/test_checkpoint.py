@@ -134,3 +134,42 @@ def test_saves_come_by_the_minute_and_do_not_wait(packed, tmp_path):
     state.step += 1  # training goes on meanwhile
     saver.finish()
     assert started < finished[0]
+
+
+def test_without_a_path_the_newest_of_all_runs_is_meant(tmp_path):
+    """By the time at which it was saved, whatever its number."""
+    for age, (run, step) in enumerate((("b", 5), ("a", 9), ("c", 2))):
+        (tmp_path / run).mkdir()
+        path = save(tmp_path / run, step)
+        os.utime(path, (1000 - age, 1000 - age))
+    assert checkpoint.find(None, tmp_path) == tmp_path / "b" / "checkpoint-000005"
+    os.utime(tmp_path / "c" / "checkpoint-000002", (2000, 2000))
+    assert checkpoint.find(None, tmp_path).parent.name == "c"
+
+
+def test_a_state_is_read_as_it_was_saved(packed, tmp_path):
+    """Networks, Adam's moments and step, and every value, each by itself."""
+    config = make_config(packed)
+    state = training.new_state(config, CPU)
+    for number, adam in enumerate((state.adam_G, state.adam_D)):
+        for i, p in enumerate(adam.param_groups[0]["params"]):
+            p.data.fill_(number + i)
+            p.grad = torch.full_like(p, 2.0 + number)
+        adam.step()
+    state.ema.mapping.w_avg.fill_(7)
+    state.step, state.frames, state.seconds, state.ada_p, state.ada_sign = 3, 36, 1.5, 0.25, -1.5
+    saver = Saver(tmp_path, None, 10, 1, print)
+    saver.start(state)
+    saver.last(state)
+    read = training.new_state(config, CPU)
+    training.load_state(read, checkpoint.find(tmp_path))
+    for name in ("step", "frames", "seconds", "ada_p", "ada_sign"):
+        assert getattr(read, name) == getattr(state, name), name
+    for name in ("G", "D", "ema"):
+        ours, theirs = (getattr(of, name).state_dict() for of in (read, state))
+        assert all(torch.equal(ours[key], theirs[key]) for key in theirs), name
+    for name in ("adam_G", "adam_D"):
+        ours, theirs = (getattr(of, name).state_dict()["state"] for of in (read, state))
+        assert ours.keys() == theirs.keys() and len(theirs) > 5
+        for i, moments in theirs.items():
+            assert all(torch.equal(ours[i][key], value) for key, value in moments.items())

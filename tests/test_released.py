@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import mostgan
 import sample
@@ -1054,22 +1054,76 @@ def test_the_readmes_use_of_an_export(tmp_path, monkeypatch):
 
 
 @torch.no_grad()
-def test_an_exported_window_shows_each_clip_with_its_label():
-    """Two clips of different labels are those that come alone."""
-    config = dataclasses.replace(TINY, num_labels=3)
-    torch.manual_seed(0)
-    window = WindowRenderer(Generator(config).eval())
-    t = torch.tensor([[0.0, 3.0], [7.0, 9.5]], dtype=torch.float64)
-    noise, first_anchor = motion_noise([1, 2], t, config)
-    inputs = torch.randn(2, config.z_dim), t, noise, first_anchor
-    psi, labels = torch.tensor(0.7), torch.eye(3)[[2, 0]]
-    both = window(*inputs, psi, labels)
-    for i in range(2):
-        own = [tensor[i : i + 1] for tensor in inputs]
-        alone = window(*own, psi, labels[i : i + 1])[0]
-        assert (alone.int() - both[i].int()).abs().max() <= 1
-        other = window(*own, psi, labels[1 - i : 2 - i])[0]
-        assert (other.int() - both[i].int()).float().abs().mean() > 1
+def test_what_is_exported_renders_several_clips_with_labels():
+    """Each clip has its own label in content and in motion, and is truncated to the mean w."""
+    generator = networks(num_labels=3)[0]
+    generator.motion_codes.conv0[:, -3:] *= 30
+    program = WindowRenderer(generator)
+    t = torch.tensor([[3.0, 30.5], [100.0, 77.25]], dtype=torch.float64)
+    noise, first_anchor = motion_noise([8, 9], t, generator.config)
+    label, z = torch.tensor([[0.0, 1, 0], [0.5, 0, -2]]), content_latent([1, 2], 10)
+    frames = program(z, t, noise, first_anchor, torch.tensor(0.75), label)
+    w = generator.mapping.w_avg + 0.75 * (generator.mapping(z, label) - generator.mapping.w_avg)
+    motion = generator.motion(w, t, noise, first_anchor, label)
+    expected, _ = generator.synthesis(generator.synthesis.content(w), *motion)
+    expected = (expected * 127.5 + 128).clamp(0, 255).floor().unflatten(0, (2, 2))
+    assert (frames - expected).abs().max() <= 1 and expected.std() > 5
+    swapped = program(z, t, noise, first_anchor, torch.tensor(0.75), label.flip(0))
+    assert (swapped.float() - frames.float()).abs().mean() > 1
+
+
+def test_export_hands_on_every_option(tmp_path, monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr(
+        "mostgan.checkpoint.export.export_file", lambda *args: asked.append(args) or "load(FILE)"
+    )
+    (tmp_path / "run").mkdir()
+    network, out = networks()[0], tmp_path / "a.pt2"
+    checkpoint.save(tmp_path / "run", 1, network.config, network.state_dict(), {}, {})
+    run(commands, "export", tmp_path / "run", out, "--clips", 3)
+    ((generator, *rest),) = asked
+    assert rest == [out, 3] and capsys.readouterr().out == f"load({str(out)!r})"
+    assert torch.equal(generator.mapping.w_avg, network.mapping.w_avg)
+
+
+def test_import_hands_on_every_option(tmp_path, monkeypatch):
+    asked = []
+
+    def read(*args):
+        asked.append(args)
+        raise UserError("enough")
+
+    monkeypatch.setattr(commands, "read_released", read)
+    out, path = tmp_path / "out", tmp_path / "a.pkl"
+    for words, expected in (
+        ([], ("G_ema", False, False, None, None)),
+        (["--network", "G", "--discriminator"], ("G", True, False, None, None)),
+        (["--training", "--motion-distance", 64], ("G_ema", False, True, None, 64)),
+        (["--half-precision", 16, 32], ("G_ema", False, False, (16, 32), None)),
+    ):
+        with pytest.raises(SystemExit):
+            run(commands, "import", path, out, *words)
+        assert asked.pop() == (path, *expected)
+
+
+def test_an_import_has_each_network_in_its_own_file_on_the_disk(tmp_path, renamed):
+    made, last = networks(), networks(1)[0]
+    path = write(tmp_path / "snapshot.pkl", snapshot(*made, last=last))
+    files = {"config.json", "provenance.json", "model.safetensors"}
+    three = {"last_generator.safetensors", "discriminator.safetensors"}
+    for name, words, model, more in (
+        ("average", [], made[0], set()),
+        ("last", ["--network", "G"], last, set()),
+        ("all", ["--training"], made[0], three),
+    ):
+        run(commands, "import", path, tmp_path / name, *words)
+        assert renamed[tmp_path / name] == files | more
+        states = {"model": model, "last_generator": last, "discriminator": made[1]}
+        for file, network in states.items():
+            if f"{file}.safetensors" in files | more:
+                found = load_file(tmp_path / name / f"{file}.safetensors")
+                expected = network.state_dict()
+                assert all(torch.equal(found[key], value) for key, value in expected.items())
 
 
 def test_exports_that_cannot_be(tmp_path):

@@ -41,8 +41,8 @@ CONFIGS = {
     "ieee": {
         "peak": (64, 32, 4, 2),
         "modulate": (32, 32, 4, 2),
-        "attention": (32, 32, 4, 2),
-        "motion": (32, 32, 8, 1),
+        "attention": (32, 32, 8, 2),
+        "motion": (16, 32, 4, 1),
         "content": (32, 32, 8, 2),
     },
 }

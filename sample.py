@@ -1,7 +1,7 @@
 """Sample video from a checkpoint, streamed in constant memory. Options that fit together may be
 combined.
 
-python sample.py --frames 1024                  # the newest run → samples/<run>-seed0.mp4
+python sample.py --frames 1024                  # the newest run, or a model in the package, as mp4
 python sample.py --start 10000000 --frames 256  # a stretch of an endless video, rendered alone
 python sample.py --loop 10 --out loop.gif       # 10 seconds that repeat without a seam
 python sample.py --start 500 --speed -0.25      # from frame 500 backwards, in slow motion
@@ -41,7 +41,9 @@ Shared = Literal["content", "motion", "nothing"]
 @dataclass(frozen=True)
 class Options:
     checkpoint: Path | None = None
-    """a run folder or one checkpoint in it; default: the newest checkpoint in runs/"""
+    """a run folder or one checkpoint in it; default: the newest checkpoint in runs/, or without
+    any a small model that comes with this package
+    """
     out: Path | None = None
     """.mp4, .gif, .webp, .npy, or no suffix for a folder of PNGs; default
     samples/<run>-seed<seed>.mp4
@@ -100,6 +102,11 @@ def sample(options: Options):
     """
     stop = stop_signal()
     path = checkpoint.find(options.checkpoint)
+    if path == checkpoint.BUILT_IN:
+        print(
+            "no run in runs/: this is the small model that comes with MoStGAN-V, trained on its "
+            "built-in sky; train your own with: python train.py --dataset sky"
+        )
     rate = checkpoint.read_config(path).fps or DEFAULT_FPS
     rows, columns = parse_grid(options.grid)
     fps, frames, way = way_through_time(options, rate)

@@ -69,7 +69,10 @@ def _run_or_checkpoint(out, resume, restarted):
         out = out or _launched_by(distributed.launch())
         return out if out is not None and (out / "config.json").exists() else None
     if out is None:
-        return checkpoint.find(None).parent
+        newest = checkpoint.newest_of_all()
+        if newest is None:
+            raise UserError("no run in runs/ to go on with: start one, or name one with --resume")
+        return newest.parent
     return out if (out / "config.json").exists() else None
 
 

@@ -39,6 +39,7 @@ __all__ = [
 ]
 
 CHECKPOINT_NAME = "checkpoint-{:06d}"
+BUILT_IN = Path(__file__).parents[1] / "pretrained" / "sky64"
 MODEL_FILES = ("config.json", "model.safetensors")
 FILES = (*MODEL_FILES, "training.json", "training.safetensors")
 
@@ -214,24 +215,24 @@ def newest_whole(run, warn=print):
     return None
 
 
-def find(path=None, runs="runs"):
+def newest_of_all(runs="runs"):
+    """The newest checkpoint of all runs, or None."""
+    newest = [
+        checkpoint
+        for run in Path(runs).glob("*")
+        for checkpoint in _checkpoints(run, "model.safetensors")[-1:]
+    ]
+    return max(newest, key=lambda checkpoint: checkpoint.stat().st_mtime, default=None)
+
+
+def find(path=None):
     """The checkpoint folder that path means: itself, or the newest in a run folder; None: the
-    newest of all runs.
+    newest of all runs, or without any the small model that comes with this package.
 
     Raises UserError if there is none.
     """
     if path is None:
-        newest = [
-            checkpoint
-            for run in Path(runs).glob("*")
-            for checkpoint in _checkpoints(run, "model.safetensors")[-1:]
-        ]
-        if not newest:
-            raise UserError(
-                f"no checkpoint in {runs}/: make one with `python train.py --dataset sky`, "
-                "or name one with --checkpoint"
-            )
-        return max(newest, key=lambda checkpoint: checkpoint.stat().st_mtime)
+        return newest_of_all() or BUILT_IN
     path = Path(path)
     if path.is_file():
         path = path.parent

@@ -269,16 +269,16 @@ def _name_older(place):
             print(f"{told} holds the clips as they were before, and can be removed")
 
 
-def pack_sky(dst, resolution, count=None, frames=None, builtin=False):
+def pack_sky(dst, resolution, count=None, frames=None, builtin=False, seed=0):
     """Packs the first `count` clips of the procedural sky, of `frames` frames each (default: all);
-    returns the index.
+    returns the index. seed: other seeds give other skies.
     """
     from mostgan.prepare import sky  # not above: it brings PyTorch, see pack._write_preview
 
     settings = Settings(resolution, "raw" if resolution <= RAW_UP_TO else "jpeg")
     about = {"source": f"sky {sky.VERSION}", "origin": None, "labels": None, "builtin": builtin}
-    clips = sky.clips(count or sky.CLIPS, frames or sky.FRAMES)
-    # One process: PyTorch, which paints them, uses all cores.
+    clips = sky.clips(count or sky.CLIPS, frames or sky.FRAMES, seed)
+    # In this process: to start others, each with PyTorch, takes as long as they would save.
     return pack(clips, dst, settings, about=about, jobs=1)
 
 

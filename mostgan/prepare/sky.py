@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from mostgan.prepare.frames import Shown, Timing
 
-VERSION = 1  # raise it when the pictures change, so that cached ones are made again
+VERSION = 2  # raise it when the pictures change, so that cached ones are made again
 CLIPS, FRAMES, FPS = 64, 64, 25.0
 NOISE_SIZE = 256  # texels a side of the periodic noise; its features are about 16 texels wide
 
@@ -95,11 +95,16 @@ def make_clip(index, resolution, frames=FRAMES, seed=0):
 
 def _chunks(index, resolution, frames, seed):
     scene = _draw_scene(index, seed)
-    for start in range(
-        0, frames, 8
-    ):  # few at a time: they stay in the cache, and memory stays small at any size
+    # Few at a time: they stay in the cache, and memory stays small at any size.
+    for start in range(0, frames, 8):
         t = torch.arange(start, min(start + 8, frames), dtype=torch.float32)
-        yield _render(scene, t[:, None, None], resolution)
+        # One thread: on a busy machine, several wait for each other at every small operation.
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            yield _render(scene, t[:, None, None], resolution)
+        finally:
+            torch.set_num_threads(threads)
 
 
 def _draw_scene(index, seed):
@@ -132,7 +137,7 @@ def _render(scene, t, resolution):
     image = low + (zenith - low) * ((1 - (-2.2 * height).exp()) / (1 - math.exp(-2.2)))[:, None]
     near_sun = (-(((x - sun[0]) ** 2 + (y - sun[1]) ** 2) / 0.10)).exp()[:, None]
     image = image + glow * near_sun
-    haze = 0.75 * (-5 * height).exp()[:, None]  # far clouds take the colour of the air before them
+    haze = 0.9 * (-3.2 * height).exp()[:, None]  # far clouds take the colour of the air before them
     for deck, strength in ((scene["high deck"], 0.55), (scene["low deck"], 0.95)):
         density, lighting = _clouds(
             scene["seed"], deck, x - 0.5, height, t, sun[0] - 0.5, resolution
@@ -180,7 +185,7 @@ def _draw_deck(rng, overcast, speed):
         ),  # octaves drift apart by this part of the wind: clouds change shape
         "coverage": rng.uniform(0.75, 0.95) if overcast else rng.uniform(0.28, 0.58),
         "scale": rng.uniform(0.8, 1.3),
-        "softness": rng.uniform(1.0, 1.7),
+        "softness": rng.uniform(1.1, 2.0),
     }
 
 
@@ -208,8 +213,8 @@ def _fractal(seed, deck, px, pz, t, pixel, octaves=5):
     """Sum of noise octaves at plane points (px, pz) at times t → [T,H,W], about unit variance."""
     total = 0
     for octave in range(octaves):
-        wavelength = 0.8 * deck["scale"] / 2.1**octave  # picture widths
-        amplitude = (2 * (wavelength / (2.5 * pixel)) - 1).clamp(0, 1) * 0.95 * 0.5**octave
+        wavelength = 1.3 * deck["scale"] / 2.1**octave  # picture widths
+        amplitude = (2 * (wavelength / (2.5 * pixel)) - 1).clamp(0, 1) * 0.95 * 0.42**octave
         wind_x, wind_z = (w * (1 + s) for w, s in zip(deck["wind"], deck["slip"][octave]))
         ux, uz = (px - wind_x * t) / wavelength, (pz - wind_z * t) / wavelength
         c, s = math.cos(deck["turn"][octave]), math.sin(deck["turn"][octave])

@@ -1,0 +1,400 @@
+"""The paper's ablations: trains every row of a table with several seeds, scores them, and says
+which differences exceed the noise.
+
+    python bench/ablations.py --table 2 --data CLIPS --preset tiny --kframes 30 --seeds 3
+    python bench/ablations.py --table where --data CLIPS --rows 0 1 2
+
+Tables 2 to 7 are the paper's; `where` is one that it lacks: where motion styles act, and whose
+clips the D step judges. Each run is train.py's own, in the folder --work, and is scored by
+mostgan.metrics; as many go side by side as there are GPUs, or cores. Interrupted at any moment, the
+same command goes on. A result is of these clips and this budget, and of no others.
+
+A row differs from the default where Welch's t-test of its trainings' scores says so at 5 %, after
+Holm's correction for the number of rows. The last column tells how large a difference so many seeds
+show four times in five.
+"""
+
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from queue import Queue
+from typing import NamedTuple
+
+import torch
+import tyro
+from scipy import stats
+from timing import describe, write
+
+from mostgan.config import UserError, train_preset
+from mostgan.files import read_json
+from mostgan.program import cores, run_program
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class Row(NamedTuple):
+    name: str
+    options: str  # of train.py, beside those of all rows
+    paper: str = ""  # its figures
+
+
+class Table(NamedTuple):
+    title: str
+    columns: str  # of the paper's figures
+    default: int  # the row that the others are compared with
+    rows: list
+
+
+STYLEGAN_V = "--motion-styles 0 --discriminator-hidden-dim 512"
+FFS_SKY_CELEBV = "FFS FVD16/128, Sky FVD16/128, CelebV-HQ FVD16/128"
+FFS_JELLY_CELEBV = "FFS FVD16/128, RainbowJelly FVD16/128, CelebV-HQ FVD16/128"
+TABLES = {
+    "2": Table(
+        "Number of motion styles",
+        FFS_JELLY_CELEBV,
+        3,
+        [
+            Row(
+                "K = 0 (StyleGAN-V)",
+                f"{STYLEGAN_V} --no-motion-difference",
+                "47.4 / 89.3, 195.4 / 262.5, 68.0 / 158.6",
+            ),
+            Row(
+                "K = 1 (without MoStAtt)",
+                "--motion-styles 1",
+                "50.9 / 104.6, 248.7 / 122.1, 68.4 / 172.0",
+            ),
+            Row("K = 6", "--motion-styles 6", "46.3 / 83.9, 96.1 / 89.9, 60.8 / 143.5"),
+            Row("K = 8", "", "39.7 / 72.6, 70.1 / 74.3, 56.1 / 132.1"),
+            Row("K = 10", "--motion-styles 10", "40.4 / 79.8, 77.6 / 77.9, 54.8 / 125.8"),
+        ],
+    ),
+    "3": Table(
+        "Modulation order",
+        FFS_JELLY_CELEBV,
+        0,
+        [
+            Row(
+                "i, content first",
+                "",
+                "39.76 / 72.64, 70.10 / 74.39, 56.17 / 132.14",
+            ),
+            Row(
+                "ii, motion first",
+                "--modulation-order motion_first",
+                "65.07 / 150.74, 124.18 / 121.83, 76.85 / 209.90",
+            ),
+        ],
+    ),
+    "4": Table(
+        "Motion difference",
+        "FFS FVD16/128, CelebV-HQ FVD16/128",
+        3,
+        [
+            Row("K = 0", f"{STYLEGAN_V} --no-motion-difference", "47.4 / 89.3, 68.0 / 158.6"),
+            Row("K = 0, difference", STYLEGAN_V, "58.1 / 140.6, 88.4 / 204.2"),
+            Row("K = 8, no difference", "--no-motion-difference", "49.1 / 117.8, 61.0 / 138.6"),
+            Row("K = 8, difference", "", "39.7 / 72.6, 56.1 / 132.1"),
+        ],
+    ),
+    "5": Table(
+        "Motion diversity loss",
+        FFS_SKY_CELEBV,
+        0,
+        [
+            Row("with", "", "39.7 / 72.6, 65.3 / 162.4, 56.1 / 132.1"),
+            Row("without", "--diversity-weight 0", "40.4 / 79.8, 65.8 / 143.2, 58.4 / 166.1"),
+        ],
+    ),
+    "6": Table(
+        "Size of the motion vectors",
+        FFS_SKY_CELEBV,
+        1,
+        [
+            Row("64", "--motion-vector-dim 64", "72.5 / 153.6, 78.6 / 162.3, 76.3 / 158.0"),
+            Row("128", "", "39.7 / 72.6, 65.3 / 162.4, 56.1 / 132.1"),
+            Row("256", "--motion-vector-dim 256", "52.4 / 125.9, 74.7 / 161.3, 64.9 / 150.7"),
+        ],
+    ),
+    "7": Table(
+        "Rank",
+        FFS_SKY_CELEBV,
+        0,
+        [
+            Row("R = 1", "", "39.7 / 72.6, 65.3 / 162.4, 56.1 / 132.1"),
+            Row("R = 3", "--rank 3", "40.6 / 70.4, 65.7 / 154.1, 56.6 / 136.9"),
+            Row("R = 5", "--rank 5", "39.5 / 74.9, 75.5 / 163.2, 53.8 / 152.8"),
+            Row("R = 10", "--rank 10", "37.6 / 64.2, 83.3 / 174.0, 55.7 / 157.6"),
+        ],
+    ),
+    # {all} stands for the resolutions that have motion styles.
+    "where": Table(
+        "Where motion styles act, and whose clips the D step judges",
+        "",
+        0,
+        [
+            Row("weights and demodulation", "--no-shared-fakes"),
+            Row("the same, pre-normalized", "--no-shared-fakes --prenorm-resolutions {all}"),
+            Row(
+                "demodulation only",
+                "--no-shared-fakes --motion-demod-only-resolutions {all}",
+            ),
+            Row(
+                "demodulation only, pre-normalized (the release)",
+                "--no-shared-fakes --prenorm-resolutions {all}"
+                " --motion-demod-only-resolutions {all}",
+            ),
+            Row("weights and demodulation; D judges the G step's clips", "--shared-fakes"),
+        ],
+    ),
+}
+
+
+# ----------------------------------------------------------------------------------------- running
+
+
+class Plan(NamedTuple):
+    """What all runs of a table have in common."""
+
+    data: Path
+    preset: str
+    kframes: float
+    clips: int
+    detector: Path | None
+    work: Path
+
+    def train_options(self, row):
+        of_motion = train_preset(self.preset, "sky").model.motion_resolutions
+        options = row.options.replace("{all}", " ".join(map(str, of_motion)))
+        return ["--preset", self.preset, "--data", str(self.data), *options.split()]
+
+    def folder(self, row, seed):
+        """The run's folder; tables share the runs that they have in common."""
+        name = "-".join(row.options.replace("{all}", "all").replace("-", " ").split()) or "default"
+        return self.work / f"{name}-seed{seed}"
+
+
+class Runner:
+    """Runs programs of this checkout, one at a time on each GPU, or on each core."""
+
+    def __init__(self, jobs):
+        gpus = torch.cuda.device_count()
+        places = [{"CUDA_VISIBLE_DEVICES": str(i)} for i in range(gpus)]
+        # One thread each: threads of several programs would wait for each other.
+        places = places or [{"OMP_NUM_THREADS": "1"}] * cores()
+        self.jobs = jobs or len(places)
+        self.places, self.running = Queue(), set()
+        for number in range(self.jobs):
+            self.places.put(places[number % len(places)])
+
+    def __call__(self, words, log):
+        """Runs `python words`, its output added to the file `log`. UserError where it fails."""
+        place = self.places.get()
+        try:
+            with open(log, "a") as output:
+                command = [sys.executable, *map(str, words)]
+                options = dict(cwd=ROOT, env=os.environ | place, stdout=output, stderr=output)
+                child = subprocess.Popen(command, stdin=subprocess.DEVNULL, **options)
+                self.running.add(child)
+                status = child.wait()
+                self.running.discard(child)
+        finally:
+            self.places.put(place)
+        if status:
+            raise UserError(f"a run failed: read the end of {log}")
+
+    def stop(self):
+        """Has every program that runs save its state and end."""
+        for child in list(self.running):
+            child.terminate()
+
+
+def quiet_rate(run, plan, row):
+    """Frames per second of a row's training, alone on the machine: of 40 steps, measured once."""
+    folder = plan.folder(row, "timing")
+    if not finished(folder, 0.96):
+        arguments = [*plan.train_options(row), "--total-kframes", "0.96", "--log-kframes", "0.48"]
+        start = ["--resume", folder] if (folder / "config.json").exists() else ["--out", folder]
+        run(["train.py", *arguments, *start], folder.with_suffix(".log"))
+    last = (folder / "stats.jsonl").read_text().splitlines()[-1]
+    return json.loads(last)["frames_per_second"]
+
+
+def finished(folder, kframes):
+    """Whether the run in a folder has come to its end."""
+    lines = (folder / "stats.jsonl").read_text().splitlines() if folder.exists() else []
+    return bool(lines) and json.loads(lines[-1])["frames"] >= 1000 * kframes
+
+
+def train_and_score(run, plan, row, seed):
+    """The scores of one training, name → value; what is done already is not done again."""
+    folder = plan.folder(row, seed)
+    log, total = folder.with_suffix(".log"), f"{plan.kframes:g}"
+    scores = folder / f"scores-{total}k.json"
+    if not scores.exists():
+        arguments = [*plan.train_options(row), "--seed", seed, "--total-kframes", total]
+        start = ["--resume", folder] if (folder / "config.json").exists() else ["--out", folder]
+        run(["train.py", *arguments, *start], log)
+        words = ["-m", "mostgan.metrics", folder, "--data", plan.data, "--clips", plan.clips]
+        words += ["--runs", 3, "--long-clips", 0, "--out", scores]
+        run(words + (["--detector", plan.detector] if plan.detector else []), log)
+    return {name: of["mean"] for name, of in read_json(scores)["results"].items()}
+
+
+# --------------------------------------------------------------------------------------- comparing
+
+
+def compare(rows, default):
+    """Adds to each row what Welch's t-test says of its scores and the default row's: p, and whether
+    they differ at 5 % after Holm's correction. The score is the first one, FVD16.
+    """
+    others = [row for row in rows if row is not default and len(row["scores"]) > 1]
+    if len(default["scores"]) < 2:
+        others = []
+    for row in others:
+        row["p"] = float(stats.ttest_ind(of_runs(row), of_runs(default), equal_var=False).pvalue)
+    still = True
+    for tests, row in zip(range(len(others), 0, -1), sorted(others, key=lambda row: row["p"])):
+        still = still and row["p"] * tests < 0.05
+        row["differs"] = still
+
+
+def of_runs(row, name=None):
+    """A row's values of a score, by default of the first one, over its trainings."""
+    return [scores[name or next(iter(scores))] for scores in row["scores"]]
+
+
+def visible_difference(rows):
+    """How much two rows must differ to be told apart four times in five at 5 %, by the spread of
+    all rows; None where no row has two trainings.
+    """
+    spread = [statistics.variance(of_runs(row)) for row in rows if len(row["scores"]) > 1]
+    if not spread:
+        return None
+    n = min(len(row["scores"]) for row in rows if len(row["scores"]) > 1)
+    quantiles = stats.t.ppf([0.975, 0.8], 2 * n - 2)
+    return float(sum(quantiles) * math.sqrt(statistics.mean(spread) * 2 / n))
+
+
+def markdown(result):
+    """The result as a table in Markdown, with what it is of and what it shows."""
+    rows, names = result["rows"], list(result["rows"][0]["scores"][0])
+    shown = [name for name in names if "fvd16" in name or "spectr" in name] or names[:1]
+    paper = f"paper: {result['columns']} (other data, I3D)"
+    head = ["", *shown, "trainings", "minutes each", "differs from the default", paper]
+    lines = [f"**{result['title']}** ({result['about']})", "", "| " + " | ".join(head) + " |"]
+    lines.append("|---" * len(head) + "|")
+    for row in rows:
+        cells = [row["name"]]
+        for name in shown:
+            values = of_runs(row, name)
+            std = f" ± {statistics.stdev(values):.2g}" if len(values) > 1 else ""
+            cells.append(f"{statistics.mean(values):.3g}{std}")
+        test = "the default" if row["default"] else "too few trainings"
+        if "p" in row:
+            test = f"{'yes' if row['differs'] else 'no'} (p = {row['p']:.2g})"
+        cells += [str(len(row["scores"])), f"{row['minutes']:.0f}", test, row["paper"] or "–"]
+        lines.append("| " + " | ".join(cells) + " |")
+    if result["visible_difference"] is not None:
+        seen = f"{result['visible_difference']:.2g}"
+        lines += ["", f"So many trainings show a difference of {seen} in {shown[0]}, 4 times in 5."]
+    return "\n".join(lines)
+
+
+# ------------------------------------------------------------------------------------- command line
+
+
+def ablate(
+    table: str,
+    data: Path,
+    preset: str = "tiny",
+    kframes: float = 30,
+    seeds: int = 3,
+    rows: tuple[int, ...] = (),
+    clips: int = 512,
+    detector: Path | None = None,
+    jobs: int | None = None,
+    work: Path | None = None,
+    out: Path | None = None,
+):
+    """Trains, scores and compares the rows of one table.
+
+    Args:
+        table: 2, 3, 4, 5, 6, 7 or where.
+        data: clips to train on and to score against, as train.py takes them.
+        preset: size preset: tiny or paper256.
+        kframes: length of each training, in thousands of frames; a longer one goes on from a
+            shorter one.
+        seeds: trainings of each row.
+        rows: numbers of the rows, from 0; default all.
+        clips: generated clips that a score is of, three times.
+        detector: the TorchScript file of I3D, for FVD; default a random network, called proxy.
+        jobs: runs side by side; default one on each GPU, or on each core.
+        work: the folder of the runs; default runs/ablations/PRESET-DATA.
+        out: the JSON file; default bench/results/ablations-TABLE.json. The table is printed, and
+            written beside it as .md.
+    """
+    if table not in TABLES:
+        raise UserError(f"--table {table} is not known: choose from {', '.join(TABLES)}")
+    chosen = TABLES[table]
+    if wrong := [number for number in rows if not 0 <= number < len(chosen.rows)]:
+        raise UserError(f"--rows {wrong[0]}: table {table} has rows 0 to {len(chosen.rows) - 1}")
+    if seeds < 1 or kframes <= 0 or clips < 2:
+        raise UserError("--seeds, --kframes and --clips must be at least 1, more than 0 and 2")
+    if not data.exists():
+        raise UserError(f"--data {data} does not exist")
+    numbers = sorted({chosen.default, *rows}) if rows else range(len(chosen.rows))
+    work = work or Path("runs", "ablations", f"{preset}-{data.resolve().stem}")
+    work.mkdir(parents=True, exist_ok=True)
+    plan = Plan(data.resolve(), preset, kframes, clips, detector, work.resolve())
+    trained = train_all(plan, [chosen.rows[number] for number in numbers], seeds, jobs)
+    for number, row in zip(numbers, trained):
+        row["default"] = number == chosen.default
+    compare(trained, next(row for row in trained if row["default"]))
+    about = (
+        f"{preset}, {kframes:g} k frames of {data.name}, {describe(torch.device('cpu'))['date']}"
+    )
+    result = describe(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    result |= {"command": " ".join(sys.argv), "title": chosen.title, "columns": chosen.columns}
+    result |= {"about": about, "rows": trained, "visible_difference": visible_difference(trained)}
+    out = out or ROOT / "bench" / "results" / f"ablations-{table}.json"
+    write(out, result)
+    out.with_suffix(".md").write_text(markdown(result) + "\n")
+    print(markdown(result))
+
+
+def train_all(plan, rows, seeds, jobs):
+    """Each row with its scores and its cost: all quiet timings first, then the trainings."""
+    run = Runner(jobs)
+    pool = ThreadPoolExecutor(run.jobs)
+    try:
+        trained = []
+        for row in rows:
+            minutes = 1000 * plan.kframes / quiet_rate(run, plan, row) / 60
+            trained.append(dict(name=row.name, options=row.options, paper=row.paper))
+            trained[-1] |= {"minutes": minutes, "scores": []}
+            print(f"{row.name}: {minutes:.1f} minutes each", flush=True)
+        # Seed by seed, so that an interrupted table has all rows alike.
+        jobs = [
+            (number, seed, pool.submit(train_and_score, run, plan, row, seed))
+            for seed in range(seeds)
+            for number, row in enumerate(rows)
+        ]
+        for number, seed, job in jobs:
+            trained[number]["scores"].append(job.result())
+            print(f"{trained[number]['name']}, seed {seed}: {job.result()}", flush=True)
+        return trained
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+        run.stop()
+
+
+if __name__ == "__main__":
+    run_program(
+        lambda: tyro.cli(ablate, description=__doc__), "interrupted; the same command goes on"
+    )

@@ -17,6 +17,7 @@ show four times in five.
 import json
 import math
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -28,13 +29,16 @@ from typing import NamedTuple
 import torch
 import tyro
 from scipy import stats
-from timing import describe, write
 
-from mostgan.config import UserError, train_preset
-from mostgan.files import read_json
-from mostgan.program import cores, run_program
-
+# Before this folder, whose kernels.py is not the package `kernels`.
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from bench.timing import describe, write  # noqa: E402
+from mostgan.config import UserError, train_preset  # noqa: E402
+from mostgan.files import read_json  # noqa: E402
+from mostgan.program import cores, run_program  # noqa: E402
+
+TIMED = 0.96  # thousands of frames that a row's speed is measured over: 40 steps of tiny
 
 
 class Row(NamedTuple):
@@ -215,10 +219,10 @@ class Runner:
 
 
 def quiet_rate(run, plan, row):
-    """Frames per second of a row's training, alone on the machine: of 40 steps, measured once."""
+    """Frames per second of a row's training, alone on the machine, measured once."""
     folder = plan.folder(row, "timing")
-    if not finished(folder, 0.96):
-        arguments = [*plan.train_options(row), "--total-kframes", "0.96", "--log-kframes", "0.48"]
+    if not finished(folder, TIMED):
+        arguments = [*plan.train_options(row), "--total-kframes", TIMED, "--log-kframes", TIMED / 2]
         start = ["--resume", folder] if (folder / "config.json").exists() else ["--out", folder]
         run(["train.py", *arguments, *start], folder.with_suffix(".log"))
     last = (folder / "stats.jsonl").read_text().splitlines()[-1]
@@ -356,10 +360,8 @@ def ablate(
     for number, row in zip(numbers, trained):
         row["default"] = number == chosen.default
     compare(trained, next(row for row in trained if row["default"]))
-    about = (
-        f"{preset}, {kframes:g} k frames of {data.name}, {describe(torch.device('cpu'))['date']}"
-    )
     result = describe(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    about = f"{preset}, {kframes:g} k frames of {data.name}, {result['date']}"
     result |= {"command": " ".join(sys.argv), "title": chosen.title, "columns": chosen.columns}
     result |= {"about": about, "rows": trained, "visible_difference": visible_difference(trained)}
     out = out or ROOT / "bench" / "results" / f"ablations-{table}.json"
@@ -395,6 +397,7 @@ def train_all(plan, rows, seeds, jobs):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does
     run_program(
         lambda: tyro.cli(ablate, description=__doc__), "interrupted; the same command goes on"
     )

@@ -15,17 +15,19 @@ from pathlib import Path
 
 import torch
 import tyro
-from timing import describe
 
-from mostgan import checkpoint
-from mostgan.checkpoint import BUILT_IN, write_json, write_tensors
-from mostgan.config import UserError
-from mostgan.files import whole_folder
-from mostgan.prepare import pack_sky
-from mostgan.prepare.sky import VERSION
-from mostgan.program import run_program
+# Before this folder, whose kernels.py is not the package `kernels`.
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from bench.timing import describe  # noqa: E402
+from mostgan import checkpoint  # noqa: E402
+from mostgan.checkpoint import BUILT_IN, write_json, write_tensors  # noqa: E402
+from mostgan.config import UserError  # noqa: E402
+from mostgan.files import whole_folder  # noqa: E402
+from mostgan.prepare import pack_sky  # noqa: E402
+from mostgan.prepare.sky import VERSION  # noqa: E402
+from mostgan.program import run_program  # noqa: E402
 
-ROOT = Path(__file__).parents[1]
 CLIPS = 512  # more than `--dataset sky` makes: D sees each of them some hundred times
 
 

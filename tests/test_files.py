@@ -130,10 +130,11 @@ def test_a_part_that_was_left_by_a_killed_process_has_no_final_name(tmp_path):
 
 
 def test_the_newest_run_is_the_one_saved_last(tmp_path, monkeypatch):
-    """Whatever the runs are called. A checkpoint without a run beside it does as well."""
+    """Whatever the runs are called. Without any it is the model that comes with the package."""
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError):
-        checkpoint.find(None)
+    assert checkpoint.find(None) == checkpoint.BUILT_IN
+    with pytest.raises(UserError, match="no run in runs/"):
+        what_to_resume(None, "")
     for age, name in enumerate(("00001-b", "00002-c", "00000-a")):
         (tmp_path / "runs" / name).mkdir(parents=True)
         path = checkpoint.save(tmp_path / "runs" / name, age, MODEL, {}, {}, {})

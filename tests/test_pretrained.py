@@ -1,0 +1,63 @@
+"""The model that comes with the package: what it is, who uses it, and the program that makes it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import av
+import torch
+from conftest import MODEL
+from safetensors.torch import load_file
+
+import mostgan
+from bench import pretrained
+from mostgan import checkpoint
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def test_it_is_small_and_says_where_it_comes_from():
+    files = list(checkpoint.BUILT_IN.iterdir())
+    assert sum(file.stat().st_size for file in files) <= 5_000_000
+    state = load_file(checkpoint.BUILT_IN / "model.safetensors")
+    assert {tensor.dtype for tensor in state.values()} == {torch.bfloat16}
+    about = json.loads((checkpoint.BUILT_IN / "provenance.json").read_text())
+    assert {"made by", "commit", "processor", "date", "data", "training", "scores"} <= about.keys()
+    assert about["training"]["builtin_data"] or "procedural sky" in about["data"]
+    fvd = {name: of["proxy_fvd16"]["mean"] for name, of in about["scores"].items()}
+    assert fvd["the sky itself"] < fvd["the model"]
+
+
+def test_load_without_a_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    generator = mostgan.load()
+    assert generator.config.fps and next(generator.parameters()).dtype == torch.float32
+    frames = torch.cat([w[0] for w in mostgan.render(generator, seed=1, frames=40)]).float()
+    # It is no grey picture, and it moves gently.
+    assert frames.std(dim=(0, 2, 3)).min() > 15
+    step = (frames[1:] - frames[:-1]).abs().mean()
+    assert 0.1 < step < 12 and (frames[-1] - frames[0]).abs().mean() > step
+
+
+def test_sample_in_an_empty_folder(tmp_path):
+    words = [sys.executable, ROOT / "sample.py", "--frames", "5"]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and not list(tmp_path.glob("runs"))
+    assert "train your own with: python train.py --dataset sky" in done.stdout.splitlines()[0]
+    with av.open(tmp_path / "samples" / "sky64-seed0.mp4") as video:
+        assert sum(1 for _ in video.decode(video=0)) == 5
+
+
+def test_what_is_published_is_the_average_in_bf16(tmp_path, monkeypatch):
+    run, generator = tmp_path / "run", mostgan.Generator(MODEL)
+    run.mkdir()
+    (run / "config.json").write_text('{"seed": 5}')
+    path = checkpoint.save(run, 3, MODEL, generator.state_dict(), {}, {})
+    pretrained.publish(path, tmp_path / "out", {"the model": {}})
+    published = mostgan.load(tmp_path / "out")
+    assert published.config == MODEL
+    for ours, theirs in zip(published.state_dict().values(), generator.state_dict().values()):
+        assert torch.equal(ours, theirs.bfloat16().float())
+    about = json.loads((tmp_path / "out" / "provenance.json").read_text())
+    assert about["training"] == {"seed": 5} and about["checkpoint"] == "checkpoint-000003"

@@ -83,8 +83,8 @@ class Options:
     columns: Shared = "nothing"
     """what the clips of a column have in common"""
     precision: Literal["bf16", "float32"] = "bf16" if torch.cuda.is_available() else "float32"
-    """of the convolutions; on a CPU that has instructions for it, bf16 is faster, and what it changes
-    is measured and printed
+    """of the convolutions; on a CPU that has instructions for it, bf16 is faster, and what it
+    changes is measured and printed
     """
     compile: bool = torch.cuda.is_available()
     """torch.compile the synthesis network: a minute or so before the first frame, and faster from

@@ -19,6 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
+import mostgan  # noqa: F401  before PyTorch, whose threads it tells how to wait
+
+# isort: split
 import torch
 import tyro
 from tqdm import tqdm

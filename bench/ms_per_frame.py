@@ -2,7 +2,7 @@
 kernels.
 
     python bench/ms_per_frame.py [--frames 1 16 64] [--variants eager compiled triton ...]
-                                 [--out results.json]
+                                 [--precision bf16] [--busy 2] [--out results.json]
 
 A row renders windows of so many frames of one clip. Its floor is the larger of a frame's arithmetic
 (30.8 GFLOP, spec §11: twice the multiply-adds of convolutions and matrix products) at the rate of a
@@ -13,25 +13,35 @@ the machine is today. Weights are random: speed does not depend on them.
 "on host": the same with every frame brought to host memory. On a GPU in bfloat16, and all variants
 by default; on a CPU in float32, and eager: compiling takes minutes there.
 
+--busy N, instead of all this, on a CPU: sampling by the first variant, and a training step of the
+preset `tiny`, alone and beside N processes that keep a core busy each, in turn; and how many times
+longer it takes then.
+
 Below the rows: a video by the fastest of them, from the first latent to the finished mp4, written
 as sample.py writes it, beside the same frames rendered only.
 """
 
 import argparse
+import contextlib
+import dataclasses
 import importlib.util
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-import torch
-
 # Before this folder, whose kernels.py is not the package `kernels`.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import mostgan  # noqa: F401  before PyTorch, whose threads it tells how to wait
+
+# isort: split
+import torch
+
 import kernels
 from bench.timing import copy_rate, describe, matmul_rate, seconds, write
-from mostgan.config import ModelConfig
+from mostgan.config import ModelConfig, train_preset
 from mostgan.device import choose_kernels, peak_memory_mb, pick_device, to_host
 from mostgan.model import Generator
 from mostgan.rendering import render as render_video
@@ -115,6 +125,44 @@ def end_to_end(variant, window, device, dtype, repeats, config):
     )
 
 
+@contextlib.contextmanager
+def busy_processes(count):
+    """While it lasts, so many processes keep a core busy each."""
+    command = [sys.executable, "-c", "while True: pass"]
+    processes = [subprocess.Popen(command) for _ in range(count)]
+    try:
+        yield
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
+def beside_others(count, variant, frames, device, dtype, repeats, config):
+    """Milliseconds of a sampled frame and of a training step, quiet and busy: {name: median}."""
+    from bench.train_step import Step
+
+    generator = make_generator(variant, device, config)
+    step = Step(dataclasses.replace(train_preset("tiny", "sky"), compile=False), device, "inductor")
+
+    def sample():
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            for _ in render_video(generator, 0, 0, frames):
+                pass
+
+    works = {"sampling": (sample, frames), "training": (step, 1)}
+    times = {f"{work}_{how}_ms": [] for work in works for how in ("quiet", "busy")}
+    for round_ in range(repeats + 1):
+        for others in (0, count):
+            with busy_processes(others):
+                for work, (run, pieces) in works.items():
+                    milliseconds = 1e3 * seconds(run, device, 1, warmups=0) / pieces
+                    # The first round is a warm-up.
+                    if round_:
+                        times[f"{work}_{'busy' if others else 'quiet'}_ms"].append(milliseconds)
+    return {name: statistics.median(all_) for name, all_ in times.items()}
+
+
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -132,6 +180,10 @@ def main():
         default=5,
         help="times rendered, of which the median counts (default 5)",
     )
+    parser.add_argument(
+        "--precision", choices=("float32", "bf16"), help="default float32; on a GPU bf16"
+    )
+    parser.add_argument("--busy", type=int, help="measure beside so many busy processes")
     parser.add_argument("--out", type=Path, help="also write the figures to this JSON file")
     parser.add_argument(
         "--dry-run", action="store_true", help="a tiny model, only to try the program"
@@ -141,7 +193,8 @@ def main():
     if args.dry_run:
         args.frames, args.variants, args.repeats, args.resolution = [2], ["dry run"], 1, 32
     on_gpu = device.type == "cuda"
-    dtype = torch.bfloat16 if on_gpu else torch.float32
+    precision = args.precision or ("bf16" if on_gpu else "float32")
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     config = ModelConfig(resolution=args.resolution)
     if args.dry_run:
         config = ModelConfig(resolution=32, channel_base=256, channel_max=16)
@@ -153,6 +206,17 @@ def main():
         f"MoStGAN-V {args.resolution}², one clip, {result['dtype']}, {result['device']}, torch "
         f"{result['torch']}"
     )
+    if args.busy:
+        variant, frames = (args.variants or ["eager"])[0], (args.frames or [16])[0]
+        times = beside_others(args.busy, variant, frames, device, dtype, args.repeats, config)
+        for work, unit in (("sampling", "frame"), ("training", "step")):
+            quiet, busy = times[f"{work}_quiet_ms"], times[f"{work}_busy_ms"]
+            print(
+                f"{work}: {quiet:.1f} ms/{unit} quiet, {busy:.1f} beside {args.busy} busy "
+                f"processes: {busy / quiet:.2f} x"
+            )
+        write(args.out, result | times)
+        return
     print(
         f"{'variant':32}{'frames':>7}{'ms/frame':>10}{'on host':>10}{'GFLOP/s':>10}{'peak MB':>9}"
         f"{'of matmul':>11}{'of floor':>10}"

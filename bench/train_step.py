@@ -20,11 +20,14 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+# Before this folder, whose kernels.py is not the package `kernels`.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import mostgan  # noqa: F401  before PyTorch, whose threads it tells how to wait
+
+# isort: split
 import numpy as np
 import torch
 
-# Before this folder, whose kernels.py is not the package `kernels`.
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from bench.timing import describe, do_without, matmul_rate, synchronize, write
 
 do_without("av", "PIL", "tqdm", "tyro")

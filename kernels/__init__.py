@@ -16,8 +16,11 @@ import torch.nn.functional as F
 
 from kernels import choose, reference
 from kernels.reference import LRELU_GAIN as LRELU_GAIN
+from kernels.reference import conv2d_bias_lrelu as conv2d_bias_lrelu
 from kernels.reference import conv2d_shared as conv2d_shared
+from kernels.reference import demodulated as demodulated
 from kernels.reference import demodulation as demodulation
+from kernels.reference import folds as folds
 from kernels.reference import lrelu as lrelu
 from kernels.reference import motion_modulation as motion_modulation
 from kernels.reference import normalize as normalize
@@ -81,7 +84,7 @@ def _fir_by_op(x):
     return _by_op(x) or (x.is_cpu and torch.compiler.is_compiling())
 
 
-def _working_dtype(x):
+def working_dtype(x):
     """The dtype in which convolutions of x run: autocast's where it is on, as PyTorch's own."""
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
@@ -122,13 +125,13 @@ def mostatt_demod(
     args = weight, motion_style, content_style, dtype
     if style_gain is not None:
         return reference.mostatt_demod(*args, want_weight, style_gain, content_first)
-    dtype = dtype or _working_dtype(weight)
+    dtype = dtype or working_dtype(weight)
     return _mostatt.mostatt(*args[:3], dtype, want_weight, content_first)
 
 
 @_op(_by_op)
 def conv2d_per_frame(x, weight, up=1):
-    dtype = _working_dtype(x)
+    dtype = working_dtype(x)
     return _modconv.conv2d(x.to(dtype), weight.to(dtype), up)
 
 
@@ -136,7 +139,7 @@ def conv2d_per_frame(x, weight, up=1):
 def conv2d_epilogue(x, weight, demod, bias, up=1, clamp=None):
     if up == 2:  # with a FIR filter between them they are two passes
         return epilogue(conv2d_per_frame(x, weight, up), demod, bias, up, clamp)
-    dtype = _working_dtype(x)
+    dtype = working_dtype(x)
     return _modconv.conv2d(x.to(dtype), weight.to(dtype), 1, demod, bias, clamp)
 
 

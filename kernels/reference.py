@@ -32,17 +32,17 @@ def demod_bias_lrelu(x, demod, bias):
     return lrelu(torch.addcmul(bias[:, None, None], x, demod[:, :, None, None]))
 
 
-def fir_filter(x, gain, stride, padding, transposed):
+def fir_filter(x, gain, stride, padding, transposed, bias=None):
     """Filters every channel and keeps every stride-th pixel; or the transpose of that linear map.
-    x: [N, C, H, W]; padding: zeros on every side.
+    x: [N, C, H, W]; padding: zeros on every side; bias: [C], is added.
     """
     taps = torch.tensor(FIR_TAPS, device=x.device, dtype=x.dtype)
     f = (torch.outer(taps, taps) * (gain / 64)).expand(x.shape[1], 1, 4, 4)  # symmetric: no flip
     if transposed and stride == 2:
-        return F.conv_transpose2d(x, f, stride=2, padding=padding, groups=x.shape[1])
+        return F.conv_transpose2d(x, f, bias, stride=2, padding=padding, groups=x.shape[1])
     if transposed:
         padding = 3 - padding
-    return F.conv2d(x, f, stride=stride, padding=padding, groups=x.shape[1])
+    return F.conv2d(x, f, bias, stride=stride, padding=padding, groups=x.shape[1])
 
 
 class _Fir(torch.autograd.Function):
@@ -163,8 +163,11 @@ def mostatt(content_weight, motion_style, style_gain=None):
     peak = torch.where(peak > 0, peak, 1)
     if style_gain is not None:
         P = (A * style_gain) @ M
-    P_hat = (F.leaky_relu(P, LEAKY_SLOPE) / peak).unflatten(0, (clips, -1))
-    W = W.unsqueeze(1)
+    if torch.is_grad_enabled():
+        P_hat = F.leaky_relu(P, LEAKY_SLOPE) / peak
+    else:
+        P_hat = F.leaky_relu_(P, LEAKY_SLOPE).div_(peak)
+    P_hat, W = P_hat.unflatten(0, (clips, -1)), W.unsqueeze(1)
     weight = torch.addcmul(W, W, P_hat)  # W · (1 + P_hat)
     return weight.reshape(-1, *content_weight.shape[1:]), score
 
@@ -230,7 +233,14 @@ def mostatt_demod(
     4.3), or the result (strategy ii).
     style_gain: as `mostatt` takes it. Returns weight W' [N, O, I, k, k] in dtype (or empty), score
     [N, O, K], demod [N, O].
+
+    On a CPU autocast does not reach in here: it would round every weight before MoStAtt, too.
     """
+    if weight.is_cpu and torch.is_autocast_enabled("cpu"):
+        dtype = dtype or torch.get_autocast_dtype("cpu")
+        args = weight, motion_style.to(weight.dtype), content_style, dtype, want_weight
+        with torch.autocast("cpu", enabled=False):
+            return mostatt_demod(*args, style_gain, content_first)
     if content_style is not None and content_first:
         weight = _of_rows(weight, len(content_style)) * content_style[:, None, :, None, None]
         content_style = None
@@ -340,4 +350,37 @@ def conv2d_per_frame_grad_weight(grad, x, side, up=1):
 
 def conv2d_epilogue(x, weight, demod, bias, up=1, clamp=None):
     """A synthesis layer: `conv2d_per_frame`, then `epilogue`. Arguments as they take them."""
+    # Of one kernel and one frame's features, the smaller is demodulated.
+    if len(x) == 1 and folds(x) and weight[0, 0].numel() < up * up * x[0, 0].numel():
+        return conv2d_bias_lrelu(x, demodulated(weight[0], demod[0], up), bias, up, clamp)
     return epilogue(conv2d_per_frame(x, weight, up), demod, bias, up, clamp)
+
+
+def folds(x):
+    """Whether demodulation may go into the kernel, which saves a pass over the features: where no
+    gradient, compiler or registered op takes part.
+    """
+    return x.is_cpu and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
+def demodulated(weight, demod, up=1):
+    """weight · demod · √2, as `conv2d_bias_lrelu` takes it, in the memory layout of the CPU's
+    convolutions, which copy any other. weight: [O, I, k, k], demod: [O].
+    """
+    weight = weight * (demod * LRELU_GAIN)[:, None, None, None]
+    # A transposed convolution's layout has input channels first.
+    weight = weight.transpose(0, up - 1).contiguous(memory_format=torch.channels_last)
+    return weight.transpose(0, up - 1)
+
+
+def conv2d_bias_lrelu(x, weight, bias, up=1, clamp=None):
+    """A synthesis layer with a kernel of `demodulated`: convolution, with up=2 its FIR, then bias
+    and leaky ReLU. x: [N, I, H, W], weight: [O, I, k, k], bias: [O].
+    """
+    if up == 2:
+        x = conv2d_shared(x, weight, up)
+        x = fir_filter(x, 4.0, 1, 1, False, bias * LRELU_GAIN)
+    else:
+        x = F.conv2d(x, weight, bias * LRELU_GAIN, padding=weight.shape[-1] // 2)
+    x = lrelu(x)
+    return x if clamp is None else x.clamp(-clamp, clamp)

@@ -30,6 +30,7 @@ from safetensors import SafetensorError
 
 from mostgan.config import UserError
 from mostgan.files import read_json
+from mostgan.program import cores
 
 SPANS = (2, 4, 8, 16, 32)  # frames between the first and the last frame of a sample
 FORMAT, VERSION = "mostgan-clips", 3  # of packed folders; mostgan/prepare/pack.py tells the rest
@@ -339,10 +340,10 @@ def batches(
 
     Each pass over the data takes every clip once, in an order that depends on (seed, pass). mirror:
     half of the clips are flipped left to right, all frames alike. sampling: "spans" (spec §8) or
-    "uniform" (any frames of the clip). workers: processes that decode ahead; 0 uses one thread,
-    enough for small models. rank, world: this process and how many there are; each has its own
-    batch_size clips of a batch. Raises UserError where no clip has num_frames frames, a clip is
-    damaged, or a worker process dies.
+    "uniform" (any frames of the clip). workers: processes that decode ahead, as many as there are
+    cores at most; 0 uses one thread, enough for small models. rank, world: this process and how
+    many there are; each has its own batch_size clips of a batch. Raises UserError where no clip has
+    num_frames frames, a clip is damaged, or a worker process dies.
     """
     if sampling not in SAMPLINGS or not 0 <= rank < world:
         raise ValueError(f"sampling {sampling!r} of {list(SAMPLINGS)}, rank {rank} of {world}")
@@ -350,7 +351,7 @@ def batches(
     source = _Batches(
         clips, batch_size, num_frames, seed, mirror, max_num_frames, sampling, rank, world
     )
-    pin = torch.device(device).type == "cuda"
+    pin, workers = torch.device(device).type == "cuda", min(workers, cores())
     ahead = (
         _by_processes(source, start, workers, pin) if workers else _by_thread(source, start, pin)
     )

@@ -1,31 +1,87 @@
 """Where a program runs, and how it holds memory there."""
 
+import contextlib
 import ctypes
+import functools
 import os
 import resource
 import shutil
 import sys
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import torch
 
 import kernels
 from mostgan.config import UserError
+from mostgan.program import cores
 
 
 def pick_device():
-    """The GPU if there is one, else the CPU, told to keep freed memory for the next step.
+    """The GPU if there is one, else the CPU, told to keep freed memory for the next step, with no
+    more threads than `cores`. OMP_NUM_THREADS in the environment is obeyed as it is.
 
     glibc hands every large buffer back to the system and faults its pages in anew, step after step:
-    on a virtual machine that costs up to half of a CPU step. Values are mallopt's M_MMAP_MAX,
-    M_TRIM_THRESHOLD and M_TOP_PAD.
+    on a virtual machine that costs up to half of a CPU step. So it does with the arenas that it
+    gives to other threads. Values are mallopt's M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD and
+    M_ARENA_MAX.
     """
     if torch.cuda.is_available():
         return torch.device("cuda")
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(min(torch.get_num_threads(), cores()))
     if sys.platform == "linux":
         libc = ctypes.CDLL(None)
-        for parameter, value in ((-4, 0), (-1, 2**31 - 1), (-2, 64 * 2**20)):
+        for parameter, value in ((-4, 0), (-1, 2**31 - 1), (-2, 64 * 2**20), (-8, 1)):
             libc.mallopt(parameter, value)
     return torch.device("cpu")
+
+
+@contextlib.contextmanager
+def one_core_threads():
+    """As many threads as PyTorch uses, each with one OpenMP thread: nothing that they compute waits
+    at a barrier. Beside other busy processes a barrier takes longer than the work before it.
+
+    Gives a function: submit(function, *arguments) → its future. Functions run in inference mode and
+    under the caller's autocast. At the end what has not begun is dropped, and no thread is left.
+    """
+    count = torch.get_num_threads()
+    dtype, enabled = torch.get_autocast_dtype("cpu"), torch.is_autocast_enabled("cpu")
+
+    def run(function, *arguments):
+        with (
+            torch.inference_mode(),
+            torch.autocast("cpu", dtype, enabled=enabled, cache_enabled=False),
+        ):
+            return function(*arguments)
+
+    pool = ThreadPoolExecutor(count, initializer=_use_one_openmp_thread)
+    try:
+        yield functools.partial(pool.submit, run)
+    finally:
+        pool.shutdown(cancel_futures=True)
+        # For other threads, too, MKL had one.
+        torch.set_num_threads(count)
+
+
+def _use_one_openmp_thread():
+    # The first question gives a thread the process's number, whatever it was told before.
+    torch.get_num_threads()
+    torch.set_num_threads(1)
+
+
+def in_order(submit, jobs, ahead):
+    """Yields the results of jobs, tuples for `submit`, in their order; at most `ahead` + 1 of them
+    are waiting, at work or done at once.
+    """
+    pending = deque()
+    for job in jobs:
+        pending.append(submit(*job))
+        if len(pending) > ahead:
+            yield pending.popleft().result()
+    while pending:
+        yield pending.popleft().result()
 
 
 def choose_kernels(choice, compiles, device):
@@ -58,6 +114,18 @@ def make_deterministic():
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False
     torch.backends.cudnn.benchmark = False
+
+
+def has_bf16(device):
+    """Whether a device computes in bfloat16: every GPU, and a CPU whose system names such
+    instructions (avx512_bf16, amx_bf16, or bf16 on ARM).
+    """
+    if device.type == "cuda":
+        return True
+    try:
+        return any(word.endswith("bf16") for word in Path("/proc/cpuinfo").read_text().split())
+    except OSError:
+        return False
 
 
 def peak_memory_mb(device):

@@ -49,7 +49,8 @@ class LayerContent(NamedTuple):
     style: torch.Tensor  # content style s, [B, I]
     # raw_weight · s, [B, O, I, 3, 3], where it serves more than one window
     weight: torch.Tensor | None
-    demod: torch.Tensor | None  # [B, O], in layers without motion styles
+    # [B, O], in layers without motion styles; None where it is in the weight, too
+    demod: torch.Tensor | None
     # [K], where motion styles are scaled by hand (paper B.1)
     style_gain: torch.Tensor | None = None
 
@@ -78,9 +79,9 @@ class SynthesisLayer(nn.Module):
             )
 
     @full_precision
-    def content(self, w, style_gain=None):
+    def content(self, w, style_gain=None, dtype=None):
         """What all frames of a clip share in this layer. w: [B, w_dim]; style_gain: as
-        `kernels.mostatt` takes it.
+        `kernels.mostatt` takes it; dtype: of convolutions.
         """
         weight, style = self.weight, self.affine(w)
         if self.prenorm:
@@ -94,6 +95,9 @@ class SynthesisLayer(nn.Module):
             content_weight = weight * style[:, None, :, None, None]
         if self.hypernetwork is None:  # Σ (weight · s)² over inputs and taps is a matrix product
             demod = (style.square() @ weight.square().sum(dim=(2, 3)).t() + 1e-8).rsqrt()
+            if len(w) == 1 and kernels.folds(w):
+                folded = kernels.demodulated(content_weight[0], demod[0], self.up)
+                content_weight, demod = folded.to(dtype).unsqueeze(0), None
         return LayerContent(weight, style, content_weight, demod, style_gain)
 
     def forward(self, x, content, motion_vectors=None):
@@ -105,6 +109,9 @@ class SynthesisLayer(nn.Module):
         # x.shape[0] rather than len(x): torch.export keeps a shape open.
         frames_per_clip = x.shape[0] // len(content.style)
         score = frame_weight = None
+        if self.hypernetwork is None and content.demod is None:
+            folded = content.weight[0], self.bias, self.up, self.clamp
+            return kernels.conv2d_bias_lrelu(x, *folded), None
         if self.hypernetwork is None:
             demod = content.demod.repeat_interleave(frames_per_clip, dim=0)
         else:
@@ -203,8 +210,9 @@ class Synthesis(nn.Module):
 
     def content(self, w, style_gain=None):
         """Per clip, what every layer needs of w [B, w_dim]: as `layers`, but their contents."""
+        dtype = kernels.working_dtype(w)
         return [
-            ([conv.content(w, style_gain) for conv in convs], torgb.content(w))
+            ([conv.content(w, style_gain, dtype) for conv in convs], torgb.content(w))
             for convs, torgb in self.layers()
         ]
 

@@ -1,8 +1,10 @@
 """What every program does around its work: errors are one line, whatever the terminal can print."""
 
 import contextlib
+import math
 import os
 import sys
+from pathlib import Path
 
 from mostgan.config import UserError
 
@@ -50,5 +52,27 @@ def _is_out_of_memory(error):
 
 
 def cores():
-    """How many processes or threads can work at once."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    """How many processes or threads can work at once: as many as this process may use cores, by its
+    affinity and by the processor time that its control groups grant, rounded up.
+    """
+    able = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, min(able, math.ceil(min(_quotas(), default=able))))
+
+
+def _quotas(own=Path("/proc/self/cgroup"), root=Path("/sys/fs/cgroup")):
+    """Yields the limits on processor time, in cores, of this process's control groups (Linux,
+    version 1 or 2) and of those around them.
+    """
+    with contextlib.suppress(OSError, ValueError):  # on other systems, there are none
+        for line in own.read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            if controllers and "cpu" not in controllers.split(","):
+                continue
+            group = root / ("cpu" if controllers else "") / path.lstrip("/")
+            names = ("cpu.cfs_quota_us", "cpu.cfs_period_us") if controllers else ("cpu.max",)
+            # A container may see its own group at the root, whatever the path.
+            for folder in (group, *group.parents):
+                with contextlib.suppress(OSError, ValueError):
+                    quota, period = " ".join((folder / n).read_text() for n in names).split()
+                    if float(quota) > 0:  # "max" or -1: no limit
+                        yield float(quota) / float(period)

@@ -6,6 +6,7 @@ content is fixed or a function of t too. So any stretch of it can be rendered al
 backwards or in a circle.
 """
 
+import itertools
 import math
 from fractions import Fraction
 from numbers import Integral
@@ -14,7 +15,7 @@ from typing import NamedTuple
 import torch
 
 from mostgan.config import UserError
-from mostgan.device import memory_bytes
+from mostgan.device import in_order, memory_bytes, one_core_threads
 from mostgan.motion import content_latent, motion_noise
 
 FARTHEST = 10**8  # frames from 0, either way: so far float64 tells phases apart to eight digits
@@ -95,85 +96,93 @@ def render(
 @torch.inference_mode()
 def windows(generator, shown, way, frames, window):
     """Yields the windows of `render`: `frames` frames of what is shown, along the way."""
-    stops = content_stops(generator, shown)  # [clips, stops, w_dim]
-    content = None  # else that of all frames
-    if stops.shape[1] == 1:
-        content = generator.synthesis.content(stops[:, 0], shown.style_gain)
+    device = generator.mapping.w_avg.device
+    if device.type != "cuda":
+        with one_core_threads() as submit:
+            made = frame_by_frame(generator, shown, way, frames, submit)
+            for _, wanted in stretches(way, frames, window):
+                count = wanted.stop - wanted.start
+                yield torch.cat(list(itertools.islice(made, count)), dim=1)
+        return
+    still = still_content(generator, shown)
+    for t, wanted in stretches(way, frames, window):
+        motion = motion_of(generator, shown, way, still, t)
+        # A GPU always renders windows of one shape.
+        yield frames_of(generator, shown, still, motion, slice(0, window))[:, wanted]
+
+
+def frame_by_frame(generator, shown, way, frames, submit):
+    """Yields the frames of a rendering on a CPU, one of each clip at a time: uint8 [clips, 1, 3, H,
+    W].
+
+    submit: of `one_core_threads`, which make frames side by side. A frame's kernels and features
+    then stay in a core's caches, which is worth more than a larger batch. All that is computed is
+    computed in those threads, and motion for the same stretches whatever the window: no bit depends
+    on the number of threads or on the window.
+    """
+    still = submit(still_content, generator, shown).result()
+    length = choose_window(generator.config, len(shown.seeds), torch.device("cpu"))
+    motions = (
+        (motion_of, generator, shown, way, still, t) for t, _ in stretches(way, frames, length)
+    )
+    jobs = (
+        (frames_of, generator, shown, still, motion, slice(i, i + 1))
+        for motion, (_, wanted) in zip(in_order(submit, motions, 1), stretches(way, frames, length))
+        for i in range(wanted.start, wanted.stop)
+    )
+    yield from in_order(submit, jobs, 4 * torch.get_num_threads())
+
+
+def stretches(way, frames, length):
+    """Cuts `frames` frames along the way at a fixed raster of so many: yields the times of a whole
+    stretch of the raster, float64 [length], and which of them are wanted, a slice.
+    """
     index = way.first
     while frames > 0:
         index = index if way.loop is None else index % way.loop
-        lead = index % window  # frames of this window that come before the wanted ones
+        lead = index % length
         left = frames if way.loop is None else min(frames, way.loop - index)
-        count = min(window - lead, left)
-        t = frame_times(way, index - lead, window)
-        yield one_window(generator, shown, way, t, slice(lead, lead + count), stops, content)
+        count = min(length - lead, left)
+        yield frame_times(way, index - lead, length), slice(lead, lead + count)
         index, frames = index + count, frames - count
 
 
-def one_window(generator, shown, way, t, wanted, stops, content):
-    """uint8 [clips, n, 3, H, W]: the wanted ones, a slice, of the frames at times t [window]."""
-    clips, device = len(stops), stops.device
-    t = t.expand(clips, -1)
+def still_content(generator, shown):
+    """What all frames share: w of the content's stops [clips, stops, w_dim], and the content of the
+    layers if it does not move, else None.
+    """
+    stops = content_stops(generator, shown)
+    if stops.shape[1] > 1:
+        return stops, None
+    return stops, generator.synthesis.content(stops[:, 0], shown.style_gain)
+
+
+def motion_of(generator, shown, way, still, t):
+    """What differs from frame to frame, at times t [n] of each clip: w [clips · n, w_dim], or None
+    where it does not move, motion codes and motion vectors.
+    """
+    stops, content = still
+    t = t.expand(len(stops), -1)
     noise, first_anchor = motion_noise(shown.motion_seeds, t, generator.config, way.anchors)
     w = stops[:, 0]
     if content is None:
         w = content_at(stops, t / shown.content_frames).flatten(0, 1)
-    motion = generator.motion(
-        w, t.to(device), noise.to(device), first_anchor.to(device), shown.condition
+    motion = (x.to(stops.device) for x in (t, noise, first_anchor))
+    motion = generator.motion(w, *motion, shown.condition)
+    return (w if content is None else None, *motion)
+
+
+def frames_of(generator, shown, still, moving, wanted):
+    """uint8 [clips, n, 3, H, W]: the wanted ones, a slice, of the frames of `motion_of`."""
+    clips = len(shown.seeds)
+    # [clips · window, …] → [clips · n, …], in one memory layout: a compiled synthesis is of one.
+    w, code, vectors = (
+        x if x is None else x.unflatten(0, (clips, -1))[:, wanted].flatten(0, 1).contiguous()
+        for x in moving
     )
-    # A GPU always renders windows of one shape.
-    made = slice(0, t.shape[1]) if device.type == "cuda" else wanted
-    motion = [pick(of_frames, clips, made) for of_frames in motion]
-    if content is None:
-        rendered = moving_window(generator, pick(w, clips, made), motion, shown.style_gain, clips)
-    else:
-        rendered = render_frames(generator, content, *motion)
-    kept = slice(wanted.start - made.start, wanted.stop - made.start)
-    return to_uint8(rendered.unflatten(0, (clips, -1))[:, kept])
-
-
-def render_frames(generator, content, motion_code, motion_vectors):
-    """Frames [N, 3, H, W] of motion codes and vectors of N frames, clip by clip.
-
-    On a CPU one frame of each clip at a time: its kernels and features then stay in the caches,
-    which is worth more than the larger batch (measured in bench/ms_per_frame.py).
-    """
-    synthesis, clips = generator.synthesis, len(content[0][1])
-    if motion_code.is_cuda:
-        return synthesis(content, motion_code, motion_vectors)[0]
-    frames = []
-    for i in range(len(motion_code) // clips):
-        motion = (pick(of, clips, slice(i, i + 1)) for of in (motion_code, motion_vectors))
-        # In one memory layout, whatever the window: a compiled synthesis is of one.
-        motion = (None if of is None else of.contiguous() for of in motion)
-        frames.append(synthesis(content, *motion)[0])
-    return torch.stack(frames, dim=1).flatten(0, 1)
-
-
-def moving_window(generator, w, motion, gain, clips):
-    """Frames [clips · n, 3, H, W] whose content differs from frame to frame: each is a clip of its
-    own.
-
-    w: [clips · n, w_dim]; motion: codes and vectors; gain: of `gains`. On a CPU one frame of each
-    clip at a time, as in render_frames, and for memory: a frame's content weights are as large as
-    the model.
-    """
-    n = len(w) // clips
-    frames = []
-    for some in [slice(0, n)] if w.is_cuda else [slice(i, i + 1) for i in range(n)]:
-        content = generator.synthesis.content(pick(w, clips, some), gain)
-        rendered = render_frames(generator, content, *(pick(of, clips, some) for of in motion))
-        frames.append(rendered.unflatten(0, (clips, -1)))
-    return torch.cat(frames, dim=1).flatten(0, 1)
-
-
-def pick(of_frames, clips, wanted):
-    """The wanted frames, a slice, of each clip: [clips · window, …] → [clips · n, …]; None
-    stays.
-    """
-    if of_frames is None:
-        return None
-    return of_frames.unflatten(0, (clips, -1))[:, wanted].flatten(0, 1)
+    content = still[1] if w is None else generator.synthesis.content(w, shown.style_gain)
+    frames = generator.synthesis(content, code, vectors)[0]
+    return to_uint8(frames.unflatten(0, (clips, -1)))
 
 
 # --------------------------------------------------------------------------------------------- time

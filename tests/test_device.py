@@ -3,11 +3,13 @@ streams.
 """
 
 import contextlib
+from concurrent.futures import Future
 
 import pytest
 import torch
 
-from mostgan.device import to_host
+from mostgan import device
+from mostgan.device import in_order, to_host
 
 
 class Stream:
@@ -69,3 +71,32 @@ def test_the_next_window_is_started_before_the_last_is_waited_for(fake_cuda):
 def test_on_a_cpu_nothing_is_copied():
     window = torch.zeros(3)
     assert next(to_host(iter([window]), torch.device("cpu"))) is window
+
+
+def test_threads_follow_what_the_process_may_use(monkeypatch):
+    """Unless the environment says how many."""
+    asked = []
+    monkeypatch.setattr(torch, "set_num_threads", asked.append)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(device, "cores", lambda: 3)
+    monkeypatch.setenv("OMP_NUM_THREADS", "5")
+    device.pick_device()
+    assert asked == []
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    device.pick_device()
+    assert asked == [3]
+
+
+def test_results_come_in_order_and_few_wait():
+    begun = []
+
+    def submit(number):
+        begun.append(number)
+        future = Future()
+        future.set_result(number)
+        return future
+
+    for number in in_order(submit, ((i,) for i in range(9)), 2):
+        assert len(begun) <= number + 3
+    assert begun == list(range(9)) and number == 8

@@ -3,12 +3,14 @@
 import os
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 from conftest import ROOT, options_of
 
 import sample
 import train
+from mostgan import program
 from mostgan.checkpoint import __main__ as checkpoint
 from mostgan.metrics import __main__ as metrics
 from mostgan.prepare import __main__ as prepare
@@ -61,10 +63,10 @@ BAD = [
 def test_bad_input_is_one_clear_line(packed, tmp_path, monkeypatch, capsys, command, words):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text.txt").write_text("no video, no checkpoint\n")
-    program, *arguments = command.replace("PACKED", str(packed)).split()
-    monkeypatch.setattr(sys, "argv", [program, *arguments])
+    name, *arguments = command.replace("PACKED", str(packed)).split()
+    monkeypatch.setattr(sys, "argv", [name, *arguments])
     with pytest.raises(SystemExit) as ended:
-        PROGRAMS[program]()
+        PROGRAMS[name]()
     error = capsys.readouterr().err
     assert ended.value.code == 2, error
     assert words in error and error.count("\n") == 1 and "Traceback" not in error
@@ -91,6 +93,35 @@ def test_windows_is_told_of_wsl():
 def test_macos_has_cores(monkeypatch):
     monkeypatch.delattr(os, "sched_getaffinity", raising=False)
     assert cores() == os.cpu_count()
+
+
+@pytest.mark.parametrize(
+    "groups, files, expected",
+    [
+        ("0::/job/a", {"job/a/cpu.max": "max 100000", "job/cpu.max": "250000 100000"}, 3),
+        ("0::/", {"cpu.max": "50000 100000"}, 1),
+        ("0::/", {"cpu.max": "max 100000"}, 8),
+        ("0::/unseen/from/here", {"cpu.max": "200000 100000"}, 2),
+        (
+            "4:memory:/m\n1:cpu,cpuacct:/job",
+            {"cpu/job/cpu.cfs_quota_us": "150000", "cpu/job/cpu.cfs_period_us": "100000"},
+            2,
+        ),
+        ("1:cpu:/", {"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, 8),
+        ("no such line", {"cpu.max": "100000 100000"}, 8),
+        (None, {}, 8),
+    ],
+)
+def test_cores_are_what_control_groups_grant(tmp_path, monkeypatch, groups, files, expected):
+    """Of eight cores, by affinity."""
+    if groups is not None:
+        (tmp_path / "cgroup").write_text(groups + "\n")
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text + "\n")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(8)), raising=False)
+    monkeypatch.setattr(program, "_quotas", partial(program._quotas, tmp_path / "cgroup", tmp_path))
+    assert cores() == expected
 
 
 def test_nothing_else_asks_for_what_macos_lacks():

@@ -2,6 +2,8 @@
 hand.
 """
 
+import itertools
+import threading
 from fractions import Fraction
 
 import pytest
@@ -77,11 +79,80 @@ def test_a_stretch_alone_is_the_same_to_the_bit(options):
         assert torch.equal(piece, whole[:, first : first + count])
 
 
-def test_other_windows_give_the_same_up_to_rounding():
-    generator = make()
-    whole = render(generator, frames=40, clips=2, window=16)
-    for window in (1, 7, 64):
-        assert_close(render(generator, frames=40, clips=2, window=window), whole)
+@pytest.fixture
+def threads():
+    """torch.set_num_threads, undone after the test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"clips": 4, "motion_seed": [1, 1, 2, 2]},
+        {"start": 5, "loop": 21},
+        {"seed": [(1, 2, 3)], "content_frames": 7},
+        {"step": 1000.5},
+        {"style_gain": {1: 0.5}},
+    ],
+    ids=str,
+)
+def test_threads_and_windows_change_no_bit(options, threads):
+    generator, expected = make(), None
+    for count, window in ((1, 16), (1, 1), (2, 1), (2, 4), (2, 16), (4, 4), (4, 64), (4, None)):
+        threads(count)
+        frames = render(generator, frames=36, window=window, **options)
+        expected = frames if expected is None else expected
+        assert torch.equal(frames, expected), (count, window)
+
+
+def test_frames_are_made_in_other_threads_under_the_callers_autocast(threads, monkeypatch):
+    generator, seen = make(), []
+    forward = generator.synthesis.forward
+
+    def watched(*args):
+        state = torch.get_num_threads(), torch.is_inference_mode_enabled()
+        seen.append((threading.current_thread(), *state, torch.is_autocast_enabled("cpu")))
+        return forward(*args)
+
+    monkeypatch.setattr(generator.synthesis, "forward", watched)
+    threads(3)
+    with torch.autocast("cpu", torch.bfloat16):
+        in_bf16 = render(generator, frames=20)
+    difference = (in_bf16.float() - render(generator, frames=20).float()).abs()
+    assert 0 < difference.mean() < 2
+    of_thread, counts, inference, autocast = zip(*seen)
+    assert 1 < len(set(of_thread[:20])) <= 3 and threading.main_thread() not in of_thread
+    assert set(counts) == {1} and all(inference) and torch.get_num_threads() == 3
+    assert all(autocast[:20]) and not any(autocast[20:])
+
+
+@pytest.mark.parametrize("ending", ["error", "dropped", "whole"])
+def test_no_thread_is_left(ending, threads, monkeypatch):
+    """After an error in a frame, which its window raises; or if nobody wants the other windows."""
+    threads(2)
+    generator, before = make(), threading.active_count()
+    forward, calls = generator.synthesis.forward, itertools.count()
+
+    def failing(*args):
+        if next(calls) == 9 and ending == "error":
+            raise RuntimeError("frame 9")
+        return forward(*args)
+
+    monkeypatch.setattr(generator.synthesis, "forward", failing)
+    windows = mostgan.render(generator, 0, frames=400, window=4)
+    if ending == "error":
+        with pytest.raises(RuntimeError, match="frame 9"):
+            list(windows)
+    elif ending == "dropped":
+        assert next(windows).shape[1] == 4
+        windows.close()
+        assert next(calls) < 40
+    else:
+        assert sum(window.shape[1] for window in windows) == 400
+    assert threading.active_count() == before and torch.get_num_threads() == 2
 
 
 @torch.no_grad()

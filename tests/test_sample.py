@@ -398,10 +398,6 @@ MEMORY = """
 import sys
 from pathlib import Path
 import sample
-from mostgan import rendering
-
-# Whole windows, as on a GPU: frame by frame, so small a model is nearly all Python's own time.
-rendering.render_frames = lambda generator, *motion: generator.synthesis(*motion)[0]
 
 def resident():
     return int(open("/proc/self/statm").read().split()[1]) * 4096 / 1e6

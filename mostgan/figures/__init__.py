@@ -75,12 +75,12 @@ def style_maps(attention, features):
 
 
 def relative_maps(maps):
-    """Maps less their mean over the styles, each style's over its largest magnitude in the clip;
-    and these magnitudes, [K]. maps: [T, K, H, W].
+    """Maps less their mean over the styles, each style's over its largest value in the clip, and
+    these values, [K]; a style that is nowhere above the mean stays below 0. maps: [T, K, H, W].
     """
     relative = maps - maps.mean(dim=1, keepdim=True)
-    largest = relative.abs().amax(dim=(0, 2, 3))
-    return relative / largest.clamp(min=1e-12)[:, None, None], largest
+    largest = relative.amax(dim=(0, 2, 3))
+    return relative / largest.abs().clamp(min=1e-12)[:, None, None], largest
 
 
 def correlations(clips):

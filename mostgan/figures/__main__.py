@@ -20,8 +20,8 @@ from mostgan.files import sha256_of, whole_folder, write_whole
 from mostgan.program import run_program
 from mostgan.rendering import exact, render
 
-CLIPS = 4  # that figure 5 averages over
-CONTENTS, MOTIONS = 4, 3  # of figure 8
+CLIPS = 4  # that figure 5 is of
+CONTENTS, MOTIONS = 4, 3  # that figure 8 shows
 
 
 def run(
@@ -39,10 +39,10 @@ def run(
     """Draws the paper's figures of a model, and puts them on a page.
 
     Args:
-        model: a run folder or one checkpoint in it. Default: as sample.py's.
+        model: a run folder or one checkpoint in it. Default: that of sample.py.
         out: the folder to write. Default: figures/<run>.
         force: write over figures that are there.
-        seed: of the first clip's content and motion; the others' follow.
+        seed: of the first clip; the others' follow.
         frames: length of the clips.
         speed: of time: frames of the dataset from one frame to the next.
         label: class, for a model conditioned on classes.
@@ -52,23 +52,28 @@ def run(
         raise UserError("figures need matplotlib: pip install 'mostgan[figures]'")
     if frames < 2:
         raise UserError(f"frames is {frames}, but must be at least 2")
-    path = checkpoint.find(model)
-    name = (
-        path.resolve().parent.name if path.name.startswith("checkpoint-") else path.resolve().name
-    )
+    path = checkpoint.find(model).resolve()
+    name = path.parent.name if path.name.startswith("checkpoint-") else path.name
     out = out or Path("figures", name)
     check_place(out, force)
     device = pick_device()
     choose_kernels("reference", False, device)
     generator = checkpoint.load(path, device)
-    shown = {"step": exact(speed), "label": list(condition) or label}
-    fps = generator.config.fps or 25.0
+    config, fps = generator.config, generator.config.fps or 25.0
+    about = [
+        f"Checkpoint {path.name} (sha256 {sha256_of(path / 'model.safetensors')[:12]}): "
+        f"{config.resolution}², {config.motion_styles} motion styles of rank {config.rank}, motion "
+        f"anchors {config.motion_distance} frames apart. Rendered in float32 from seed {seed} on: "
+        f"clips of {frames} frames, {speed:g} of the dataset's apart."
+    ]
+    shown, stats = (
+        {"step": exact(speed), "label": list(condition) or label},
+        path.parent / "stats.jsonl",
+    )
     out.parent.mkdir(parents=True, exist_ok=True)
     with whole_folder(out) as folder:
-        about, sections = [describe(path, generator.config, seed, frames, speed)], []
-        for exhibit in exhibits_of(
-            generator, path.parent / "stats.jsonl", seed, frames, fps, shown
-        ):
+        sections = []
+        for exhibit in exhibits(generator, stats, seed, frames, fps, shown):
             if isinstance(exhibit, str):
                 about.append(exhibit)
             else:
@@ -78,19 +83,29 @@ def run(
     print(f"{out / 'index.html'} has these figures of {path}")
 
 
-def exhibits_of(generator, stats, seed, frames, fps, shown):
+def check_place(out, force):
+    """UserError where something is in the place of the folder to write."""
+    told = f"{out} is there already: choose another --out"
+    if out.exists() and not force:
+        raise UserError(f"{told}, or write over it with --force")
+    if out.exists() and (
+        not out.is_dir() or {file.suffix for file in out.iterdir()} - {".png", ".webp", ".html"}
+    ):
+        raise UserError(f"{told}; it holds other things than figures")
+
+
+def exhibits(generator, stats, seed, frames, fps, shown):
     """Yields an Exhibit of every figure that there can be of a model, and a sentence on those that
-    there can not. stats: stats.jsonl, or where it would be; shown: further arguments of `render`.
+    there can not. stats: the run's stats.jsonl, if there is one; shown: further arguments of
+    `render`.
     """
     from mostgan.figures import drawing  # which imports matplotlib
 
     second = float(shown["step"]) / fps
-    if any(
-        conv.hypernetwork is not None for convs, _ in generator.synthesis.layers() for conv in convs
-    ):
-        clips = [watch(generator, seed + i, frames, **shown) for i in range(CLIPS)]
-        pictures, layers = clips[0]
-        yield drawing.similarity([of for _, of in clips])
+    pictures, layers = watch(generator, seed, frames, **shown)
+    if layers:
+        others = [watch(generator, seed + i, frames, **shown)[1] for i in range(1, CLIPS)]
+        yield drawing.similarity([layers, *others])
         yield drawing.attention(layers, frames * second)
         for layer in {layer.block: layer for layer in layers}.values():  # a block's last
             yield drawing.where_styles_act(pictures, layer, second)
@@ -102,32 +117,10 @@ def exhibits_of(generator, stats, seed, frames, fps, shown):
     clips = torch.cat([window.cpu() for window in clips], dim=1)
     yield drawing.content_against_motion(clips.unflatten(0, (MOTIONS, CONTENTS)), second)
     curves = read_curves(stats) if stats.exists() else {}
-    if "frames" in curves:
+    if curves:
         yield drawing.course(curves)
     else:
         yield "There is no stats.jsonl beside this checkpoint, so there are no curves of its run."
-
-
-def check_place(out, force):
-    """UserError where something is in the place of the folder to write."""
-    ours = (".png", ".webp", ".html")
-    if out.exists() and not (out.is_dir() and all(file.suffix in ours for file in out.iterdir())):
-        raise UserError(f"{out} is there already and holds other things; choose another --out")
-    if out.exists() and not force:
-        raise UserError(
-            f"{out} is there already: choose another --out, or write over it with --force"
-        )
-
-
-def describe(path, config, seed, frames, speed):
-    """What the page says of the model and of how it was rendered."""
-    digest = sha256_of(path / "model.safetensors")[:12]
-    return (
-        f"Checkpoint {path.resolve().name} (sha256 {digest}): {config.resolution}², "
-        f"{config.motion_styles} motion styles of rank {config.rank}, motion anchors "
-        f"{config.motion_distance} frames apart. Rendered in float32 from seed {seed}: clips of "
-        f"{frames} frames, {speed:g} of the data's apart."
-    )
 
 
 def main():

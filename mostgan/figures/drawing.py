@@ -14,7 +14,6 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
 from PIL import Image
 
-from mostgan import metrics
 from mostgan.figures import correlations, relative_maps
 from mostgan.figures.page import Exhibit
 
@@ -23,23 +22,17 @@ rcParams.update({"xtick.labelsize": 8, "ytick.labelsize": 8})
 WIDTH = 4.8  # inches
 STILL, MOVING = 200, 100  # dots per inch of pictures and of videos
 LINES = ("#0072B2", "-"), ("#D55E00", "--"), ("#009E73", ":"), ("#CC79A7", "-.")
-LESS, SAME, MORE = (np.array(colors.to_rgb(c)) for c in ("#56B4E9", "#808080", "#E69F00"))
-OPACITY = 0.8  # of the strongest tint
-# What stats.jsonl has → the panel, and the curve in it …
-NAMES = {
-    "loss_G": ("loss", "generator"),
-    "loss_D": ("loss", "discriminator"),
-    "D_real": ("output of the discriminator", "real clips"),
-    "D_fake": ("output of the discriminator", "generated clips"),
-    "r1": ("R1 penalty", "R1 penalty"),
-    "diversity": ("diversity loss", "diversity loss"),
-    "ada_p": ("ADA's p (probability)", "ADA's p"),
-}
-# … and the panels of scores that are no Fréchet distances.
-UNITS = {
-    "spectrum_distance_db": "temporal spectrum distance (dB)",
-    "static_rate": "share of static clips",
-    "real_static_rate": "share of static clips",
+TINT, OPACITY = np.array(colors.to_rgb("#E69F00")), 0.8  # where a style acts most
+DISTANCES = "fvd16", "fvd128", "fvd128_every8", "fid"
+PANELS = {  # title → names in stats.jsonl
+    "loss": ("loss_G", "loss_D"),
+    "output of the discriminator": ("D_real", "D_fake"),
+    "R1 penalty": ("r1",),
+    "diversity loss": ("diversity",),
+    "ADA's p (probability)": ("ada_p",),
+    "Fréchet distance": (*DISTANCES, *(f"proxy_{name}" for name in DISTANCES)),
+    "temporal spectrum distance (dB)": ("spectrum_distance_db",),
+    "share of static clips": ("static_rate", "real_static_rate"),
 }
 
 
@@ -132,58 +125,58 @@ def attention(layers, seconds):
 
 
 def overlay(frames, relative):
-    """Frames in grey, with orange where a style acts more than the mean of all, blue where less;
-    the stronger, the more opaque.
+    """Frames in grey, tinted the more the nearer a style is to where and when it acts most.
 
-    frames: uint8 [T, 3, H, W]; relative: [T, K, h, w] in −1 … 1 → uint8 [T, K, H, W, 3].
+    frames: uint8 [T, 3, H, W]; relative: [T, K, h, w] up to 1 → uint8 [T, K, H, W, 3].
     """
     grey = frames.numpy().mean(axis=1)[:, None, :, :, None] / 255
-    enlarged = F.interpolate(relative, size=frames.shape[2:], mode="bilinear").numpy()[..., None]
-    mixed = grey + (np.where(enlarged > 0, MORE, LESS) - grey) * np.abs(enlarged) * OPACITY
+    enlarged = F.interpolate(relative.clamp(min=0), size=frames.shape[2:], mode="bilinear")
+    mixed = grey + (TINT - grey) * enlarged.numpy()[..., None] * OPACITY
     return (mixed * 255).round().astype(np.uint8)
 
 
-def sheet(tiles, across, beside=(), above=(), inside=(), tints=False, dpi=STILL):
+def sheet(tiles, across, beside=(), above=(), inside=(), tinted=False, dpi=STILL):
     """Tiles in rows of so many, with names → uint8 [T, height, width, 3].
 
     tiles: uint8 [T, n, H, W, 3]; beside: names of the rows; above: of the columns; inside: of the
-    tiles; tints: whether the scale of `overlay` is drawn below.
+    tiles; tinted: whether the scale of `overlay` is drawn below.
     """
-    gap = (0, -tiles.shape[1] % across), (0, 2), (0, 2)
-    tiles = np.pad(tiles, [(0, 0), *gap, (0, 0)], constant_values=255)
+    gaps = (0, 0), (0, -tiles.shape[1] % across), (0, 2), (0, 2), (0, 0)
+    tiles = np.pad(tiles, gaps, constant_values=255)
     T, n, H, W, _ = tiles.shape
-    R = n // across
+    R, left, below = n // across, 0.7 * bool(beside), 0.45 * tinted
     mosaics = tiles.reshape(T, R, across, H, W, 3).swapaxes(2, 3).reshape(T, R * H, across * W, 3)
-    left, top = 0.7 * bool(beside), 0.25 * bool(above)
-    figure = canvas((WIDTH - left) * R / across + top + 0.6 * tints, dpi)
-    ax = figure.subplots()
+    side = (WIDTH - left) / across * R
+    height = 0.25 * bool(above) + side + below
+    figure = Figure(figsize=(WIDTH, height), dpi=dpi)
+    ax = figure.add_axes((left / WIDTH, below / height, 1 - left / WIDTH, side / height))
     ax.xaxis.tick_top()
     ax.set_xticks(np.arange(len(above)) + 0.5, above)
     ax.set_yticks(np.arange(len(beside)) + 0.5, beside)
-    ax.tick_params(length=0, pad=2, labelsize=9)
+    ax.tick_params(length=0, pad=3, labelsize=9)
     ax.spines[:].set_visible(False)
     for i, name in enumerate(inside):
         box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1.5}
         ax.text(i % across + 0.04, i // across + 0.05, name, va="top", fontsize=8, bbox=box)
-    if tints:
-        ends = [SAME + (end - SAME) * OPACITY for end in (LESS, SAME, MORE)]
-        scale = colors.Normalize(-1, 1), colors.LinearSegmentedColormap.from_list("", ends)
-        bar = figure.colorbar(
-            ScalarMappable(*scale), ax=ax, location="bottom", shrink=0.6, aspect=30, pad=0.02
+    if tinted:
+        tints = colors.LinearSegmentedColormap.from_list(
+            "", [[0.5] * 3, 0.5 + (TINT - 0.5) * OPACITY]
         )
-        bar.set_ticks([-1, 0, 1], labels=["less", "as the mean of styles", "more"])
-    # What is drawn over a black and over a white mosaic tells how any other one shows through.
-    image = ax.imshow(np.zeros((1, 1, 3)), extent=(0, across, R, 0))
+        bar = figure.add_axes((0.3, 0.27 / height, 0.4, 0.09 / height))
+        figure.colorbar(ScalarMappable(cmap=tints), cax=bar, orientation="horizontal")
+        bar.set_xticks([0, 1], ["mean of styles, or less", "the style's most"])
+    # What is drawn over black, and over white, tells how any mosaic shows through.
+    image = ax.imshow(np.zeros((1, 1, 3)), extent=(0, across, R, 0), aspect="auto")
     black = pixels(figure)
     image.set_data(np.ones((1, 1, 3)))
     opening = (pixels(figure).astype(np.float32) - black) / 255
-    x, bottom, right, y = ax.get_window_extent().extents.round().astype(int)
-    place = slice(len(black) - y, len(black) - bottom), slice(x, right)
-    out = np.repeat(black[None], T, axis=0)
-    for frame, mosaic in zip(out, mosaics):
-        shown = Image.fromarray(mosaic).resize((right - x, y - bottom), Image.Resampling.BICUBIC)
+    x, bottom, right, top = ax.get_window_extent().extents.round().astype(int)
+    place = slice(len(black) - top, len(black) - bottom), slice(x, right)
+    frames = np.repeat(black[None], T, axis=0)
+    for frame, mosaic in zip(frames, mosaics):
+        shown = Image.fromarray(mosaic).resize((right - x, top - bottom), Image.Resampling.BICUBIC)
         frame[place] = (black[place] + opening[place] * shown).round()
-    return out
+    return frames
 
 
 def where_styles_act(frames, layer, second):
@@ -194,25 +187,23 @@ def where_styles_act(frames, layer, second):
     T, K, block = *layer.maps.shape[:2], layer.block
     tiles = frames.permute(0, 2, 3, 1).numpy()[:, None], overlay(frames, relative)
     tiles = np.concatenate(tiles, axis=1)  # [T, 1 + K, H, W, 3]
-    names = ["frame", *(f"style {k}\n±{most:.2f}" for k, most in enumerate(largest))]
+    names = ["frame", *(f"style {k}\n{most:+.3f}" for k, most in enumerate(largest))]
     chosen = np.linspace(0, T - 1, 5).astype(int)
     of_styles = tiles[chosen].swapaxes(0, 1).reshape(1, -1, *tiles.shape[2:])
-    picture = sheet(of_styles, 5, names, [f"{i * second:.2f} s" for i in chosen], tints=True)[0]
-    video = sheet(tiles, int(np.ceil(np.sqrt(K + 1))), inside=names, tints=True, dpi=MOVING)
-    of = {
-        name: getattr(layer.maps, name)(dim=(0, 2, 3)) for name in ("mean", "std", "amin", "amax")
-    }
-    most = int(of["std"].argmax())
+    picture = sheet(of_styles, 5, names, [f"{i * second:.2f} s" for i in chosen], tinted=True)[0]
+    video = sheet(tiles, int(np.ceil(np.sqrt(K + 1))), inside=names, tinted=True, dpi=MOVING)
+    by_style = layer.maps.swapaxes(0, 1).flatten(1)  # [K, T·H·W]
+    mean, std = by_style.mean(dim=1), by_style.std(dim=1)
+    most = int(std.argmax())
     look = """Look for styles whose orange lies in different places and moves with what moves there:
-        there, filters that attend to the style are active; where it is blue, less than for the
-        average style."""
+        there, filters that attend to the style are active. A grey one acts less than the others."""
     told = f"""Equal attention would be {1 / K:.3f}. Style {most} differs most between places and
-        times: {of["mean"][most]:.3f} ± {of["std"][most]:.3f} (standard deviation)."""
+        times: {mean[most]:.3f} ± {std[most]:.3f} (standard deviation)."""
     how = f"""Computed as Σ A[o,κ] |x[o]| / Σ |x[o]| over the channels o of the block's last
         convolution ({layer.conv}; x are its features), less the mean over the styles κ, in parts of
-        the style's largest difference in the clip (± beside it), enlarged to the frame."""
-    columns = "mean", "standard deviation", "lowest", "highest", "largest difference"
-    values = torch.stack([*of.values(), largest], dim=1)
+        the style's largest value in the clip (beside it), enlarged to the frame."""
+    columns = "mean", "standard deviation", "lowest", "highest", "highest less the mean of styles"
+    values = torch.stack([mean, std, by_style.amin(dim=1), by_style.amax(dim=1), largest], dim=1)
     tables = {"Attention over places and times": rows("style", columns, range(K), values)}
     title = f"Figure 7: where each style acts, block {block}²"
     return Exhibit(f"figure-7-{block}", title, [look, told, how], tables, picture, video)
@@ -244,34 +235,32 @@ def content_against_motion(clips, second):
 
 def course(curves):
     """Losses, scores and ADA's p over a run. curves: of `read_curves`."""
-    scores = [key for key in curves if key.removeprefix("proxy_") in metrics.LABELS]
-    panel = {key: UNITS.get(key.removeprefix("proxy_"), "Fréchet distance") for key in scores}
-    named = NAMES | {key: (panel[key], metrics.label(key).strip()) for key in scores}
-    panels = {}
-    for key, (title, name) in named.items():
-        if key in curves:
-            panels.setdefault(title, {})[name] = curves[key]
+    panels = {title: [n for n in names if n in curves] for title, names in PANELS.items()}
+    panels = {title: names for title, names in panels.items() if names}
     figure = canvas(0.4 + 1.2 * len(panels))
     axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
-    for ax, (title, lines) in zip(axes, panels.items()):
-        for (color, dashes), (name, (x, y)) in zip(LINES * 2, lines.items()):
-            marker = "o" if len(x) < 12 else None
-            ax.plot(x, y, dashes, color=color, lw=1.2, label=name, marker=marker, ms=3)
+    for ax, (title, names) in zip(axes, panels.items()):
+        for (color, dashes), name in zip(LINES * 2, names):
+            marker = "o" if curves[name].shape[1] < 12 else None
+            ax.plot(*curves[name], dashes, color=color, lw=1.2, label=name, marker=marker, ms=3)
         ax.set_title(title, loc="left")
+        if title.startswith("share"):
+            ax.set_ylim(-0.02, 1.02)
         ax.grid(axis="y", lw=0.4, color="#dddddd")
         ax.spines[["top", "right"]].set_visible(False)
-        if len(lines) > 1:
-            ax.legend(framealpha=0.7, edgecolor="none", borderpad=0.2)
+        if len(names) > 1:
+            place = {"loc": "lower right", "bbox_to_anchor": (1, 0.98), "borderaxespad": 0}
+            ax.legend(**place, ncols=2, frameon=False, handlelength=1.5, columnspacing=1)
     axes[-1].set_xlabel("frames (thousands)")
-    ends = {name: y for lines in panels.values() for name, (_, y) in lines.items()}
-    values = [[y[0], np.fmin.reduce(y), np.fmax.reduce(y), y[-1]] for y in ends.values()]
+    drawn = {name: curves[name][1] for names in panels.values() for name in names}
+    values = [[y[0], np.fmin.reduce(y), np.fmax.reduce(y), y[-1]] for y in drawn.values()]
     look = """Look at the discriminator's outputs: if those of real and of generated clips draw
         apart without end, it wins, and ADA's p should rise. The scores say whether clips get
         better."""
-    last = ", ".join(f"{name} {y[-1]:.3g}" for name, y in ends.items())
+    last = ", ".join(f"{name} {y[-1]:.3g}" for name, y in drawn.items())
     told = f"At {curves['frames'][0, -1]:.4g} thousand frames: {last}."
     how = """Computed by train.py: means between two lines of stats.jsonl. Proxy scores are of a
         random network, and good only for comparing runs with one another."""
-    tables = {"Over the run": rows("", ("first", "lowest", "highest", "last"), ends, values)}
+    tables = {"Over the run": rows("", ("first", "lowest", "highest", "last"), drawn, values)}
     title = "The run: losses, scores and ADA's p"
     return Exhibit("curves", title, [look, told, how], tables, pixels(figure))

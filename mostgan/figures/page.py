@@ -92,16 +92,16 @@ def image(path, alt):
     with Image.open(path) as opened:
         size = 'width="{}" height="{}"'.format(*opened.size)
     data = base64.b64encode(path.read_bytes()).decode()
-    return f'\n<img src="data:image/webp;base64,{data}" {size} alt="{escape(plain(alt))}">'
+    return f'\n<img src="data:image/webp;base64,{data}" {size} alt="{text(alt)}">'
 
 
 def paragraphs(texts):
-    return "".join(f"\n<p>{escape(plain(text))}</p>" for text in texts)
+    return "".join(f"\n<p>{text(words)}</p>" for words in texts)
 
 
-def plain(text):
-    """Text on one line."""
-    return " ".join(text.split())
+def text(words):
+    """HTML of plain text, whose line breaks go."""
+    return escape(" ".join(words.split()))
 
 
 def table(title, rows):

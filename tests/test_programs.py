@@ -10,6 +10,7 @@ from conftest import ROOT, options_of
 import sample
 import train
 from mostgan.checkpoint import __main__ as checkpoint
+from mostgan.figures import __main__ as figures
 from mostgan.metrics import __main__ as metrics
 from mostgan.prepare import __main__ as prepare
 from mostgan.program import cores, run_program
@@ -20,6 +21,7 @@ PROGRAMS = {
     "prepare": prepare.main,
     "checkpoint": checkpoint.main,
     "metrics": metrics.main,
+    "figures": figures.main,
 }
 BAD = [
     ("train --dataset mars", "mars"),
@@ -54,6 +56,8 @@ BAD = [
     ("metrics nowhere", "nowhere"),
     ("metrics PACKED nowhere", "nowhere"),
     ("metrics nowhere --runs 0", "runs"),
+    ("figures nowhere", "nowhere"),
+    ("figures PACKED", "neither a checkpoint"),
 ]
 
 

@@ -95,11 +95,11 @@ def attention(layers, seconds):
     axes = figure.subplots(len(layers), 4, **options)
     place = {"extent": (0, seconds, K - 0.5, -0.5), "aspect": "auto", "interpolation": "nearest"}
     for row, name, mean, layer in zip(axes, names, means, layers):
-        row[0].imshow(mean.t(), vmin=0, vmax=means.max(), cmap="viridis", **place)
+        row[0].imshow(mean.t().numpy(), vmin=0, vmax=float(means.max()), cmap="viridis", **place)
         row[0].set(title=f"{name}: mean", ylabel="style", yticks=range(0, K, -(-K // 4)))
         order = layer.attention.std(dim=0).sum(dim=1).argsort(descending=True).tolist()
         for ax, o in zip(row[1:], (order[0], order[len(order) // 2], order[-1])):
-            ax.imshow(layer.attention[:, o].t(), vmin=0, vmax=1, cmap="viridis", **place)
+            ax.imshow(layer.attention[:, o].t().numpy(), vmin=0, vmax=1, cmap="viridis", **place)
             ax.set(title=f"filter {o}")
     for which, label in ((axes[:, :1], "mean of filters"), (axes[:, 1:], "single filters")):
         for ax in which[-1]:

@@ -10,7 +10,8 @@ import pytest
 from conftest import ROOT
 
 FILES = [*ROOT.glob("*.py"), *ROOT.glob("mostgan/**/*.py"), *ROOT.glob("kernels/*.py")]
-SIDE = ("mostgan.prepare", "mostgan.checkpoint.", "mostgan.metrics")  # side commands, in order
+# Side commands, in order.
+SIDE = ("mostgan.prepare", "mostgan.checkpoint.", "mostgan.metrics", "mostgan.figures")
 # Saving and loading the training state is the core's, though it lies in checkpoint/.
 CORE_PARTS = ("mostgan.checkpoint.training",)
 LAYERS = 8  # from config.py up to train.py

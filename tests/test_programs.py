@@ -12,6 +12,7 @@ import sample
 import train
 from mostgan import program
 from mostgan.checkpoint import __main__ as checkpoint
+from mostgan.figures import __main__ as figures
 from mostgan.metrics import __main__ as metrics
 from mostgan.prepare import __main__ as prepare
 from mostgan.program import cores, run_program
@@ -22,6 +23,7 @@ PROGRAMS = {
     "prepare": prepare.main,
     "checkpoint": checkpoint.main,
     "metrics": metrics.main,
+    "figures": figures.main,
 }
 BAD = [
     ("train --dataset mars", "mars"),
@@ -56,6 +58,8 @@ BAD = [
     ("metrics nowhere", "nowhere"),
     ("metrics PACKED nowhere", "nowhere"),
     ("metrics nowhere --runs 0", "runs"),
+    ("figures nowhere", "nowhere"),
+    ("figures PACKED", "neither a checkpoint"),
 ]
 
 

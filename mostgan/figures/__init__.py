@@ -1,0 +1,114 @@
+"""The paper's figures 5 to 8 in numbers (spec §14), noted while a generator renders.
+
+drawing.py makes pictures of them, with words, page.py a page, and `python -m mostgan.figures`
+(__main__.py) all of it. Shapes: T frames, K motion styles, O output channels (filters).
+"""
+
+import json
+from contextlib import suppress
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+import kernels
+from mostgan.rendering import render
+
+
+class Seen(NamedTuple):
+    """What MoStAtt did in one layer while a clip was rendered."""
+
+    block: int  # its resolution
+    conv: str
+    attention: torch.Tensor  # A of Eq. 2, [T, O, K]
+    cosines: torch.Tensor  # of `style_cosines`, [T, K, K]
+    maps: torch.Tensor  # of `style_maps`, [T, K, H, W]
+
+
+def watch(generator, seed, frames, **shown):
+    """Renders a clip. Returns its frames, uint8 [T, 3, H, W], and a Seen of every layer with motion
+    styles. shown: further arguments of `mostgan.render`.
+    """
+    noted, hooks = {}, []
+    for block, (convs, _) in zip(generator.config.resolutions, generator.synthesis.layers()):
+        for name, layer in zip(("conv1", "conv0"), reversed(convs)):
+            if layer.hypernetwork is not None:
+                noted[block, name] = []
+                hooks.append(layer.register_forward_hook(partial(_note, noted[block, name])))
+    try:
+        # In one window: a GPU then renders no frame besides those wanted.
+        clip = torch.cat(list(render(generator, seed, 0, frames, window=frames, **shown)), dim=1)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    seen = [Seen(*name, *map(torch.cat, zip(*calls))) for name, calls in sorted(noted.items())]
+    return clip[0].cpu(), seen
+
+
+def _note(calls, layer, inputs, outputs):
+    """A hook: adds to a list what a call of a layer did."""
+    (_, _, motion_vectors), (features, score) = inputs, outputs
+    attention = score.float().softmax(dim=2)
+    motion_style = layer.hypernetwork(motion_vectors).unflatten(2, (layer.rank, -1))
+    cosines = style_cosines(motion_style, layer.in_channels)
+    calls.append((attention.cpu(), cosines.cpu(), style_maps(attention, features.float()).cpu()))
+
+
+def style_cosines(motion_style, in_channels):
+    """Cosines between the modulations M (Eq. 1) of two styles, as vectors of I·k·k numbers (figure
+    5). motion_style: [N, K, R, I + k + k] → [N, K, K].
+    """
+    M = F.normalize(kernels.motion_modulation(motion_style, in_channels, 3), dim=2)
+    return M @ M.transpose(1, 2)
+
+
+def style_maps(attention, features):
+    """Where each style acts (figure 7): Σ_o A[o,κ] |x[o,y,x]| / Σ_o |x[o,y,x]|.
+
+    attention: [N, O, K], features x: [N, O, H, W] → [N, K, H, W]; over the styles they sum to 1.
+    """
+    size = features.abs()
+    total = size.sum(dim=1, keepdim=True).clamp(min=1e-12)
+    return torch.einsum("nok,noyx->nkyx", attention, size) / total
+
+
+def relative_maps(maps):
+    """Maps less their mean over the styles, each style's over its largest value in the clip, and
+    these values, [K]; a style that is nowhere above the mean stays below 0. maps: [T, K, H, W].
+    """
+    relative = maps - maps.mean(dim=1, keepdim=True)
+    largest = relative.amax(dim=(0, 2, 3))
+    return relative / largest.abs().clamp(min=1e-12)[:, None, None], largest
+
+
+def correlations(clips):
+    """How alike two clips of figure 8 are that share their content, their motion, or neither: mean
+    correlations [2, 3], of their looks (the mean over time), and of their changes (the rest), each
+    less its mean over all clips. clips: uint8 [motions, contents, T, 3, H, W].
+    """
+    motion, content = np.indices(clips.shape[:2]).reshape(2, -1)
+    same_motion, same_content = motion[:, None] == motion, content[:, None] == content
+    pairs = same_content & ~same_motion, same_motion & ~same_content, ~same_motion & ~same_content
+    grey = clips.float().mean(dim=3).flatten(0, 1)  # [clips, T, H, W]
+    looks, means = grey.mean(dim=1, keepdim=True), []
+    for x in (looks, grey - looks):
+        unit = F.normalize((x - x.mean(dim=0)).flatten(1), dim=1)
+        alike = (unit @ unit.t()).numpy()
+        means.append([alike[pair].mean() for pair in pairs])
+    return np.array(means)
+
+
+def read_curves(path):
+    """stats.jsonl → {name: array [2, n] of thousands of frames and values}, NaN where a value was
+    not finite. A line that is still being written is passed over.
+    """
+    columns = {}
+    for line in path.read_text(errors="replace").splitlines():
+        with suppress(ValueError, KeyError, TypeError):
+            values = json.loads(line)
+            for name, value in values.items():
+                point = values["frames"] / 1000, float("nan" if value is None else value)
+                columns.setdefault(name, []).append(point)
+    return {name: np.array(points).T for name, points in columns.items()}

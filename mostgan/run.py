@@ -246,8 +246,8 @@ def with_data(config, clips):
     """The configuration with what the data decides: the sizes of conditions, and the frame rate."""
     if config.conditional and not clips.num_labels + clips.frame_condition_dim:
         raise UserError(
-            f"--conditional needs labels, but {clips.path} has none: leave it out, or add a "
-            "dataset.json"
+            f"--conditional needs labels or conditions, but {clips.path} has none: leave it out, "
+            "or prepare the clips with --labels or --conditions"
         )
     model = dataclasses.replace(
         config.model,

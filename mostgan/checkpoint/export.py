@@ -29,10 +29,14 @@ noise         float32 [{clips}, J, {motion_noise_dim}]: normal numbers, a row pe
               A video goes on from call to call where each anchor keeps its row
 first_anchor  int64 [{clips}]: the anchor that the first row of noise belongs to
 psi           float32 []: truncation, 1 none, towards 0 more typical and less diverse
-{label}frames        uint8 [{clips}, T, 3, {resolution}, {resolution}], RGB
+{conditions}frames        uint8 [{clips}, T, 3, {resolution}, {resolution}], RGB
 """
 LABEL_USAGE = """\
 label         float32 [{clips}, {num_labels}], a sixth argument: condition vector (a class: one-hot)
+"""
+FRAME_CONDITION_USAGE = """\
+frame_condition
+              float32 [{clips}, T, {frame_condition_dim}], by its name: of each frame at its time t
 """
 
 
@@ -43,10 +47,11 @@ class WindowRenderer(nn.Module):
         super().__init__()
         self.generator = generator
 
-    def forward(self, z, t, noise, first_anchor, psi, label=None):
+    def forward(self, z, t, noise, first_anchor, psi, label=None, frame_condition=None):
         G = self.generator
         w = torch.lerp(G.mapping.w_avg, G.mapping(z, label), psi)
-        frames, _ = G.synthesis(G.synthesis.content(w), *G.motion(w, t, noise, first_anchor, label))
+        motion = G.motion(w, t, noise, first_anchor, label, frame_condition)
+        frames, _ = G.synthesis(G.synthesis.content(w), *motion)
         return to_uint8(frames).unflatten(0, t.shape).contiguous()
 
 
@@ -68,14 +73,19 @@ def export_window(generator: Generator, clips=1) -> torch.export.ExportedProgram
     ]
     frames = torch.export.Dim("frames", min=1, max=2**16)  # more fit in no memory
     anchors = torch.export.Dim("anchors", min=FRAME_ANCHORS)
-    open_shapes = [{}, {1: frames}, {1: anchors}, {}, {}]
+    names = "z t noise first_anchor psi".split()
+    open_shapes = dict(zip(names, [{}, {1: frames}, {1: anchors}, {}, {}]))
     if config.num_labels:
         inputs.append(torch.eye(config.num_labels)[[0] * clips])
-        open_shapes.append({})
+        open_shapes["label"] = {}
+    by_name = {}
+    if config.frame_condition_dim:
+        by_name["frame_condition"] = torch.zeros(*t.shape, config.frame_condition_dim)
+        open_shapes["frame_condition"] = {1: frames}
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore", FutureWarning)  # of PyTorch, about its own insides
         program = torch.export.export(
-            WindowRenderer(generator), tuple(inputs), dynamic_shapes=tuple(open_shapes)
+            WindowRenderer(generator), tuple(inputs), by_name, dynamic_shapes=open_shapes
         )
         # Nothing of autograd or autocast remains: only ATen's own operations.
         return program.run_decompositions({})
@@ -94,8 +104,10 @@ def export_file(generator, path, clips=1):
     if clips < 1:
         raise UserError(f"--clips is {clips}, but must be at least 1")
     program, values = export_window(generator, clips), dataclasses.asdict(generator.config)
-    label = LABEL_USAGE.format(**values, clips=clips) if values["num_labels"] else ""
-    usage = USAGE.format(**values, clips=clips, label=label)
+    told = LABEL_USAGE if values["num_labels"] else ""
+    told += FRAME_CONDITION_USAGE if values["frame_condition_dim"] else ""
+    told = told.format(**values, clips=clips)
+    usage = USAGE.format(**values, clips=clips, conditions=told)
     inside = {"config.json": json.dumps(values, indent=2), "usage.txt": usage}
     with whole_file(path) as file, warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)

@@ -29,14 +29,10 @@ noise         float32 [{clips}, J, {motion_noise_dim}]: normal numbers, a row pe
               A video goes on from call to call where each anchor keeps its row
 first_anchor  int64 [{clips}]: the anchor that the first row of noise belongs to
 psi           float32 []: truncation, 1 none, towards 0 more typical and less diverse
-{conditions}frames        uint8 [{clips}, T, 3, {resolution}, {resolution}], RGB
+{label}frames        uint8 [{clips}, T, 3, {resolution}, {resolution}], RGB
 """
 LABEL_USAGE = """\
 label         float32 [{clips}, {num_labels}], a sixth argument: condition vector (a class: one-hot)
-"""
-FRAME_CONDITION_USAGE = """\
-frame_condition
-              float32 [{clips}, T, {frame_condition_dim}], by its name: of each frame at its time t
 """
 
 
@@ -47,11 +43,10 @@ class WindowRenderer(nn.Module):
         super().__init__()
         self.generator = generator
 
-    def forward(self, z, t, noise, first_anchor, psi, label=None, frame_condition=None):
+    def forward(self, z, t, noise, first_anchor, psi, label=None):
         G = self.generator
         w = torch.lerp(G.mapping.w_avg, G.mapping(z, label), psi)
-        motion = G.motion(w, t, noise, first_anchor, label, frame_condition)
-        frames, _ = G.synthesis(G.synthesis.content(w), *motion)
+        frames, _ = G.synthesis(G.synthesis.content(w), *G.motion(w, t, noise, first_anchor, label))
         return to_uint8(frames).unflatten(0, t.shape).contiguous()
 
 
@@ -73,19 +68,14 @@ def export_window(generator: Generator, clips=1) -> torch.export.ExportedProgram
     ]
     frames = torch.export.Dim("frames", min=1, max=2**16)  # more fit in no memory
     anchors = torch.export.Dim("anchors", min=FRAME_ANCHORS)
-    names = "z t noise first_anchor psi".split()
-    open_shapes = dict(zip(names, [{}, {1: frames}, {1: anchors}, {}, {}]))
+    open_shapes = [{}, {1: frames}, {1: anchors}, {}, {}]
     if config.num_labels:
         inputs.append(torch.eye(config.num_labels)[[0] * clips])
-        open_shapes["label"] = {}
-    by_name = {}
-    if config.frame_condition_dim:
-        by_name["frame_condition"] = torch.zeros(*t.shape, config.frame_condition_dim)
-        open_shapes["frame_condition"] = {1: frames}
+        open_shapes.append({})
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore", FutureWarning)  # of PyTorch, about its own insides
         program = torch.export.export(
-            WindowRenderer(generator), tuple(inputs), by_name, dynamic_shapes=open_shapes
+            WindowRenderer(generator), tuple(inputs), dynamic_shapes=tuple(open_shapes)
         )
         # Nothing of autograd or autocast remains: only ATen's own operations.
         return program.run_decompositions({})
@@ -101,13 +91,15 @@ def export_file(generator, path, clips=1):
         raise UserError(f"{path.parent} is not a folder")
     if path.exists():
         raise UserError(f"{path} is there already: choose another name")
+    if generator.config.frame_condition_dim:
+        raise UserError(
+            "a model with frame conditions cannot be exported: sample it with sample.py"
+        )
     if clips < 1:
         raise UserError(f"--clips is {clips}, but must be at least 1")
     program, values = export_window(generator, clips), dataclasses.asdict(generator.config)
-    told = LABEL_USAGE if values["num_labels"] else ""
-    told += FRAME_CONDITION_USAGE if values["frame_condition_dim"] else ""
-    told = told.format(**values, clips=clips)
-    usage = USAGE.format(**values, clips=clips, conditions=told)
+    label = LABEL_USAGE.format(**values, clips=clips) if values["num_labels"] else ""
+    usage = USAGE.format(**values, clips=clips, label=label)
     inside = {"config.json": json.dumps(values, indent=2), "usage.txt": usage}
     with whole_file(path) as file, warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)

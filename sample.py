@@ -8,8 +8,10 @@ python sample.py --start 500 --speed -0.25      # from frame 500 backwards, in s
 python sample.py --grid 4x4 --rows motion --columns content   # a row moves, a column looks alike
 python sample.py --content-seeds 1 2 3 --motion-seed 7        # content changes, motion runs on
 python sample.py --motion-style 0=0 3=2         # without style 0, style 3 twice as strong
+python sample.py --condition words.safetensors:clip7    # as the conditions of clip7 say
 """
 
+import contextlib
 import dataclasses
 import json
 import re
@@ -66,8 +68,10 @@ class Options:
     """truncation: 1 none, towards 0 more typical and less diverse"""
     label: int | None = None
     """class, for a model conditioned on classes"""
-    condition: tuple[float, ...] = ()
-    """condition vector, for a model conditioned on vectors"""
+    condition: tuple[str, ...] = ()
+    """for a model conditioned on vectors: FILE:NAME, the conditions of clip NAME in a file as
+    prepare takes it (of one clip: FILE), or the numbers of a clip's vector
+    """
     motion_style: tuple[str, ...] = ()
     """k=GAIN: scales the share of motion style k (from 0); 0 removes it"""
     start: float = 0.0
@@ -129,7 +133,7 @@ def sample(options: Options):
             frames,
             rows * columns,
             motion_seed=motion,
-            label=list(options.condition) or options.label,
+            **read_condition(options),
             psi=options.psi,
             content_frames=exact(options.content_seconds) * exact(rate),
             style_gain=parse_gains(options.motion_style),
@@ -283,6 +287,28 @@ def grid_seeds(options, rows, columns):
         return [options.seed + i for i in numbers("content")], motion
     # Each clip starts at a seed of its own.
     return [path[i % len(path) :] + path[: i % len(path)] for i in numbers("content")], motion
+
+
+def read_condition(options):
+    """--condition and --label → the conditions that `render` takes, a dict."""
+    given = {"label": options.label}
+    if not options.condition:
+        return given
+    with contextlib.suppress(ValueError):
+        return given | {"label": [float(number) for number in options.condition]}
+    if len(options.condition) > 1:
+        raise UserError(f"--condition {' '.join(options.condition)}: neither a file nor numbers")
+    file, end, name = options.condition[0].partition(".safetensors:")
+    entries = checkpoint.read_tensors(Path(file + end.rstrip(":")))
+    names = sorted({key.removesuffix("/frames") for key in entries})
+    if not name and len(names) == 1:
+        (name,) = names
+    if name not in names:
+        told = f"{len(names)} clips, such as {names[0]}" if names else "no conditions"
+        raise UserError(f"--condition {options.condition[0]}: the file has {told}; give FILE:NAME")
+    if name in entries:
+        given["label"] = entries[name].float()
+    return given | {"frame_condition": entries.get(f"{name}/frames")}
 
 
 def parse_gains(texts):

@@ -246,11 +246,13 @@ def own_pieces(config):
 
 def pieces_of(batch, config):
     """This process's share of a batch of real clips, in pieces: a list of Clips."""
-    frames, label = batch.frames.float() / 127.5 - 1, batch.label
+    frames, model = batch.frames.float() / 127.5 - 1, config.model
     size = config.batch_clips // config.batch_split
-    parts = zip(frames.split(size), batch.t.split(size), label.split(size))
-    conditional = config.model.num_labels > 0
-    return [Clips(f.flatten(0, 1), t, label if conditional else None) for f, t, label in parts]
+    label = batch.label if model.num_labels else None
+    of_frames = batch.frame_condition if model.frame_condition_dim else None
+    whole = Clips(frames, batch.t, label, of_frames)
+    parts = [[None] * config.batch_split if of is None else of.split(size) for of in whole]
+    return [Clips(frames.flatten(0, 1), *rest) for frames, *rest in zip(*parts)]
 
 
 def make_adam(module, lr, interval):

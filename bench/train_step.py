@@ -66,7 +66,7 @@ class Step:
         B, T, R = config.batch_clips, config.model.frames_per_clip, config.model.resolution
         t = torch.arange(T, dtype=torch.float64).expand(B, T) * 3
         frames = torch.randint(256, (B, T, 3, R, R), dtype=torch.uint8)
-        batch = Batch(frames, t, torch.zeros(B, 0))
+        batch = Batch(frames, t, torch.zeros(B, 0), torch.zeros(B, T, 0))
         if device.type == "cuda":
             batch = Batch(*(x.pin_memory() for x in batch))
         while True:

@@ -67,6 +67,8 @@ class ModelConfig:
     """longest time difference that the discriminator tells apart, plus one"""
     num_labels: int = 0
     """size of a clip's condition: C numbers, or C classes as one-hot vectors; 0 is none"""
+    frame_condition_dim: int = 0
+    """size of a frame's condition (spec §13): E numbers at every moment of a clip; 0 is none"""
     concat_resolution: int = 16
     """the discriminator's block that sees all images of a clip at once"""
     motion_difference: bool = True
@@ -113,8 +115,12 @@ class ModelConfig:
             if value is not None and not 0 < value < math.inf:
                 raise UserError(f"{name} is {value}, but must be more than 0, or none")
         check_one_of(self, "hypernetwork", "lrelu", "affine")
-        if self.motion_styles < 0 or self.num_labels < 0:
-            raise UserError("motion_styles and num_labels must be 0 or more")
+        if min(self.motion_styles, self.num_labels, self.frame_condition_dim) < 0:
+            raise UserError("motion_styles, num_labels and frame_condition_dim must be 0 or more")
+        if self.frame_condition_dim and not self.motion_styles:
+            raise UserError(
+                "motion_styles is 0, but frame conditions act through motion styles: at least 1"
+            )
         if self.channel_base < r or self.channels(self.concat_resolution) < 2:
             raise UserError(
                 f"channel_base is {self.channel_base}, too few channels for resolution {r}"
@@ -188,7 +194,7 @@ class TrainConfig:
     start_from: str | None = None
     """fine-tune: a checkpoint, or a run, whose model and weights a new run starts with"""
     conditional: bool = False
-    """train on the data's labels"""
+    """train on the data's labels, or its conditions"""
     shared_fakes: bool = False
     """the D step judges the G step's clips, not fresh ones: a sixth less work"""
     mirror: bool = True

@@ -81,9 +81,9 @@ class Clips:
 
     path; resolution; fps (median of the clips); names, a list; lengths int64 [N]; labels: None,
     int64 [N] (classes) or float32 [N, C] (vectors); num_labels: 0, the number of classes, or C;
-    fingerprint: a checksum of all of it; builtin: whether this is the procedural sky; info: the
-    index, a dict. Raises UserError naming the path where it is missing, of another version, or
-    incomplete.
+    frame_condition_dim: E, 0 without frame conditions; fingerprint: a checksum of all of it;
+    builtin: whether this is the procedural sky; info: the index, a dict. Raises UserError naming
+    the path where it is missing, of another version, or incomplete.
     """
 
     def __init__(self, path):
@@ -112,6 +112,7 @@ class Clips:
         labels = info.get("labels") or {}
         self.num_labels = labels.get("size") or len(labels.get("classes", ()))
         self.labels = np.array(clips["label"], np.int64) if "classes" in labels else None
+        self.frame_condition_dim = labels.get("frame_size", 0)
         if not len(self.names) == len(self._files) == len(self.lengths) == len(self.rates) > 0:
             raise ValueError("columns of different lengths")
 
@@ -141,6 +142,24 @@ class Clips:
             return self.labels[clip]
         return np.eye(1, self.num_labels, int(self.labels[clip]), dtype=np.float32)[0]
 
+    def frame_condition(self, clip, t):
+        """The frame conditions of clip number `clip` at real times t [T], in frames: float32 [T,
+        frame_condition_dim], as `condition_at` has them. Reads those rows and no others.
+        """
+        file, E = self.path / "frame_conditions.safetensors", self.frame_condition_dim
+        if not E:
+            return np.zeros((len(t), 0), np.float32)
+        try:
+            with open(file, "rb", buffering=0) as opened:
+                begin = 8 + int.from_bytes(opened.read(8), "little")
+                rows = np.memmap(opened, np.float32, "r", begin).reshape(-1, E)
+            if len(rows) != self.lengths.sum():
+                raise ValueError("it is cut off")
+        except (OSError, ValueError):
+            raise UserError(f"{file} is damaged; prepare {self.path} again") from None
+        first = self.lengths[:clip].sum()
+        return condition_at(rows[first : first + self.lengths[clip]], t)
+
     def frames(self, clip, indices):
         """Frames `indices` of clip number `clip` → uint8 [n, 3, R, R]; reads those and no others.
 
@@ -159,6 +178,18 @@ class Clips:
             text = f"{file} ({self.names[clip]}) is damaged ({error}); prepare {self.path} again"
             raise UserError(" ".join(text.split())) from None
         return out
+
+
+def condition_at(rows, t):
+    """A frame condition at real times t [T], in frames, of its rows [n, E] at the frames 0 … n − 1:
+    [T, E]. Between two frames it is interpolated linearly, before the first and after the last it
+    is held (spec §13).
+    """
+    t = np.clip(np.asarray(t, np.float64), 0, len(rows) - 1)
+    before = t.astype(np.int64)
+    share = (t - before)[:, None].astype(np.float32)
+    after = rows[np.minimum(before + 1, len(rows) - 1)]
+    return rows[before] * (1 - share) + after * share
 
 
 def read_clip(path, indices, length, coding, out):
@@ -268,6 +299,7 @@ class Batch(NamedTuple):
     t: torch.Tensor  # float32 [B,T], in frames
     # float32 [B, num_labels]: one-hot of classes, vectors as they are, [B, 0] without labels
     label: torch.Tensor
+    frame_condition: torch.Tensor  # float32 [B, T, frame_condition_dim]
 
 
 class _Batches:
@@ -309,6 +341,7 @@ class _Batches:
         )
         t = np.empty((self.batch_size, self.num_frames), np.float32)
         label = np.empty((self.batch_size, clips.num_labels), np.float32)
+        of_frames = np.empty((*t.shape, clips.frame_condition_dim), np.float32)
         for b, (clip, rng) in enumerate(samples):
             if self.reading is not None:
                 self.reading[torch.utils.data.get_worker_info().id, 1] = int(clip)
@@ -318,7 +351,8 @@ class _Batches:
             images = clips.frames(clip, indices)
             frames[b] = images[..., ::-1] if self.mirror and rng.random() < 0.5 else images
             label[b] = clips.condition(clip)
-        return Batch(torch.from_numpy(frames), torch.from_numpy(t), torch.from_numpy(label))
+            of_frames[b] = clips.frame_condition(clip, indices)
+        return Batch(*map(torch.from_numpy, (frames, t, label, of_frames)))
 
 
 def batches(

@@ -32,8 +32,8 @@ class ResidualBlock(nn.Module):
 
 
 class TimeCondition(nn.Module):
-    """Differences between consecutive frame times (and the label) → cmap, which the logit is
-    projected on.
+    """Differences between consecutive frame times, and conditions of the clip and of its frames →
+    cmap, which the logit is projected on.
     """
 
     def __init__(self, config, out_dim):
@@ -41,14 +41,16 @@ class TimeCondition(nn.Module):
         self.max_num_frames, self.used = config.max_num_frames, config.time_condition
         self.table = nn.Embedding(config.max_num_frames, 256)
         waves = 2 * int(math.log2(config.max_num_frames))
-        self.embed = Linear(
-            (256 + waves) * (config.frames_per_clip - 1) + config.num_labels, out_dim
-        )
+        of_times = (256 + waves) * (config.frames_per_clip - 1)
+        of_frames = config.frames_per_clip * config.frame_condition_dim
+        self.embed = Linear(config.num_labels + of_times + of_frames, out_dim)
         self.layers = Mapping(out_dim, out_dim, config.mapping_layers)
 
     @full_precision
-    def forward(self, t, label=None):
-        """t: [B, T] in frames, label: [B, num_labels] → cmap [B, out_dim]."""
+    def forward(self, t, label=None, frame_condition=None):
+        """t: [B, T] in frames, label: [B, num_labels], frame_condition: [B, T, E] → cmap [B,
+        out_dim].
+        """
         delta = t.diff(dim=1)
         octaves = torch.arange(int(math.log2(self.max_num_frames)), device=t.device)
         raw = delta.to(self.table.weight.dtype).unsqueeze(2) * (
@@ -59,6 +61,8 @@ class TimeCondition(nn.Module):
         ).flatten(1)
         if label is not None:
             condition = torch.cat([label, condition], dim=1)
+        if frame_condition is not None:  # raw, after the times (spec §13)
+            condition = torch.cat([condition, frame_condition.flatten(1)], dim=1)
         if not self.used:
             condition = condition * 0  # an ablation of the release
         return self.layers(kernels.normalize(self.embed(condition)))
@@ -98,7 +102,7 @@ class Epilogue(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """`discriminator(frames, t, label)` → one logit per clip."""
+    """`discriminator(frames, t, label, frame_condition)` → one logit per clip."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -124,10 +128,10 @@ class Discriminator(nn.Module):
         self.b4 = Epilogue(config, config.channels(4))
         self.time_condition = TimeCondition(config, config.channels(4))
 
-    def forward(self, frames, t, label=None):
+    def forward(self, frames, t, label=None, frame_condition=None):
         """frames: [N, 3, H, W] in [-1, 1], clip by clip; t: [B, T] times in frames, T =
-        frames_per_clip ≥ 2; label: [B, num_labels], a class as one-hot → logits [B]. B must be a
-        multiple of min(mbstd_group, B).
+        frames_per_clip ≥ 2; label: [B, num_labels], a class as one-hot; frame_condition: [B, T,
+        frame_condition_dim] → logits [B]. B must be a multiple of min(mbstd_group, B).
         """
         clips = len(t)
         x = frames.unflatten(0, t.shape)
@@ -138,5 +142,5 @@ class Discriminator(nn.Module):
             if r == self.config.concat_resolution:
                 x = x.reshape(clips, -1, r, r).contiguous(memory_format=torch.channels_last)
             x = getattr(self, f"b{r}")(x)
-        cmap = self.time_condition(t, label)
+        cmap = self.time_condition(t, label, frame_condition)
         return (self.b4(x.to(cmap.dtype)) * cmap).sum(dim=1) / math.sqrt(cmap.shape[1])

@@ -30,10 +30,15 @@ def latents_of_piece(config, clips, device, rng):
     """Latents of one piece of generated clips, with times and conditions as the data's."""
     model, B = config.model, config.batch_clips // config.batch_split
     T, longest = model.frames_per_clip, model.max_num_frames
-    t = sample_fake(clips.lengths, B, T, rng, longest, config.sampling)
-    label = None
+    label = frame_condition = None
+    if model.frame_condition_dim:
+        chosen, t, frame_condition = moments_of_clips(config, clips, B, rng)
+        frame_condition = torch.from_numpy(frame_condition).to(device)
+    else:
+        t = sample_fake(clips.lengths, B, T, rng, longest, config.sampling)
+        chosen = rng.choice(len(clips), B) if model.num_labels else None
     if model.num_labels:
-        conditions = [clips.condition(clip) for clip in rng.choice(len(clips), B)]
+        conditions = [clips.condition(clip) for clip in chosen]
         label = torch.from_numpy(np.stack(conditions)).to(device)
     generator = torch_generator(rng, device)
     span = LONGEST_SPAN
@@ -44,7 +49,26 @@ def latents_of_piece(config, clips, device, rng):
     noise = torch.randn(B, rows, model.motion_noise_dim, generator=generator, device=device)
     t = torch.from_numpy(t)
     first_anchor = torch.floor(t[:, 0] / model.motion_distance).long()
-    return Latents(z, t.to(device), noise, first_anchor.to(device), label)
+    return Latents(z, t.to(device), noise, first_anchor.to(device), label, frame_condition)
+
+
+def moments_of_clips(config, clips, count, rng):
+    """Clips to take conditions from, int64 [count], times in them, float64 [count, T], and their
+    frames' conditions then, float32 [count, T, E].
+
+    A clip gives its length too, so that generated times meet its words as the real ones do: with
+    those of a longer clip, conditions would be held where the data have none.
+    """
+    T, longest = config.model.frames_per_clip, config.model.max_num_frames
+    chosen = rng.choice(np.flatnonzero(clips.lengths >= T), count)
+    t, conditions = [], []
+    for clip in chosen:
+        length = clips.lengths[clip]
+        t.append(sample_fake([length], 1, T, rng, longest, config.sampling)[0])
+        # As in sample_real: times count from the start of a window of a long clip.
+        window = rng.integers(max(0, length - longest) + 1)
+        conditions.append(clips.frame_condition(clip, window + t[-1]))
+    return chosen, np.stack(t), np.stack(conditions)
 
 
 def transforms_of_piece(config, device, rng, p):

@@ -102,6 +102,7 @@ class Latents(NamedTuple):
     noise: Tensor
     first_anchor: Tensor
     label: Tensor | None
+    frame_condition: Tensor | None = None  # [B, T, E] at the times t
 
 
 class Clips(NamedTuple):
@@ -110,6 +111,7 @@ class Clips(NamedTuple):
     frames: Tensor  # [B·T, 3, H, W], about [-1, 1]
     t: Tensor  # [B, T]
     label: Tensor | None  # [B, num_labels]
+    frame_condition: Tensor | None = None  # [B, T, E]
 
 
 def frozen(module):
@@ -136,7 +138,7 @@ def augmented(frames, transforms):
 def generated(G, latents):
     """Clips that the generator makes of latents, with no gradient."""
     with torch.no_grad():
-        return Clips(G(*latents), latents.t, latents.label)
+        return Clips(G(*latents), latents.t, latents.label, latents.frame_condition)
 
 
 def generator_objective(G, D, latents, transforms, diversity_weight):
@@ -144,14 +146,14 @@ def generator_objective(G, D, latents, transforms, diversity_weight):
 
     Returns the loss, its two parts, D's logits [B], the clips and their w [B, w_dim].
     """
-    z, t, noise, first_anchor, label = latents
-    w = G.content_code(z, label)
-    motion = G.motion(w, t, noise, first_anchor, label)
+    z, t, noise, first_anchor, *conditions = latents
+    w = G.content_code(z, latents.label)
+    motion = G.motion(w, t, noise, first_anchor, *conditions)
     frames, scores = G.synthesis(G.synthesis.content(w), *motion)
-    logits = D(augmented(frames, transforms), t, label)
+    logits = D(augmented(frames, transforms), t, *conditions)
     adversarial, diverse = generator_loss(logits), diversity(scores, G.config.num_ws)
     loss = adversarial + diversity_weight * diverse
-    return loss, adversarial, diverse, logits, Clips(frames, t, label), w
+    return loss, adversarial, diverse, logits, Clips(frames, t, *conditions), w
 
 
 def discriminator_objective(D, real, real_transforms, fake, fake_transforms):
@@ -159,8 +161,8 @@ def discriminator_objective(D, real, real_transforms, fake, fake_transforms):
 
     real, fake: Clips. Returns the loss and D's logits of the real clips [B].
     """
-    fake_logits = D(augmented(fake.frames, fake_transforms), fake.t, fake.label)
-    real_logits = D(augmented(real.frames, real_transforms), real.t, real.label)
+    fake_logits = D(augmented(fake.frames, fake_transforms), *fake[1:])
+    real_logits = D(augmented(real.frames, real_transforms), *real[1:])
     return discriminator_loss(real_logits, fake_logits), real_logits
 
 
@@ -168,14 +170,14 @@ def r1_objective(D, real, transforms):
     """R1 of the augmented discriminator, without its γ/2. ADA's geometry is linear, and stays
     outside of what is differentiated twice.
     """
-    frames, t, label = real
+    frames, *of_clips = real
     if transforms is None:
-        return r1_penalty(lambda x: D(x, t, label), frames)
-    clips = len(t)
+        return r1_penalty(lambda x: D(x, *of_clips), frames)
+    clips = len(real.t)
 
     def logits_of(moved):
         recolored = augment.recolor(stacked(moved, clips), transforms)
-        return D(recolored.view(frames.shape), t, label)
+        return D(recolored.view(frames.shape), *of_clips)
 
     def geometry(x, transposed):
         return augment.resample(stacked(x, clips), transforms.geometry, transposed).view(x.shape)

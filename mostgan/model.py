@@ -238,7 +238,7 @@ class Synthesis(nn.Module):
 
 
 class Generator(nn.Module):
-    """MoStGAN-V's generator: a pure function of latent, times, motion noise and label.
+    """MoStGAN-V's generator: a pure function of latent, times, motion noise and conditions.
 
     `generator(z, t, noise)` → frames; `mostgan.render` streams video from a seed.
     """
@@ -251,20 +251,31 @@ class Generator(nn.Module):
         self.motion_network = MotionNetwork(config) if config.motion_styles else None
         self.synthesis = Synthesis(config)
 
-    def forward(self, z, t, noise, first_anchor=None, label=None, psi=1.0, return_scores=False):
+    def forward(
+        self,
+        z,
+        t,
+        noise,
+        first_anchor=None,
+        label=None,
+        frame_condition=None,
+        psi=1.0,
+        return_scores=False,
+    ):
         """Frames of clips at any times.
 
         z: [B, z_dim] content latents; t: [B, T] times in frames, float64 to keep far times exact.
         noise: motion noise [B, J, motion_noise_dim], rows for anchors first_anchor [B] onwards (0
         if None) up to floor(t / motion_distance) + 21; or noise per frame, [N, 22, …] and [N]
         (`motion.motion_noise` draws either).
-        label: [B, num_labels], a class as one-hot. psi: truncation, 1 none … 0 the mean w. Returns
-        [N, 3, H, W], about [-1, 1], frame = clip · T + index; with return_scores also the list of
-        [N, O, K].
+        label: [B, num_labels], a clip's condition, a class as one-hot; frame_condition: [B, T,
+        frame_condition_dim], that of the moments t (spec §13). psi: truncation, 1 none … 0 the mean
+        w. Returns [N, 3, H, W], about [-1, 1], frame = clip · T + index; with return_scores also
+        the list of [N, O, K].
         """
         w = self.content_code(z, label, psi)
-        motion_code, motion_vectors = self.motion(w, t, noise, first_anchor, label)
-        frames, scores = self.synthesis(self.synthesis.content(w), motion_code, motion_vectors)
+        motion = self.motion(w, t, noise, first_anchor, label, frame_condition)
+        frames, scores = self.synthesis(self.synthesis.content(w), *motion)
         return (frames, scores) if return_scores else frames
 
     def content_code(self, z, label=None, psi=1.0):
@@ -272,7 +283,7 @@ class Generator(nn.Module):
         w = self.mapping(z, label)
         return w if psi == 1 else torch.lerp(self.mapping.w_avg, w, psi)
 
-    def motion(self, w, t, noise, first_anchor=None, label=None):
+    def motion(self, w, t, noise, first_anchor=None, label=None, frame_condition=None):
         """Per frame, what all layers share: motion codes [N, motion_code_dim] and motion vectors
         [N, K, …] or None.
         """
@@ -284,4 +295,6 @@ class Generator(nn.Module):
         motion_code = self.motion_codes(t.double().reshape(rows, -1), noise, first_anchor, label)
         if self.motion_network is None:
             return motion_code, None
-        return motion_code, self.motion_network(w, motion_code)
+        if frame_condition is not None:
+            frame_condition = frame_condition.flatten(0, 1)
+        return motion_code, self.motion_network(w, motion_code, frame_condition)

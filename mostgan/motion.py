@@ -140,20 +140,22 @@ class MotionCodes(nn.Module):
 
 
 class MotionNetwork(nn.Module):
-    """[w, v(t)] → K motion vectors a frame, shared by all layers (spec §4)."""
+    """[w, v(t), e(t)] → K motion vectors a frame, shared by all layers (spec §4 and §13)."""
 
     def __init__(self, config):
         super().__init__()
         self.motion_styles = config.motion_styles
         hidden = config.motion_styles * config.w_dim
-        self.fc0 = Linear(config.w_dim + config.motion_code_dim, hidden, lrelu=True)
+        in_dim = config.w_dim + config.motion_code_dim + config.frame_condition_dim
+        self.fc0 = Linear(in_dim, hidden, lrelu=True)
         self.fc1 = Linear(hidden, config.motion_styles * config.motion_vector_dim)
 
     @full_precision
-    def forward(self, w, motion_code):
-        """w: [B, w_dim], motion_code: [N, motion_code_dim] → motion vectors [N, K,
-        motion_vector_dim].
+    def forward(self, w, motion_code, frame_condition=None):
+        """w: [B, w_dim], motion_code: [N, motion_code_dim], frame_condition: e(t) [N, E] or None →
+        motion vectors [N, K, motion_vector_dim].
         """
         w = w.repeat_interleave(motion_code.shape[0] // len(w), dim=0)
-        vectors = self.fc1(self.fc0(torch.cat([w, motion_code], dim=1)))
+        of_frames = [w, motion_code] + ([] if frame_condition is None else [frame_condition])
+        vectors = self.fc1(self.fc0(torch.cat(of_frames, dim=1)))
         return vectors.unflatten(1, (self.motion_styles, -1))

@@ -160,18 +160,22 @@ def save_grids(run, generator, clips, frames_done, fps, say=print):
     """Sample grids with fixed latents: one where every clip moves by itself, one where all share
     their motion.
 
-    clips: the real clips, whose classes or condition vectors the generated ones take. A disk that
-    is full is said, and does not stop the training.
+    clips: the real clips, whose classes or conditions the generated ones take. A disk that is full
+    is said, and does not stop the training.
     """
-    count, label = GRID_SIDE**2, None
+    count, label, of_frames = GRID_SIDE**2, None, None
+    chosen = [i % len(clips) for i in range(count)]
     if generator.config.num_labels and clips.labels.ndim == 1:
         label = [i % clips.num_labels for i in range(count)]
     elif generator.config.num_labels:
-        label = [clips.condition(i % len(clips)).tolist() for i in range(count)]
+        label = [clips.condition(clip).tolist() for clip in chosen]
+    if generator.config.frame_condition_dim:
+        of_frames = [clips.frame_condition(clip, np.arange(GRID_FRAMES)) for clip in chosen]
     moment = f"{frames_done // 1000:06d}k" + (str(frames_done) if 0 < frames_done < 1000 else "")
     for name, motion_seed in (("samples", None), ("shared-motion", SHARED_MOTION_SEED)):
+        conditions = {"label": label, "frame_condition": of_frames}
         windows = render(
-            generator, 0, 0, GRID_FRAMES, count, motion_seed=motion_seed, label=label, window=4
+            generator, 0, 0, GRID_FRAMES, count, motion_seed=motion_seed, window=4, **conditions
         )
         made, path = torch.cat(list(windows), dim=1), run / f"{name}-{moment}"
         try:

@@ -12,9 +12,11 @@ from fractions import Fraction
 from numbers import Integral
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from mostgan.config import UserError
+from mostgan.data import condition_at
 from mostgan.device import in_order, memory_bytes, one_core_threads
 from mostgan.motion import content_latent, motion_noise
 
@@ -41,6 +43,7 @@ class Shown(NamedTuple):
     psi: float
     content_frames: float  # time from one content seed to the next
     style_gain: torch.Tensor | None  # [K]
+    frame_condition: list | None = None  # rows [n, E] per clip, of the frames 0 … n − 1
 
 
 def render(
@@ -52,6 +55,7 @@ def render(
     *,
     motion_seed=None,
     label=None,
+    frame_condition=None,
     psi=1.0,
     window=None,
     step=1,
@@ -66,7 +70,10 @@ def render(
     seeds through which its content moves smoothly and round again, content_frames of time from one
     to the next. motion_seed: of all clips, or a list; None: as the content (of a tuple the first).
     label: class index, or one per clip; or condition vectors, float [num_labels] or [clips,
-    num_labels]. psi: truncation.
+    num_labels]. frame_condition: rows of the frames of the data 0, 1, …, n − 1, float [n,
+    frame_condition_dim], or a list with such rows per clip. At a time between two of them it is
+    interpolated linearly, before the first and after the last it is held (spec §13); in a loop, the
+    rows are spread over it once, and the last goes over into the first. psi: truncation.
     start: time of the first frame; step: time between frames, negative for backwards. Times are
     from −10⁸ to 10⁸ frames of the data.
     loop: frames after which the video repeats exactly; `loop_step` says at what pace. The way
@@ -89,7 +96,8 @@ def render(
     if loop is not None:
         content_frames = Fraction(way.period, len(seeds[0]))
     condition, gain = conditions(config, label, clips, device), gains(config, style_gain, device)
-    shown = Shown(seeds, motion_seeds, condition, psi, float(content_frames), gain)
+    of_frames = frame_conditions(config, frame_condition, clips)
+    shown = Shown(seeds, motion_seeds, condition, psi, float(content_frames), gain, of_frames)
     return windows(generator, shown, way, frames, window or choose_window(config, clips, device))
 
 
@@ -167,8 +175,12 @@ def motion_of(generator, shown, way, still, t):
     w = stops[:, 0]
     if content is None:
         w = content_at(stops, t / shown.content_frames).flatten(0, 1)
+    of_frames = None
+    if shown.frame_condition is not None:
+        of_frames = [moments(rows, t[0], way.period) for rows in shown.frame_condition]
+        of_frames = torch.from_numpy(np.stack(of_frames)).to(stops.device)
     motion = (x.to(stops.device) for x in (t, noise, first_anchor))
-    motion = generator.motion(w, *motion, shown.condition)
+    motion = generator.motion(w, *motion, shown.condition, of_frames)
     return (w if content is None else None, *motion)
 
 
@@ -227,7 +239,7 @@ def frame_times(way, first, count):
     return torch.tensor([float(t) for t in times], dtype=torch.float64)
 
 
-# ------------------------------------------------------------------------------------------ content
+# ------------------------------------------------------------------------- content and conditions
 
 
 def clip_seeds(seed, motion_seed, clips):
@@ -271,6 +283,37 @@ def conditions(config, label, clips, device):
             f"numbers, not {label}"
         )
     return torch.eye(C, device=device)[wanted.reshape(-1)].expand(clips, C)
+
+
+def frame_conditions(config, given, clips):
+    """frame_condition, as `render` takes it → rows float32 [n, E] per clip, a list; None without
+    them.
+    """
+    E = config.frame_condition_dim
+    if given is None and not E:
+        return None
+    if not E:
+        raise UserError("the model was trained without frame conditions: leave them out")
+    told = f"the model takes a condition of {E} numbers at every frame: give rows [n, {E}] of them"
+    if given is None:
+        raise UserError(told)
+    given = given if isinstance(given, (list, tuple)) else [given] * clips
+    rows = [torch.as_tensor(of_clip, dtype=torch.float32).cpu().numpy() for of_clip in given]
+    for of_clip in rows:
+        if of_clip.shape != (len(of_clip), E) or not (len(of_clip) and np.isfinite(of_clip).all()):
+            raise UserError(f"{told}, finite, not of the shape {list(of_clip.shape)}")
+    if len(rows) != clips:
+        raise UserError(f"{told}, or a list with such rows for each of {clips} clips")
+    return rows
+
+
+def moments(rows, t, period):
+    """A frame condition [T, E] at times t [T], of its rows [n, E]; period: that of a loop, or
+    None.
+    """
+    if period is not None:
+        rows, t = np.concatenate([rows, rows[:1]]), t * (len(rows) / period)
+    return condition_at(rows, t)
 
 
 def content_stops(generator, shown):

@@ -246,17 +246,16 @@ def read_config(run):
 
 
 def with_data(config, clips):
-    """The configuration with what the data decides: the size of a clip's condition, and the frame
-    rate.
-    """
-    if config.conditional and not clips.num_labels:
+    """The configuration with what the data decides: the sizes of conditions, and the frame rate."""
+    if config.conditional and not clips.num_labels + clips.frame_condition_dim:
         raise UserError(
-            f"--conditional needs labels, but {clips.path} has none: leave it out, or add a "
-            "dataset.json"
+            f"--conditional needs labels or conditions, but {clips.path} has none: leave it out, "
+            "or prepare the clips with --labels or --conditions"
         )
     model = dataclasses.replace(
         config.model,
         num_labels=clips.num_labels if config.conditional else 0,
+        frame_condition_dim=clips.frame_condition_dim if config.conditional else 0,
         fps=config.model.fps or clips.fps,
     )
     return dataclasses.replace(config, model=model)
@@ -291,9 +290,8 @@ def fine_tuning(config, path):
             f"python -m mostgan.checkpoint import {path} runs/released --training"
         )
     model = dataclasses.replace(checkpoint.read_config(checkpoint.find(path)), fps=None)
-    return dataclasses.replace(
-        config, model=model, conditional=model.num_labels > 0, ema_rampup=0.0
-    )
+    conditional = model.num_labels + model.frame_condition_dim > 0
+    return dataclasses.replace(config, model=model, conditional=conditional, ema_rampup=0.0)
 
 
 # ---------------------------------------------------------------------------- what stops a training

@@ -83,7 +83,7 @@ class Written:
 
     def loss_of_G(self, piece):
         rng = self.stream("G", piece)
-        z, t, noise, first_anchor, label = self.latents(rng)
+        z, t, noise, first_anchor, label, _ = self.latents(rng)
         transforms, G = self.transforms(rng), self.G
         w = G.mapping(z, label)
         motion = G.motion(w, t, noise, first_anchor, label)

@@ -91,6 +91,10 @@ def export_file(generator, path, clips=1):
         raise UserError(f"{path.parent} is not a folder")
     if path.exists():
         raise UserError(f"{path} is there already: choose another name")
+    if generator.config.frame_condition_dim:
+        raise UserError(
+            "a model with frame conditions cannot be exported: sample it with sample.py"
+        )
     if clips < 1:
         raise UserError(f"--clips is {clips}, but must be at least 1")
     program, values = export_window(generator, clips), dataclasses.asdict(generator.config)

@@ -175,9 +175,10 @@ def evaluate(
     UserError.
     """
     protocol = Protocol(clips=most, frames=frames, long_clips=0).chosen(detectors)
-    conditions = conditions_of(clips, generator.config.num_labels)
-    sets = ClipSet(clips, protocol, seed), GeneratedSet(generator, protocol, seed, conditions)
-    return score(*sets, protocol, detectors, show=False).values
+    model = generator.config
+    conditions = conditions_of(clips, model.num_labels, model.frame_condition_dim)
+    made = GeneratedSet(generator, protocol, seed, conditions, clips)
+    return score(ClipSet(clips, protocol, seed), made, protocol, detectors, show=False).values
 
 
 def in_a_line(values):

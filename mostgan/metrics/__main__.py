@@ -248,14 +248,15 @@ def run(
     if second is None:
         generator, path, clips = open_checkpoint(first, data, device)
         folder, name = path.parent, path.name
-        conditions = conditions_of(clips, generator.config.num_labels)
+        model = generator.config
+        conditions = conditions_of(clips, model.num_labels, model.frame_condition_dim)
     else:
         clips, other = open_two(first, second, resolution)
         folder, name = Path("."), f"{first.resolve().stem}-{second.resolve().stem}"
     scores = []
     for number in range(seed, seed + runs):
         made = (
-            GeneratedSet(generator, protocol, number, conditions)
+            GeneratedSet(generator, protocol, number, conditions, clips)
             if second is None
             else ClipSet(other, protocol, number, from_start=not random_windows)
         )

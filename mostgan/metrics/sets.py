@@ -176,26 +176,33 @@ class ClipSet:
 @dataclass(frozen=True)
 class GeneratedSet:
     """A generator's clips, at times 0, 1, …; clip i has seed (run's seed) · 2³² + i and a condition
-    drawn from `conditions` [N, num_labels].
+    drawn from `conditions` [N, num_labels], or the conditions of a clip that is drawn from `clips`,
+    of its frames those from a random one on.
     """
 
     generator: Generator
     protocol: Protocol
     seed: int
     conditions: np.ndarray | None = None
+    clips: Clips | None = None
 
     def lengths(self):
         return np.array([self.protocol.frames] * self.protocol.clips)
 
     def _render(self, first, count, frames):
         """Yields windows uint8 [count, n, 3, R, R] of these clips."""
-        label = None
-        if self.generator.config.num_labels:
-            rngs = [np.random.default_rng([self.seed, i]) for i in range(first, first + count)]
-            rows = [self.conditions[rng.choice(len(self.conditions))] for rng in rngs]
-            label = torch.from_numpy(np.stack(rows))
+        label, of_frames, config = None, None, self.generator.config
+        rngs = [np.random.default_rng([self.seed, i]) for i in range(first, first + count)]
+        if config.num_labels or config.frame_condition_dim:
+            of = self.conditions if self.clips is None else self.clips
+            chosen = [rng.choice(len(of)) for rng in rngs]
+        if config.num_labels:
+            label = torch.from_numpy(self.conditions[chosen])
+        if config.frame_condition_dim:
+            of_frames = [self._of_frames(*drawn) for drawn in zip(chosen, rngs)]
         seed, size = (self.seed << 32) + first, min(frames, 16)  # most clips have 16 frames
-        windows = render(self.generator, seed, 0, frames, count, label=label, window=size)
+        conditions = {"label": label, "frame_condition": of_frames}
+        windows = render(self.generator, seed, 0, frames, count, window=size, **conditions)
         device, half = self.generator.mapping.w_avg.device, self.protocol.precision == "bf16"
         while True:
             # For the rendering alone, not for what is done with windows that were yielded.
@@ -204,6 +211,12 @@ class GeneratedSet:
             if window is None:
                 return
             yield window
+
+    def _of_frames(self, clip, rng):
+        """A clip's frame conditions [n, E], from where a window of the longest kind may begin."""
+        length = int(self.clips.lengths[clip])
+        start = rng.integers(max(0, length - self.protocol.frames) + 1)
+        return self.clips.frame_condition(clip, np.arange(start, length))
 
     def batches(self, window, rank, world):
         """Yields uint8 [b, frames, 3, R, R]: every world-th batch."""
@@ -227,6 +240,7 @@ class GeneratedSet:
             "total": self.protocol.clips,
             "resolution": config.resolution,
             "num_labels": config.num_labels,
+            "frame_condition_dim": config.frame_condition_dim,
             "psi": 1.0,
             "times": "0 to n − 1",
             "seeds": "clip i of a run: (the run's seed) · 2³² + i",
@@ -235,12 +249,19 @@ class GeneratedSet:
         }
 
 
-def conditions_of(clips, num_labels):
+def conditions_of(clips, num_labels, frame_condition_dim=0):
     """What a generator of this num_labels is told of each packed clip: float32 [N, num_labels];
     None if that is 0.
 
-    It may know more classes than these clips have. Raises UserError if they do not fit.
+    It may know more classes than these clips have. Raises UserError if they, or the conditions of
+    their frames, do not fit.
     """
+    if frame_condition_dim and clips.frame_condition_dim != frame_condition_dim:
+        raise UserError(
+            f"the model takes {frame_condition_dim} numbers as a condition of every frame, but "
+            f"{clips.path} has {clips.frame_condition_dim or 'none'}: evaluate it on clips of its "
+            "training data"
+        )
     if not num_labels:
         return None
     classes = clips.labels is not None and clips.labels.ndim == 1

@@ -22,6 +22,7 @@ def prepare(
     fps: float | None = None,
     clip_length: int | None = None,
     labels: str | None = None,
+    conditions: Path | None = None,
     split: Literal["train", "test"] | None = None,
     test_share: float = 0.1,
     lossless: bool = False,
@@ -49,6 +50,8 @@ def prepare(
         labels: `folders` makes each top-level folder a class; a file gives them (like dataset.json,
             or lines of clip,label or clip,number,number,...); otherwise a dataset.json is used if
             there is one.
+        conditions: a safetensors file of vectors: for each clip an entry NAME [C], or NAME/frames
+            [n, E] with a row for each of its frames, or both.
         split: pack only this part. Which clips are `test` depends on nothing but their names.
         test_share: how much of the data is `test`.
         lossless: keep every frame exactly, also above 128 pixels, where frames are JPEGs of quality
@@ -64,7 +67,7 @@ def prepare(
     options = dict(
         crop=crop, masks=masks, fps=fps, clip_length=clip_length, labels=labels, split=split
     )
-    options |= dict(test_share=test_share, lossless=lossless, strict=strict)
+    options |= dict(conditions=conditions, test_share=test_share, lossless=lossless, strict=strict)
     index = data_sets.prepare(src, dst, resolution, **options)
     print("\n".join(data_sets.summary(index)))
     print(f"preview   {printable(str(dst / 'preview.png'))}")

@@ -12,6 +12,7 @@ from pathlib import Path
 from mostgan.config import UserError
 from mostgan.files import read_json, sha256_of
 from mostgan.prepare import archives
+from mostgan.prepare.conditions import Conditions
 from mostgan.prepare.labels import label_sources
 from mostgan.prepare.pack import RAW_UP_TO, checksum_of, locked, pack, pack_here
 from mostgan.prepare.reading import Settings, natural, printable, stem
@@ -28,6 +29,7 @@ def prepare(
     fps=None,
     clip_length=None,
     labels=None,
+    conditions=None,
     split=None,
     test_share=0.1,
     lossless=False,
@@ -47,13 +49,19 @@ def prepare(
         raise UserError(f"--test-share {test_share:g} is not possible: between 0 and 1")
     if masks is not None and crop != "center":
         raise UserError("--masks and --crop exclude each other: the masks say what to crop")
+    if labels is not None and conditions is not None:
+        raise UserError("--labels and --conditions exclude each other: write classes as one-hot")
+    conditions = Conditions(conditions) if conditions is not None else None
     coding = "raw" if lossless or resolution <= RAW_UP_TO else "jpeg"
     settings = Settings(resolution, coding, _crop(crop), fps, clip_length)
     notes, src, dst = Notes(), Path(src), Path(dst)
     new = not dst.exists()
     with locked(dst), _tidied(dst, new):
         sources, tables = find_sources(src, notes, dst)
-        sources, meaning = label_sources(sources, tables, labels, notes)
+        if conditions:
+            sources, meaning = conditions.give(sources, notes), conditions.meaning()
+        else:
+            sources, meaning = label_sources(sources, tables, labels, notes)
         if masks is not None:
             _find_masks(sources, masks, dst)
         if split:
@@ -67,7 +75,7 @@ def prepare(
             "masks": masks is not None,
         }
         told |= {"split": split, "test_share": test_share if split else None} | (about or {})
-        return pack_here(sources, dst, settings, notes, told, strict, jobs)
+        return pack_here(sources, dst, settings, notes, told, strict, jobs, conditions)
 
 
 @contextlib.contextmanager
@@ -327,7 +335,9 @@ def _meaning(labels):
     if labels is None:
         return "none"
     if "size" in labels:
-        return f"vectors of {labels['size']} numbers"
+        sizes = {"clip": labels["size"], "frame": labels.get("frame_size", 0)}
+        each = [f"vectors of {size} numbers per {of}" for of, size in sizes.items() if size]
+        return ", ".join(each)
     names = labels["classes"]
     if names == [str(number) for number in range(len(names))]:
         return f"{len(names)} classes, 0 to {len(names) - 1}"

@@ -33,7 +33,7 @@ def label_sources(sources, tables, how, notes):
         rows, where = _rows_of(tables, how)
         if rows is None or not usable:
             return sources, None
-        found = _by_table(usable, rows, where, notes)
+        found = match(usable, rows, where, notes)
     if classes := _classes(found.values()):
         names, number_of = classes
         labels = {index: number_of[_class_name(value)] for index, value in found.items()}
@@ -48,12 +48,16 @@ def label_sources(sources, tables, how, notes):
     for index, label in labels.items():
         usable[index].label = label
     without = [source for source in usable if source.label is None]
+    leave_out(usable, without, f"no label in {printable(str(where))}", notes)
+    return [source for source in sources if source.problem or source.label is not None], meaning
+
+
+def leave_out(sources, without, why, notes):
+    """Notes which of the sources are left out: those without what the others have."""
     if without:
         names = ", ".join(printable(source.name) for source in without[:SHOWN])
-        what = f"no label in {printable(str(where))}, left out"
-        why = f"{len(found)} of {len(usable)} clips have one, not {names}"
-        notes.add(what, why, *(source.name for source in without))
-    return [source for source in sources if source.problem or source.label is not None], meaning
+        has = f"{len(sources) - len(without)} of {len(sources)} clips have one, not {names}"
+        notes.add(f"{why}, left out", has, *(source.name for source in without))
 
 
 def _by_folder(sources):
@@ -151,8 +155,10 @@ def _numbers(cells):
 # ----------------------------------------------------------------------------------------- matching
 
 
-def _by_table(sources, rows, where, notes):
-    """{index of source: label} by the way of comparing names that finds most clips."""
+def match(sources, rows, where, notes):
+    """{index of source: its value} of rows (name, value), by the way of comparing names that finds
+    most clips. UserError where none does.
+    """
     own = [{key: number for key in _keys_of(source)} for number, source in enumerate(sources)]
     own = [(key, number) for keys in own for key, number in keys.items()]
     best, best_rows = {}, set()
@@ -171,15 +177,15 @@ def _by_table(sources, rows, where, notes):
         if len(best) == len(sources):
             break
     if not best:
-        example = f"a clip is {printable(sources[0].name)}, a line is {printable(rows[0][0])}"
+        example = f"a clip is {printable(sources[0].name)}, an entry is {printable(rows[0][0])}"
         raise UserError(
-            f"{printable(str(where))} has no label for any of {len(sources)} clips: {example}"
+            f"{printable(str(where))} has no entry for any of {len(sources)} clips: {example}"
         )
     others = [name for number, (name, _) in enumerate(rows) if number not in best_rows]
     if others:
         names = ", ".join(printable(name) for name in others[:SHOWN])
         notes.add(
-            f"lines of {printable(str(where))} that match no clip", f"such as {names}", *others
+            f"entries of {printable(str(where))} that match no clip", f"such as {names}", *others
         )
     return best
 

@@ -7,6 +7,7 @@ A packed folder holds
                         as metadata, under the key `clip`, a JSON object with name, source, label,
                         fps, start and time (of its first frame in its source), …
     labels.safetensors  `labels` float32 [clips, C], where the labels are vectors
+    frame_conditions.safetensors  `frames` float32 [frames of all clips, E], where each has one
     preview.png         first, middle and last frame of some clips
     index.json          written last: without it, the folder is not finished
 and, while it is made, `plan.json`: what it is made of. A run that goes on after an interruption
@@ -122,14 +123,17 @@ def pack(sources, dst, settings, **options):
         return pack_here(sources, dst, settings, **options)
 
 
-def pack_here(sources, dst, settings, notes=None, about=None, strict=False, jobs=None):
+def pack_here(
+    sources, dst, settings, notes=None, about=None, strict=False, jobs=None, conditions=None
+):
     """Packs sources into the locked folder `dst` and returns its index (a dict). Goes on where an
     interrupted run stopped.
 
     sources: objects like sources.Source. notes: what is known already of files left out. about:
-    more entries of the index. jobs: processes; None: one for each core. Sources that cannot be used
-    are left out, with a note; strict makes that, and any damage, an error. Raises UserError for
-    that, when no clip is left, when dst holds other clips or cannot be written.
+    more entries of the index. jobs: processes; None: one for each core. conditions: a
+    conditions.Conditions, which the sources were told. Sources that cannot be used are left out,
+    with a note; strict makes that, and any damage, an error. Raises UserError for that, when no
+    clip is left, when dst holds other clips or cannot be written.
     """
     dst, notes = Path(dst), notes or Notes()
     if not 4 <= settings.resolution <= 4096:
@@ -146,9 +150,9 @@ def pack_here(sources, dst, settings, notes=None, about=None, strict=False, jobs
             return index
         _take_up(dst, plan)
         with _workers(jobs) as pool:
-            rows = _make_all(pool, sources, dst, settings, notes)
+            rows = _make_all(pool, sources, dst, settings, notes, conditions)
         _judge(rows, notes, strict, f"{about.get('source', dst)}, {len(sources)} clips")
-        return _finish(dst, rows, made_from, settings, notes, about)
+        return _finish(dst, rows, made_from, settings, notes, about, conditions)
     except OSError as error:
         reason = f"cannot write {printable(str(dst))}: {error.strerror or error}"
         raise UserError(f"{reason}; the same command goes on where it stopped") from error
@@ -251,7 +255,7 @@ def _take_up(dst, plan):
         print(f"going on with {printable(str(dst))}", file=sys.stderr)
 
 
-def _make_all(pool, sources, dst, settings, notes):
+def _make_all(pool, sources, dst, settings, notes, conditions):
     """The rows of all clips, those that an earlier run left and those that are made now."""
     looked = [None if s.problem else pool.submit(look, s, settings) for s in sources]
     sources = [future.result() if future else s for future, s in zip(looked, sources)]
@@ -270,6 +274,8 @@ def _make_all(pool, sources, dst, settings, notes):
     for source, (rows, lost) in zip(sources, made):
         rows.sort(key=lambda row: row["start"])
         _tell(source, rows, lost, notes)
+        if conditions:
+            conditions.place(source, rows, settings)
     return [row for rows, _ in made for row in rows]
 
 
@@ -299,11 +305,11 @@ def _judge(rows, notes, strict, what):
         raise UserError(f"{what}: none can be used ({told})")
 
 
-def _finish(dst, rows, made_from, settings, notes, about):
+def _finish(dst, rows, made_from, settings, notes, about, conditions):
     """Writes what is left to write, the index last, and removes what belongs to no clip. Returns
     the index.
     """
-    files = {}
+    files = conditions.write(dst, rows) if conditions else {}
     if isinstance(rows[0]["label"], list):
         labels = np.array([row["label"] for row in rows], np.float32)
         write_whole(dst / "labels.safetensors", safetensors.numpy.save({"labels": labels}))
@@ -329,7 +335,9 @@ def _finish(dst, rows, made_from, settings, notes, about):
 
 def fingerprint(resolution, columns, files):
     """A checksum of what the clips are, in hexadecimal; not of where they lie."""
-    return _digest(resolution, [columns[name] for name in COLUMNS], files.get("labels.safetensors"))
+    sums = [files[name] for name in ("frame_conditions.safetensors",) if name in files]
+    columns = [columns[name] for name in COLUMNS]
+    return _digest(resolution, columns, files.get("labels.safetensors"), *sums)
 
 
 def checksum_of(index):

@@ -42,6 +42,7 @@ class Source:
     files: list[str]  # names in the root
     problem: str | None = None  # why it cannot be used
     label: int | list[float] | None = None
+    condition: str | None = None  # its name in a file of conditions
     mask: "Source | None" = None  # white where a face is (FaceForensics)
     # Told by look:
     timing: Timing | None = None

@@ -1,0 +1,464 @@
+"""Conditions of clips and frames (spec §13): from a file beside the clips through training to
+samples.
+"""
+
+import dataclasses
+import itertools
+
+import made_clips as made
+import numpy as np
+import pytest
+import torch
+from conftest import CPU, MODEL, make_config, same_bits, tensors_of
+from safetensors.numpy import save_file
+from test_model import frames_of, make
+
+import mostgan
+import sample
+import train as training
+from mostgan import checkpoint, draws, prepare
+from mostgan.checkpoint.export import export_file
+from mostgan.config import ModelConfig, UserError
+from mostgan.data import Clips, batches, condition_at
+from mostgan.discriminator import Discriminator
+from mostgan.metrics import open_detectors, sets
+from mostgan.metrics.sets import GeneratedSet, Protocol
+from mostgan.motion import content_latent, motion_noise
+from mostgan.prepare import data_sets
+from mostgan.progress import Skips, Stats
+from mostgan.rendering import to_uint8
+from mostgan.run import with_data
+
+ROWS = torch.randn(12, 3, generator=torch.Generator().manual_seed(0)).numpy()
+
+
+def counted(n, first=0):
+    """Rows that tell their place: float32 [n, 2]."""
+    k = np.arange(first, first + n)
+    return np.stack([k, -k], axis=1).astype(np.float32)
+
+
+# ------------------------------------------------------------------------------------ the networks
+
+
+@torch.no_grad()
+def test_motion_vectors_are_of_w_the_motion_code_and_the_condition():
+    network = make(frame_condition_dim=3).motion_network
+    w, code, e = torch.randn(2, 32), torch.randn(4, 32), torch.randn(4, 3)
+    whole = torch.cat([w[[0, 0, 1, 1]], code, e], dim=1)
+    assert torch.equal(network(w, code, e), network.fc1(network.fc0(whole)).view(4, 8, 16))
+
+
+@torch.no_grad()
+def test_a_frame_hears_of_its_own_condition_alone():
+    generator = make(frame_condition_dim=3)
+    t = torch.tensor([[0.0, 1.5, 7.0], [2.0, 3.0, 4.0]], dtype=torch.float64)
+    e = torch.from_numpy(ROWS[:6]).view(2, 3, 3)
+    frames = frames_of(generator, [1, 2], t, None, frame_condition=e)
+    other = e.clone()
+    other[1, 1] += 1
+    changed = (frames_of(generator, [1, 2], t, None, frame_condition=other) - frames).abs()
+    assert changed[4].max() > 1e-3 and changed[[0, 1, 2, 3, 5]].max() < 1e-6
+
+
+@torch.no_grad()
+def test_the_discriminator_sees_all_conditions_after_the_times():
+    config = dataclasses.replace(MODEL, num_labels=2, frame_condition_dim=3)
+    D = Discriminator(config)
+    t, label, e = torch.tensor([[0.0, 3, 4]]), torch.randn(1, 2), torch.randn(1, 3, 3)
+    seen = []
+    D.time_condition.embed.register_forward_pre_hook(lambda module, args: seen.append(args[0][0]))
+    D.time_condition(t, label, e)
+    assert torch.equal(seen[0][:2], label[0]) and torch.equal(seen[0][-9:], e.flatten())
+    assert len(seen[0]) == 2 + 2 * (256 + 20) + 9
+    frames = torch.randn(3, 3, 32, 32)
+    assert not torch.equal(D(frames, t, label, e), D(frames, t, label, e.flip(1)))
+
+
+@pytest.mark.parametrize(
+    "changes, word",
+    [({"motion_styles": 0}, "motion styles"), ({"frame_condition_dim": -1}, "0 or more")],
+)
+def test_impossible_models_are_named(changes, word):
+    with pytest.raises(UserError, match=word):
+        ModelConfig(**{"frame_condition_dim": 2} | changes)
+
+
+# ---------------------------------------------------------------------------------------- rendering
+
+
+def test_a_condition_is_linear_between_frames_and_held_outside():
+    rows = counted(5, 10)
+    at = condition_at(rows, [-7, 0, 0.25, 3, 3.5, 4, 4.25, 1e8])
+    assert at[:, 0].tolist() == [10, 10, 10.25, 13, 13.5, 14, 14, 14]
+    assert condition_at(rows[:1], [0.5, 3]).tolist() == [[10, -10]] * 2
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("step", [1, 0.25, -2])
+def test_render_is_the_forward_pass_with_interpolated_conditions(step):
+    generator = make(frame_condition_dim=3)
+    t = torch.arange(6, dtype=torch.float64) * step + 4
+    e = torch.from_numpy(condition_at(ROWS, t))
+    expected = to_uint8(frames_of(generator, [2], t[None], None, frame_condition=e[None]))
+    options = dict(start=4, frames=6, step=step, frame_condition=ROWS)
+    rendered = torch.cat(list(mostgan.render(generator, 2, **options)), dim=1)[0]
+    assert (rendered.int() - expected.int()).abs().max() <= 1
+    still = options | {"frame_condition": ROWS[4:5]}
+    still = torch.cat(list(mostgan.render(generator, 2, **still)), dim=1)[0]
+    assert (rendered.int() - still.int()).abs().max() > 5
+
+
+def test_clips_of_a_rendering_have_rows_of_their_own():
+    generator = make(frame_condition_dim=3)
+    rows = [ROWS[:2], torch.from_numpy(ROWS[5:]).double()]
+    options = dict(frames=4, frame_condition=rows)
+    both = torch.cat(list(mostgan.render(generator, 1, clips=2, **options)), dim=1)
+    for clip in range(2):
+        options["frame_condition"] = rows[clip]
+        alone = torch.cat(list(mostgan.render(generator, 1 + clip, **options)), dim=1)
+        assert (alone[0].int() - both[clip].int()).abs().max() <= 1
+
+
+def test_a_loop_goes_through_the_rows_once_and_has_no_seam():
+    generator = make(frame_condition_dim=3)
+    options = dict(loop=16, frame_condition=ROWS)
+    twice = torch.cat(list(mostgan.render(generator, 1, frames=33, **options)), dim=1)[0].int()
+    assert torch.equal(twice[:16], twice[16:32])
+    steps = (twice[1:] - twice[:-1]).float().abs().mean(dim=(1, 2, 3))
+    assert steps[15] < 1.5 * steps[:15].max()
+    # 16 frames of the loop, 16 of the data's time (an anchor), 12 rows: frame 4 is at row 3.
+    t = torch.tensor([[4.0]], dtype=torch.float64)
+    noise, first = motion_noise([1], t, generator.config, loop=1)
+    z, e = content_latent([1], 32), torch.from_numpy(ROWS[None, 3:4])
+    at_4 = to_uint8(generator(z, t, noise, first, frame_condition=e))[0].int()
+    assert (twice[4] - at_4).abs().max() <= 1
+
+
+@pytest.mark.parametrize(
+    "size, given, word",
+    [
+        (0, ROWS, "without frame conditions"),
+        (3, None, "3 numbers at every frame"),
+        (2, ROWS, r"shape \[12, 3\]"),
+        (3, ROWS[0], r"shape \[3\]"),
+        (3, ROWS[:0], r"shape \[0, 3\]"),
+        (3, ROWS * np.nan, "finite"),
+        (3, [ROWS, ROWS], "each of 1 clips"),
+    ],
+)
+def test_impossible_conditions_of_a_rendering_are_named(size, given, word):
+    with pytest.raises(UserError, match=word):
+        mostgan.render(make(frame_condition_dim=size), 0, frame_condition=given)
+
+
+# ---------------------------------------------------------------------------------------- preparing
+
+
+@pytest.fixture
+def src(tmp_path):
+    """A video of 40 frames and a folder of 7 pictures."""
+    made.write_video(tmp_path / "src" / "film.mp4", made.numbered(40, 16, 16))
+    made.write_pictures(tmp_path / "src" / "pictures", made.numbered(7, 16, 16))
+    return tmp_path / "src"
+
+
+ENTRIES = {
+    "film": np.array([0.5, -1, 2], np.float32),
+    "film/frames": counted(40).astype(np.float16),
+    "pictures": np.array([1.0, 0, 0]),
+    "pictures/frames": counted(7, 100),
+}
+
+
+def pack(src, entries, name="dst", **options):
+    save_file(entries, src.parent / "c.safetensors")
+    options |= {"conditions": src.parent / "c.safetensors"}
+    return made.pack(src, src.parent / name, 16, **options)
+
+
+@pytest.mark.parametrize(
+    "options, film",
+    [
+        ({}, [np.arange(40)]),
+        ({"fps": 12.5}, [np.arange(0, 40, 2)]),
+        ({"clip_length": 16}, [np.arange(16), np.arange(16, 32), np.arange(32, 40)]),
+        # The last frame of the film is on screen for two; what comes after it is held.
+        (
+            {"clip_length": 32, "fps": 50.0},
+            [np.arange(32) / 2, np.arange(32, 64) / 2, np.minimum(np.arange(64, 80) / 2, 39)],
+        ),
+    ],
+    ids=["whole", "resampled", "cut", "both"],
+)
+def test_clips_keep_their_conditions(src, options, film):
+    _, clips = pack(src, ENTRIES, **options)
+    expected = [*film, 100 + np.arange(7)]
+    assert clips.lengths.tolist() == [len(k) for k in expected]
+    assert (clips.num_labels, clips.frame_condition_dim) == (3, 2)
+    for clip, k in enumerate(expected):
+        own = ENTRIES["film" if clip < len(film) else "pictures"]
+        assert np.array_equal(clips.condition(clip), own.astype(np.float32))
+        rows = clips.frame_condition(clip, np.arange(len(k)))
+        assert rows.dtype == np.float32 and np.array_equal(rows, np.stack([k, -k], axis=1))
+    assert (
+        clips.frame_condition(0, [-1, 0.5]).tolist()
+        == condition_at(np.stack([film[0], -film[0]], axis=1), [0, 0.5]).tolist()
+    )
+    assert prepare.check(clips.path) == []
+
+
+@pytest.mark.parametrize("leave", ["/frames", ""], ids=["clips alone", "frames alone"])
+def test_either_kind_may_be_alone(src, leave):
+    kept = {key: row for key, row in ENTRIES.items() if key.endswith("/frames") != bool(leave)}
+    index, clips = pack(src, kept)
+    assert (clips.num_labels, clips.frame_condition_dim) == ((3, 0) if leave else (0, 2))
+    assert "per frame" in "\n".join(data_sets.summary(index)) or leave
+    assert clips.condition(0).shape == (clips.num_labels,)
+    assert clips.frame_condition(0, [0]).shape == (1, clips.frame_condition_dim)
+
+
+def test_clips_without_a_condition_are_left_out_and_named(src):
+    few = {key: row for key, row in ENTRIES.items() if key != "film/frames"}
+    index, clips = pack(src, few | {"other": ENTRIES["film"]})
+    assert clips.names == ["pictures"]
+    assert made.notes_on(index, "left out", "film.mp4") and made.notes_on(index, "other", "match")
+
+
+def changed(**entries):
+    return ENTRIES | {key.replace("__", "/"): value for key, value in entries.items()}
+
+
+BAD = {
+    "no name fits": ({"else": ENTRIES["film"]}, "no entry for any of 2 clips"),
+    "sizes": (changed(film=np.ones(2, np.float32)), "2 numbers"),
+    "sizes of frames": (changed(film__frames=np.ones((40, 3), np.float32)), "3 numbers"),
+    "shape": (changed(film=np.ones((40, 3), np.float32)), r"film has the shape \[40, 3\]"),
+    "empty": (changed(film=np.ones(0, np.float32)), r"film has the shape \[0\]"),
+    "NaN": (changed(pictures=np.array([1, np.nan, 0])), "pictures holds numbers .* not finite"),
+    "too large": (changed(pictures=np.array([1, 1e300, 0])), "not finite"),
+    "integers": (changed(film=np.arange(3)), "film is I64"),
+    "one row less": (changed(film__frames=counted(39)), "39 rows, but film.mp4 has 40 frames"),
+    "one row more": (changed(pictures__frames=counted(8)), "8 rows, but pictures has 7"),
+    "nothing": ({}, "holds no conditions"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_files_are_named_in_one_line(src, name):
+    entries, word = BAD[name]
+    with pytest.raises(UserError, match=word) as caught:
+        pack(src, entries)
+    assert "\n" not in str(caught.value) and "c.safetensors" in str(caught.value)
+
+
+def test_the_number_of_rows_is_checked_in_films_that_are_cut(src):
+    for options in ({"clip_length": 16}, {"clip_length": 16, "fps": 50.0}):
+        with pytest.raises(UserError, match="44 rows, but film.mp4 has 40"):
+            pack(src, changed(film__frames=counted(44)), **options)
+
+
+def test_what_is_no_file_of_conditions(src):
+    (src.parent / "c.safetensors").write_text("film,1\n" * 9)
+    for path in ("c.safetensors", "nothing", "src"):
+        with pytest.raises(UserError, match="no safetensors file"):
+            made.pack(src, src.parent / "dst", 16, conditions=src.parent / path)
+    with pytest.raises(UserError, match="exclude each other"):
+        made.pack(src, src.parent / "dst", 16, conditions="c.safetensors", labels="folders")
+
+
+def test_other_conditions_are_another_data_set(src):
+    """Not to be mixed up, though the clips are the same; a corrected file goes on with them."""
+    one = pack(src, ENTRIES)[1]
+    assert pack(src, ENTRIES)[1].fingerprint == one.fingerprint
+    with pytest.raises(UserError, match="other settings"):
+        pack(src, changed(film__frames=counted(40, 1)))
+    with pytest.raises(UserError, match="39 rows"):
+        pack(src, changed(film__frames=counted(39)), "other")
+    before = {path: path.stat().st_ino for path in (src.parent / "other").glob("*-0*.safetensors")}
+    other = pack(src, changed(film__frames=counted(40, 1)), "other")[1]
+    assert len(before) == 2 and all(path.stat().st_ino == ino for path, ino in before.items())
+    assert other.fingerprint != one.fingerprint
+
+
+def test_a_damaged_file_of_frame_conditions_is_named(src):
+    _, clips = pack(src, ENTRIES)
+    file = clips.path / "frame_conditions.safetensors"
+    file.write_bytes(file.read_bytes()[:-8])
+    with pytest.raises(UserError, match="frame_conditions.safetensors is damaged"):
+        clips.frame_condition(0, [0])
+    assert any(file.name in line for line in prepare.check(clips.path))
+    file.unlink()
+    with pytest.raises(UserError, match="is missing"):
+        Clips(clips.path)
+
+
+# ------------------------------------------------------------------------ training and what follows
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory):
+    """Clips of 20, 25 and 70 frames at 32², whose conditions tell clip (in hundreds) and frame."""
+    folder, entries = tmp_path_factory.mktemp("conditions"), {}
+    (folder / "src").mkdir()
+    for clip, length in enumerate((20, 25, 70)):
+        np.save(folder / "src" / f"{clip}.npy", made.moving(length, 32, 32, seed=clip))
+        entries[f"{clip}"] = np.array([clip, 1.0], np.float32)
+        entries[f"{clip}/frames"] = counted(length, 100 * clip)
+    save_file(entries, folder / "c.safetensors")
+    made.pack(folder / "src", folder / "dst", conditions=folder / "c.safetensors")
+    return folder / "dst"
+
+
+def config_of(packed, steps=1, **changes):
+    return with_data(make_config(packed, steps, conditional=True, **changes), Clips(packed))
+
+
+def test_the_data_decide_the_sizes(packed):
+    assert config_of(packed).model.frame_condition_dim == 2
+    assert config_of(packed).model.num_labels == 2
+    plain = with_data(make_config(packed), Clips(packed))
+    assert plain.model.frame_condition_dim == plain.model.num_labels == 0
+
+
+def test_real_clips_come_with_the_conditions_of_their_frames(packed):
+    """Of a clip that is longer than the model's times too, which count from a window's start."""
+    clips = Clips(packed)
+    for batch in itertools.islice(batches(clips, 6, 3, seed=0, max_num_frames=32), 8):
+        k, clip = batch.frame_condition[..., 0], batch.label[:, :1]
+        assert torch.equal(k, -batch.frame_condition[..., 1])
+        offset = k - 100 * clip - batch.t
+        assert torch.equal(offset, offset[:, :1].expand(-1, 3)) and offset.min() >= 0
+        assert offset[clip[:, 0] < 2].abs().max() == 0
+        assert (k - 100 * clip).max() < 70
+
+
+def test_generated_clips_take_conditions_of_a_real_clip_at_their_times(packed):
+    model = dataclasses.replace(MODEL, max_num_frames=32)
+    config, clips, seen = config_of(packed, model=model), Clips(packed), set()
+    windows = set()
+    for seed in range(60):
+        latents = draws.latents_of_piece(config, clips, CPU, np.random.default_rng(seed))
+        clip = latents.label[:, :1]
+        offset = latents.frame_condition[..., 0] - 100 * clip - latents.t
+        assert (offset - offset[:, :1]).abs().max() < 1e-4
+        assert (latents.frame_condition.sum(dim=2)).abs().max() < 1e-4
+        lengths = torch.tensor(clips.lengths)[clip.long()].clamp(max=32)
+        assert (latents.t < lengths).all()
+        assert offset[clip[:, 0] < 2].abs().sum() < 1e-3
+        windows |= set(offset[clip[:, 0] == 2, 0].round().tolist())
+        seen |= set(clip[:, 0].tolist())
+    assert seen == {0, 1, 2} and len(windows) > 5 and max(windows) <= 70 - 32
+
+
+def test_pieces_carry_conditions_to_every_objective(packed, monkeypatch):
+    """In the G step, the D step and R1, D is told conditions as they were drawn."""
+    config, clips = config_of(packed), Clips(packed)
+    state = training.new_state(config, CPU)
+    seen = []
+    condition = state.D.time_condition
+    condition.register_forward_pre_hook(lambda module, args: seen.append(args))
+    loop = training.steps(state, config, clips, CPU, Stats(packed, CPU), Skips())
+    next(loop)
+    loop.close()
+    # Two pieces each of G, D (generated and real) and R1.
+    assert len(seen) == 2 + 4 + 2
+    for t, label, e in seen:
+        offset = e[..., 0] - 100 * label[:, :1] - t
+        assert e.shape == (2, 3, 2) and (offset - offset[:, :1]).abs().max() < 1e-4
+
+
+def test_saved_and_gone_on_with_to_the_bit(packed, tmp_path, quiet):
+    whole = config_of(packed, 4)
+    training.train(whole, tmp_path / "whole")
+    training.train(config_of(packed, 2), tmp_path / "parts")
+    resume = training.what_to_resume(None, tmp_path / "parts")
+    training.train(whole, resume=resume)
+    assert same_bits(tensors_of(tmp_path / "whole"), tensors_of(tmp_path / "parts"))
+    generator = checkpoint.load(tmp_path / "whole")
+    assert generator.config.frame_condition_dim == 2
+    assert checkpoint.load_discriminator(tmp_path / "whole").config == generator.config
+    plain = make_config(packed, 4, start_from=str(tmp_path / "whole"))
+    with pytest.raises(UserError, match=r"frame_condition_dim 0 \(it has 2\)"):
+        training.train(plain, tmp_path / "other")
+
+
+def test_grids_show_conditions_of_real_clips(packed, tmp_path, monkeypatch):
+    asked = []
+
+    def render(*args, **options):
+        asked.append(options)
+        return iter([torch.zeros(16, 32, 3, 32, 32, dtype=torch.uint8)])
+
+    monkeypatch.setattr("mostgan.progress.render", render)
+    generator = mostgan.Generator(config_of(packed).model)
+    training.save_grids(tmp_path, generator, Clips(packed), 0, 25.0)
+    for options in asked:
+        assert [row[0] for row in options["label"]] == [0, 1, 2] * 5 + [0]
+        first = [rows[:, 0].tolist() for rows in options["frame_condition"][:2]]
+        assert first == [[*range(20), *[19] * 12], [*range(100, 125), *[124] * 7]]
+
+
+def test_metrics_draw_conditions_from_the_data(packed, monkeypatch):
+    clips, model = Clips(packed), config_of(packed).model
+    generator, asked = mostgan.Generator(model).eval(), []
+    whole = sets.render
+    monkeypatch.setattr(sets, "render", lambda *a, **o: asked.append(o) or whole(*a, **o))
+    protocol = Protocol(clips=40, frames=16, long_clips=0, batch=40)
+    conditions = sets.conditions_of(clips, model.num_labels, model.frame_condition_dim)
+    made_set = GeneratedSet(generator, protocol, 0, conditions, clips)
+    next(made_set._render(0, 40, 16))
+    starts = set()
+    for label, rows in zip(asked[0]["label"], asked[0]["frame_condition"]):
+        assert len(rows) >= 16 and int(rows[0, 0]) // 100 == label[0]
+        assert np.array_equal(rows, counted(len(rows), rows[0, 0]))
+        starts.add((int(label[0]), int(rows[0, 0]) % 100))
+    assert len({clip for clip, _ in starts}) == 3 and len(starts) > 10
+    with pytest.raises(UserError, match="3 numbers as a condition of every frame"):
+        sets.conditions_of(clips, 2, 3)
+    scores = mostgan.metrics.evaluate(generator, clips, open_detectors(None, None, CPU), 4, 16)
+    assert scores["proxy_fvd16"] > 0
+
+
+def save(folder, generator):
+    folder.mkdir()
+    checkpoint.save(folder, 1, generator.config, generator.state_dict(), {}, {})
+
+
+def test_sample_takes_the_conditions_of_a_clip_in_a_file(tmp_path):
+    save(tmp_path / "run", make(num_labels=2, frame_condition_dim=2))
+    entries = {"a": np.ones(2, np.float32), "a/frames": counted(9) / 9}
+    save_file(entries, tmp_path / "one.safetensors")
+    save_file(
+        entries | {"b/x": np.zeros(2), "b/x/frames": counted(1)}, tmp_path / "two.safetensors"
+    )
+
+    def sampled(name, *condition, **options):
+        options |= {"checkpoint": tmp_path / "run", "frames": 6, "precision": "float32"}
+        options |= {"out": tmp_path / f"{name}.npy", "condition": condition}
+        sample.sample(sample.Options(**options))
+        return np.load(tmp_path / f"{name}.npy")
+
+    frames = sampled("a", f"{tmp_path}/one.safetensors")
+    generator = checkpoint.load(tmp_path / "run")
+    options = {"frames": 6, "label": [1.0, 1.0], "frame_condition": entries["a/frames"]}
+    expected = torch.cat(list(mostgan.render(generator, 0, **options)), dim=1)[0]
+    assert np.abs(frames - expected.permute(0, 2, 3, 1).numpy().astype(int)).max() <= 1
+    assert np.array_equal(frames, sampled("a2", f"{tmp_path}/two.safetensors:a"))
+    assert not np.array_equal(frames, sampled("b", f"{tmp_path}/two.safetensors:b/x"))
+    for text, word in (
+        (f"{tmp_path}/two.safetensors", "2 clips, such as a; give FILE:NAME"),
+        (f"{tmp_path}/one.safetensors:c", "1 clips, such as a"),
+        (f"{tmp_path}/none.safetensors:c", "cannot read"),
+    ):
+        with pytest.raises(UserError, match=word):
+            sampled("bad", text)
+    with pytest.raises(UserError, match="neither a file nor numbers"):
+        sampled("bad", "x", "y")
+    with pytest.raises(UserError, match="2 numbers at every frame"):
+        sampled("bad", "0.5", "-1")
+
+
+def test_an_export_is_refused(tmp_path):
+    with pytest.raises(UserError, match="frame conditions cannot be exported"):
+        export_file(make(frame_condition_dim=3), tmp_path / "a.pt2")

@@ -130,6 +130,11 @@ def mostatt_demod(
     return _mostatt.mostatt(*args[:3], dtype, want_weight, content_first)
 
 
+@_op(lambda x: False)
+def conv2d(x, weight, bias, stride, padding):
+    """No kernel of ours."""
+
+
 @_op(_by_op)
 def conv2d_per_frame(x, weight, up=1):
     dtype = _working_dtype(x)

@@ -1,7 +1,7 @@
 """The ops of MoStGAN-V's hot path, as plain functions of tensors. `reference.py` explains each.
 
-CPU tensors, and float64 anywhere, take the plain PyTorch of `reference.py`. On a GPU, `use` says
-what runs:
+CPU tensors, and float64 anywhere, take the plain PyTorch of `reference.py`; in training on a CPU
+those of `cpu.py` that are quicker. On a GPU, `use` says what runs:
 
     auto       the fastest implementation that agrees with the plain one there, as `choose.py`
                measures it (the default)
@@ -14,7 +14,7 @@ import functools
 import torch
 import torch.nn.functional as F
 
-from kernels import choose, reference
+from kernels import choose, cpu, reference
 from kernels.reference import LRELU_GAIN as LRELU_GAIN
 from kernels.reference import conv2d_bias_lrelu as conv2d_bias_lrelu
 from kernels.reference import conv2d_shared as conv2d_shared
@@ -91,14 +91,18 @@ def working_dtype(x):
 
 
 def _op(registered):
-    """A decorator: the function where registered(x), else reference.py's of the same name."""
+    """A decorator: the function where registered(x), else cpu.py's or reference.py's of the same
+    name.
+    """
 
     def decorate(function):
         plain = getattr(reference, function.__name__)
+        trained = getattr(cpu, function.__name__, plain)
 
         @functools.wraps(plain)
         def op(x, *args, **options):
-            return (function if registered(x) else plain)(x, *args, **options)
+            chosen = function if registered(x) else trained if cpu.trains(x) else plain
+            return chosen(x, *args, **options)
 
         return op
 
@@ -127,6 +131,11 @@ def mostatt_demod(
         return reference.mostatt_demod(*args, want_weight, style_gain, content_first)
     dtype = dtype or working_dtype(weight)
     return _mostatt.mostatt(*args[:3], dtype, want_weight, content_first)
+
+
+@_op(lambda x: False)
+def conv2d(x, weight, bias, stride, padding):
+    """No kernel of ours."""
 
 
 @_op(_by_op)

@@ -39,6 +39,10 @@ def fir_filter(x, gain, stride, padding, transposed, bias=None):
     taps = torch.tensor(FIR_TAPS, device=x.device, dtype=x.dtype)
     f = (torch.outer(taps, taps) * (gain / 64)).expand(x.shape[1], 1, 4, 4)  # symmetric: no flip
     if transposed and stride == 2:
+        if x.is_cpu and x.dtype == torch.bfloat16:  # there fifty times as slow as in float32
+            bias = None if bias is None else bias.float()
+            with torch.autocast("cpu", enabled=False):
+                return fir_filter(x.float(), gain, stride, padding, transposed, bias).to(x.dtype)
         return F.conv_transpose2d(x, f, bias, stride=2, padding=padding, groups=x.shape[1])
     if transposed:
         padding = 3 - padding
@@ -185,6 +189,11 @@ def conv2d_shared(x, weight, up=1):
     if up == 2:
         return F.conv_transpose2d(x, weight.transpose(0, 1), stride=2)
     return F.conv2d(x, weight, padding=weight.shape[-1] // 2)
+
+
+def conv2d(x, weight, bias, stride, padding):
+    """torch.nn.functional.conv2d."""
+    return F.conv2d(x, weight, bias, stride, padding)
 
 
 def conv2d_per_frame(x, weight, up=1):

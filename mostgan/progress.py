@@ -119,7 +119,11 @@ class Skips:
         maximum norm cannot overflow as the Euclidean one can, and keeps NaN.
         """
         with_gradient = [p for p in parameters if p.grad is not None]
-        norms = torch._foreach_norm([p.grad for p in with_gradient], ord=float("inf"))
+        gradients = [p.grad for p in with_gradient]
+        if loss.is_cpu:  # there the maximum norm takes five times as long as this
+            norms = torch._foreach_max(torch._foreach_abs(gradients))
+        else:
+            norms = torch._foreach_norm(gradients, ord=float("inf"))
         broken = ~torch.stack([loss.abs(), *norms]).isfinite()
         skip, zero = broken.any(), torch.zeros((), dtype=torch.int64, device=loss.device)
         start = {"in_a_row": zero, "longest": zero, "loss": loss, "broken": broken}

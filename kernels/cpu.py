@@ -1,0 +1,232 @@
+"""The ops of `reference.py` as a CPU trains them: the same results, with gradients written out.
+
+A CPU spends more of a training step on reading and writing memory than on arithmetic, and autograd
+goes over the large tensors, a kernel for each frame and features of all frames, once for every
+operation of a formula. Here they are gone over as seldom as PyTorch's operations allow. Letters and
+shapes are those of `reference.py`; mostatt_backward.py derives MoStAtt's gradient.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+from kernels import reference
+from kernels.reference import LEAKY_SLOPE, LRELU_GAIN
+
+
+def trains(x):
+    """Whether an op of x runs as written here: eagerly, on a CPU, and with a gradient to come."""
+    eager = not torch.compiler.is_compiling() and torch._C._functorch.maybe_current_level() is None
+    return x.is_cpu and torch.is_grad_enabled() and eager
+
+
+def _working_dtype(x):
+    """The dtype in which convolutions of x run: autocast's where it is on, as PyTorch's own."""
+    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+
+
+def _pixels(x):
+    """Features [N, C, H, W] → [N, H·W, C]: a view of channels-last memory."""
+    return x.permute(0, 2, 3, 1).flatten(1, 2)
+
+
+def _lrelu_backward(grad, y):
+    """The gradient before a leaky ReLU, from its result y. In y's layout: mixed ones are slow."""
+    grad = grad.contiguous(memory_format=torch.channels_last)
+    return torch.ops.aten.leaky_relu_backward(grad, y, LEAKY_SLOPE, True)
+
+
+class _MoStAtt(torch.autograd.Function):
+    """`mostatt` and `demodulation` of what it gives."""
+
+    @staticmethod
+    def forward(ctx, content_weight, motion_style):
+        (rows, _, I, side, _), W = content_weight.shape, content_weight.flatten(2)
+        M = reference.motion_modulation(motion_style, I, side)
+        score = W @ M.view(rows, -1, M.shape[2]).transpose(1, 2) / math.sqrt(M.shape[2])
+        score = score.unflatten(2, (-1, M.shape[1])).transpose(1, 2).flatten(0, 1)
+        A = score.softmax(dim=2)
+        P = A @ M
+        peak, at_output = torch.maximum(P.amax(dim=2), -P.amin(dim=2)).max(dim=1)
+        peak = torch.where(peak > 0, peak, 1)[:, None, None]
+        P_hat = reference.lrelu(P).div_(peak)
+        W = W.unsqueeze(1)
+        weight = torch.addcmul(W, W, P_hat.unflatten(0, (rows, -1))).flatten(0, 1)
+        weight = weight.unflatten(2, (I, side, side))
+        demod = reference.demodulation(weight)
+        ctx.save_for_backward(
+            content_weight, motion_style, M, A, P_hat, peak, at_output, weight, demod
+        )
+        return weight, score, demod
+
+    @staticmethod
+    def backward(ctx, grad_weight, grad_score, grad_demod):
+        content_weight, style, M, A, P_hat, peak, at_output, weight, demod = ctx.saved_tensors
+        rows, _, I, side, _ = content_weight.shape
+        W, frames = content_weight.flatten(2), torch.arange(len(M))
+        by_demod = (-grad_demod * demod**3).unsqueeze(2)
+        U = torch.addcmul(grad_weight.flatten(2), weight.flatten(2), by_demod)
+        grad_P = (U.unflatten(0, (rows, -1)) * W.unsqueeze(1)).flatten(0, 1)
+        # Times the peak, by which smaller tensors are divided.
+        torch.ops.aten.leaky_relu_backward(grad_P, P_hat, LEAKY_SLOPE, True, grad_input=grad_P)
+        grad_A = grad_P @ M.transpose(1, 2) / peak
+        grad_M = (A / peak).transpose(1, 2) @ grad_P
+        # What the peak gets, Σ grad_P · P = Σ grad_A · A, goes to where |P| is largest.
+        A_there = A[frames, at_output]
+        P_there = (A_there.unsqueeze(1) @ M).squeeze(1)
+        at_input = P_there.abs().argmax(dim=1)
+        M_there = M[frames, :, at_input]
+        grad_peak = -(grad_A * A).sum(dim=(1, 2)) / peak.flatten()
+        grad_there = (grad_peak * P_there[frames, at_input].sign()).unsqueeze(1)
+        grad_A[frames, at_output] += grad_there * M_there
+        grad_M[frames, :, at_input] += grad_there * A_there
+        grad_score = grad_score + A * (grad_A - (A * grad_A).sum(dim=2, keepdim=True))
+        grad_score = grad_score.unflatten(0, (rows, -1)).transpose(1, 2).flatten(2)
+        grad_score = grad_score / math.sqrt(M.shape[2])  # [B, O, T·K]
+        grad_M += (grad_score.transpose(1, 2) @ W).view_as(M)
+        of_clips = U.addcmul_(U, P_hat).unflatten(0, (rows, -1)).sum(dim=1)
+        grad_W = torch.baddbmm(of_clips, grad_score, M.view(rows, -1, M.shape[2]))
+        grad_style = reference.motion_modulation_backward(grad_M, style, I, side)
+        return grad_W.view_as(content_weight), grad_style
+
+
+def mostatt_demod(
+    weight,
+    motion_style,
+    content_style=None,
+    dtype=None,
+    want_weight=True,
+    style_gain=None,
+    content_first=False,
+):
+    styled_last = content_style is not None and not content_first
+    if style_gain is not None or styled_last:
+        args = weight, motion_style, content_style, dtype, want_weight, style_gain, content_first
+        return reference.mostatt_demod(*args)
+    if content_style is not None:
+        weight = weight * content_style[:, None, :, None, None]
+    with torch.autocast("cpu", enabled=False):
+        modulated, score, demod = _MoStAtt.apply(weight, motion_style.to(weight.dtype))
+    modulated = modulated.to(dtype or weight.dtype) if want_weight else weight.new_empty(0)
+    return modulated, score, demod
+
+
+class _ConvUp(torch.autograd.Function):
+    """`conv2d_per_frame` with up=2, by one matrix product per frame: a pixel times all taps, which
+    are then added where they belong. PyTorch's grouped transposed convolution takes half as long
+    again, and needs channels-first copies of everything.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        (N, _, H, W), (_, O, _, k, _) = x.shape, weight.shape
+        kernels = weight.permute(0, 2, 3, 4, 1).flatten(2)  # [N, I, k·k·O]
+        taps = (_pixels(x) @ kernels).view(N, H, W, k, k, O)
+        y = x.new_zeros(N, 2 * H + k - 2, 2 * W + k - 2, O)
+        for dy in range(k):
+            for dx in range(k):
+                y[:, dy : dy + 2 * H - 1 : 2, dx : dx + 2 * W - 1 : 2] += taps[:, :, :, dy, dx]
+        ctx.save_for_backward(x, kernels)
+        ctx.k = k
+        return y.permute(0, 3, 1, 2)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (x, kernels), k, O = ctx.saved_tensors, ctx.k, grad.shape[1]
+        N, I, H, W = x.shape
+        grad = grad.contiguous(memory_format=torch.channels_last)
+        n, o, h, w = grad.stride()
+        windows = grad.as_strided((N, H, W, k, k, O), (n, 2 * h, 2 * w, h, w, o))
+        windows = windows.reshape(N, H * W, -1)
+        grad_x = (windows @ kernels.transpose(1, 2)).view(N, H, W, I).permute(0, 3, 1, 2)
+        grad_weight = (_pixels(x).transpose(1, 2) @ windows).view(N, I, k, k, O)
+        return grad_x, grad_weight.permute(0, 4, 1, 2, 3)
+
+
+def conv2d_per_frame(x, weight, up=1):
+    if up == 1:
+        return reference.conv2d_per_frame(x, weight, up)
+    dtype = _working_dtype(x)
+    return _ConvUp.apply(x.to(dtype), weight.to(dtype))
+
+
+class _DemodBiasLrelu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, demod, bias):
+        y = reference.demod_bias_lrelu(x, demod, bias)
+        ctx.save_for_backward(x, y, demod)
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, y, demod = ctx.saved_tensors
+        grad_z = _lrelu_backward(grad, y)
+        # Σ grad_z · x over pixels is the diagonal of a small product: half the time of two passes.
+        grad_demod = _pixels(grad_z).transpose(1, 2) @ _pixels(x)
+        grad_demod = grad_demod.diagonal(dim1=1, dim2=2).to(demod.dtype) * LRELU_GAIN
+        grad_bias = _pixels(grad_z).sum(dim=1).sum(dim=0).to(demod.dtype) * LRELU_GAIN
+        grad_x = grad_z.mul_((demod * LRELU_GAIN).to(x.dtype)[:, :, None, None])
+        return grad_x, grad_demod, grad_bias
+
+
+def epilogue(x, demod, bias, up=1, clamp=None):
+    x = _DemodBiasLrelu.apply(reference.fir(x, 1, gain=4.0) if up == 2 else x, demod, bias)
+    return x if clamp is None else x.clamp(-clamp, clamp)
+
+
+def conv2d_epilogue(x, weight, demod, bias, up=1, clamp=None):
+    return epilogue(conv2d_per_frame(x, weight, up), demod, bias, up, clamp)
+
+
+class _Conv(torch.autograd.Function):
+    """F.conv2d, whose second derivative PyTorch takes by convolutions with kernels as large as
+    images: R1 takes half as long without them.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, stride, padding):
+        ctx.save_for_backward(x, weight)
+        ctx.sizes = stride, padding
+        return F.conv2d(x, weight, bias, stride, padding)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (x, weight), needs = ctx.saved_tensors, ctx.needs_input_grad[:3]
+        if not torch.is_grad_enabled():  # once and for all
+            return *_conv_backward(grad, x, weight, *ctx.sizes, needs), None, None
+        grad_x = _ConvGradX.apply(grad, weight, x.detach(), *ctx.sizes) if needs[0] else None
+        _, *others = _conv_backward(grad, x, weight, *ctx.sizes, (False, *needs[1:]))
+        return grad_x, *others, None, None
+
+
+class _ConvGradX(torch.autograd.Function):
+    """The gradient of F.conv2d to x. like: of x's shape and layout."""
+
+    @staticmethod
+    def forward(ctx, grad, weight, like, stride, padding):
+        ctx.save_for_backward(grad, weight)
+        ctx.sizes = stride, padding
+        return _conv_backward(grad, like, weight, stride, padding, (True, False, False))[0]
+
+    @staticmethod
+    def backward(ctx, grad_of_grad):
+        grad, weight = ctx.saved_tensors
+        of_grad = F.conv2d(grad_of_grad, weight, None, *ctx.sizes)
+        wanted = False, True, False
+        of_weight = _conv_backward(grad, grad_of_grad, weight, *ctx.sizes, wanted)[1]
+        return of_grad, of_weight, None, None, None
+
+
+def _conv_backward(grad, x, weight, stride, padding, wanted):
+    """Gradients of F.conv2d to x, weight and bias, or None. wanted: three flags."""
+    grad = grad.contiguous(memory_format=torch.channels_last)
+    sizes = [stride] * 2, [padding] * 2, [1, 1], False, [0, 0], 1
+    bias = [weight.shape[0]] if wanted[2] else None
+    return torch.ops.aten.convolution_backward(grad, x, weight, bias, *sizes, wanted)
+
+
+def conv2d(x, weight, bias, stride, padding):
+    dtype = _working_dtype(x)
+    bias = None if bias is None else bias.to(dtype)
+    return _Conv.apply(x.to(dtype), weight.to(dtype), bias, stride, padding)

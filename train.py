@@ -65,6 +65,7 @@ from mostgan.run import (
     with_data,
     with_shares,
 )
+from mostgan.tensorboard import Board, summary_writer
 
 G_LAZY_INTERVAL = 8  # the release corrects G's Adam for a lazy regularizer that it no longer has
 W_AVG_DECAY = 0.995
@@ -74,6 +75,8 @@ def train(config: TrainConfig, out: Path | None = None, resume: Resume | None = 
     """Trains to the end, or to a signal. out: the folder of a new run; resume: the run to go on
     with, and from where.
     """
+    if config.tensorboard:
+        summary_writer()  # complains now, not when the data are packed
     if config.deterministic:
         make_deterministic()
     device, main = pick_device(), distributed.main()
@@ -98,6 +101,7 @@ def train(config: TrainConfig, out: Path | None = None, resume: Resume | None = 
     )
     stats, skips, stop = Stats(run, device, bar.write), Skips(), StopSignal(run)
     stats.drop_after(state.frames)
+    board = Board(run, state.frames, bar.write) if config.tensorboard and main else None
     saver = Saver(run, saved, config.save_minutes, config.keep_checkpoints, bar.write)
     began = time.perf_counter() - state.seconds
     stopping = state.frames >= total
@@ -122,15 +126,17 @@ def train(config: TrainConfig, out: Path | None = None, resume: Resume | None = 
                 bar.write(f"{state.frames / 1000:.1f} k frames: {metrics.in_a_line(scores)}")
         saves = bool(shows or stopping or overdue or scores)
         if saves or passes(state, config, config.log_kframes):
-            log(state, state.frames - logged, stats, scores, bar)
+            log(state, state.frames - logged, stats, scores, bar, board)
             skips.check(config.skip_limit, state, saver)
             logged = state.frames
         if saves:
             saver.start(state, next(iter(scores.values()), None))  # the best by FVD16 is kept
         if shows and main:
-            save_grids(run, state.ema, clips, state.frames, config.model.fps, bar.write)
+            save_grids(run, state.ema, clips, state.frames, config.model.fps, bar.write, board)
         stopping = stopping or is_last
     loop.close()
+    if board is not None:
+        board.close()
     bar.close()
     saver.last(state)
     print_end(state, run, saver.saved, total)

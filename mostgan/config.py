@@ -253,6 +253,8 @@ class TrainConfig:
     """torch.compile the G step, the D step and R1; the first step then takes minutes"""
     kernels: str = "auto"
     """what runs the ops on a GPU: auto (the fastest that is right), triton, reference (PyTorch)"""
+    tensorboard: bool = False
+    """write statistics and grids for TensorBoard, too: into tensorboard/ of the run"""
     workers: int = 4
     """processes that decode clips; 0 decodes in a thread"""
 

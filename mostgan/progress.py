@@ -160,21 +160,22 @@ class Skips:
 # -------------------------------------------------------------------------------------------- grids
 
 
-def save_grids(run, generator, clips, frames_done, fps, say=print):
+def save_grids(run, generator, clips, frames_done, fps, say=print, board=None):
     """Sample grids with fixed latents: one where every clip moves by itself, one where all share
     their motion.
 
-    clips: the real clips, whose classes or conditions the generated ones take. A disk that is full
-    is said, and does not stop the training.
+    clips: the real clips, whose classes or conditions the generated ones take. board: the
+    tensorboard.Board that gets them, too. A disk that is full is said, and does not stop the
+    training.
     """
     count, label, of_frames = GRID_SIDE**2, None, None
-    chosen = [i % len(clips) for i in range(count)]
     if generator.config.num_labels and clips.labels.ndim == 1:
         label = [i % clips.num_labels for i in range(count)]
     elif generator.config.num_labels:
-        label = [clips.condition(clip).tolist() for clip in chosen]
+        label = [clips.condition(i % len(clips)).tolist() for i in range(count)]
     if generator.config.frame_condition_dim:
-        of_frames = [clips.frame_condition(clip, np.arange(GRID_FRAMES)) for clip in chosen]
+        t = np.arange(GRID_FRAMES)
+        of_frames = [clips.frame_condition(i % len(clips), t) for i in range(count)]
     moment = f"{frames_done // 1000:06d}k" + (str(frames_done) if 0 < frames_done < 1000 else "")
     for name, motion_seed in (("samples", None), ("shared-motion", SHARED_MOTION_SEED)):
         conditions = {"label": label, "frame_condition": of_frames}
@@ -186,6 +187,8 @@ def save_grids(run, generator, clips, frames_done, fps, say=print):
             write_grid(path, made, fps)
         except OSError as error:
             say(f"warning: could not write {path.name}: {error}")
+        if board is not None:
+            board.add_grid(name, made, GRID_SIDE, GRID_SIDE, frames_done, fps)
 
 
 def save_real_grid(run, clips, fps):
@@ -261,8 +264,10 @@ def print_end(state, run, saved, total):
     )
 
 
-def log(state, frames, stats, scores, bar):
-    """Writes a line of statistics, of the last so many frames, and shows the losses."""
+def log(state, frames, stats, scores, bar, board=None):
+    """Writes a line of statistics, of the last so many frames, and shows the losses. board: the
+    tensorboard.Board that gets them, too.
+    """
     line = stats.write(
         frames,
         step=state.step,
@@ -271,6 +276,8 @@ def log(state, frames, stats, scores, bar):
         ada_p=round(state.ada_p, 5),
         **scores,
     )
+    if board is not None:
+        board.add_line(line)
     if line["skipped_steps"] and distributed.main():
         bar.write(
             f"warning: {line['skipped_steps']} optimizer steps before step {state.step} were left "

@@ -1,0 +1,102 @@
+"""What TensorBoard shows of a run: the values of stats.jsonl, which stays the record, and grids.
+
+pip install 'mostgan[tensorboard]' && tensorboard --logdir runs
+"""
+
+import io
+import json
+
+from PIL import Image
+
+from mostgan.config import UserError
+from mostgan.video import film_strips, grid
+
+
+def summary_writer():
+    """PyTorch's SummaryWriter, a class. UserError where TensorBoard is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise UserError(
+            "--tensorboard needs the package tensorboard: install it with pip install "
+            "'mostgan[tensorboard]', or leave the option out"
+        ) from None
+    return SummaryWriter
+
+
+class Board:
+    """Writes events into the folder tensorboard/ of a run; a step is a real frame, as `frames` in
+    stats.jsonl.
+
+    done: the frames that the run goes on from. Events of later ones, which it makes anew, are taken
+    back; and where a run had no events before, the lines of its stats.jsonl become the first. On
+    the disk when a method returns. An error of the disk is said by `say`, and ends the events, not
+    the training.
+    """
+
+    def __init__(self, run, done, say=print):
+        folder, self.say = run / "tensorboard", say
+        is_new = not any(folder.glob("events*"))
+        # TensorBoard forgets what it has read of this step and later ones.
+        self.writer = summary_writer()(str(folder), purge_step=None if is_new else done + 1)
+        if is_new and (run / "stats.jsonl").exists():
+            for line in (run / "stats.jsonl").read_text().splitlines():
+                self.add_line(json.loads(line))
+
+    def add_line(self, line):
+        """Adds the values of a line of stats.jsonl, a dict."""
+        values = dict(line)
+        step = values.pop("frames")
+
+        def write():
+            for name, value in values.items():
+                # A mean without a finite value is NaN, and in the file null.
+                if value is not None and value == value:
+                    self.writer.add_scalar(name, value, step)
+
+        self._try(write)
+
+    def add_grid(self, name, clips, rows, columns, step, fps):
+        """Adds clips uint8 [rows · columns, T, 3, H, W], side by side and moving (TensorBoard plays
+        GIFs), and as a picture with a row of frames per clip.
+        """
+
+        def write():
+            self.writer.add_image(f"{name}/frames", film_strips(clips[: 2 * rows], 8), step)
+            moving = gif_summary(f"{name}/clips", grid(clips, rows, columns), fps)
+            self.writer.file_writer.add_summary(moving, step)
+
+        self._try(write)
+
+    def _try(self, write):
+        if self.writer is None:
+            return
+        try:
+            write()
+            self.writer.flush()
+        except OSError as error:
+            self.say(f"warning: could not write TensorBoard's events: {error}; they end here")
+            self.writer = None
+
+    def close(self):
+        if self.writer is not None:
+            self.writer.close()
+
+
+def gif_summary(name, frames, fps):
+    """Frames uint8 [T, 3, H, W] as a summary that TensorBoard plays. PyTorch's add_video would need
+    another package for it.
+    """
+    from tensorboard.compat.proto.summary_pb2 import Summary
+
+    first, *rest = [Image.fromarray(frame.permute(1, 2, 0).numpy()) for frame in frames]
+    with io.BytesIO() as file:
+        milliseconds = max(20, round(1000 / fps))
+        first.save(file, "GIF", save_all=True, append_images=rest, duration=milliseconds, loop=0)
+        picture = Summary.Image(
+            height=first.height,
+            width=first.width,
+            colorspace=3,
+            encoded_image_string=file.getvalue(),
+        )
+    return Summary(value=[Summary.Value(tag=name, image=picture)])

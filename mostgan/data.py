@@ -30,7 +30,11 @@ from safetensors import SafetensorError
 
 from mostgan.config import UserError
 from mostgan.files import read_json
+<<<<<<< HEAD
 from mostgan.program import cores
+=======
+from mostgan.motion import condition_at
+>>>>>>> cond
 
 SPANS = (2, 4, 8, 16, 32)  # frames between the first and the last frame of a sample
 FORMAT, VERSION = "mostgan-clips", 3  # of packed folders; mostgan/prepare/pack.py tells the rest
@@ -178,18 +182,6 @@ class Clips:
             text = f"{file} ({self.names[clip]}) is damaged ({error}); prepare {self.path} again"
             raise UserError(" ".join(text.split())) from None
         return out
-
-
-def condition_at(rows, t):
-    """A frame condition at real times t [T], in frames, of its rows [n, E] at the frames 0 … n − 1:
-    [T, E]. Between two frames it is interpolated linearly, before the first and after the last it
-    is held (spec §13).
-    """
-    t = np.clip(np.asarray(t, np.float64), 0, len(rows) - 1)
-    before = t.astype(np.int64)
-    share = (t - before)[:, None].astype(np.float32)
-    after = rows[np.minimum(before + 1, len(rows) - 1)]
-    return rows[before] * (1 - share) + after * share
 
 
 def read_clip(path, indices, length, coding, out):

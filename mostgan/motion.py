@@ -1,4 +1,6 @@
-"""Motion in continuous time: motion noise, motion codes (spec §2), motion vectors (spec §4)."""
+"""Motion in continuous time: motion noise, motion codes (spec §2), motion vectors (spec §4), frame
+conditions (spec §13).
+"""
 
 import math
 
@@ -66,6 +68,18 @@ def motion_noise(seeds, t, config, loop=None):
     first, dim = anchor.amin(1), config.motion_noise_dim
     noise = [_anchor_noise(s, int(j), rows, dim, loop) for s, j in zip(seeds, first)]
     return torch.stack(noise).to(t.device), first.to(t.device)
+
+
+def condition_at(rows, t):
+    """A frame condition at real times t [T], in frames, of its rows [n, E] at the frames 0 … n − 1:
+    [T, E]. Between two frames it is interpolated linearly, before the first and after the last it
+    is held (spec §13).
+    """
+    t = np.clip(np.asarray(t, np.float64), 0, len(rows) - 1)
+    before = t.astype(np.int64)
+    share = (t - before)[:, None].astype(np.float32)
+    after = rows[np.minimum(before + 1, len(rows) - 1)]
+    return rows[before] * (1 - share) + after * share
 
 
 class MotionCodes(nn.Module):

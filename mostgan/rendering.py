@@ -16,9 +16,8 @@ import numpy as np
 import torch
 
 from mostgan.config import UserError
-from mostgan.data import condition_at
 from mostgan.device import in_order, memory_bytes, one_core_threads
-from mostgan.motion import content_latent, motion_noise
+from mostgan.motion import condition_at, content_latent, motion_noise
 
 FARTHEST = 10**8  # frames from 0, either way: so far float64 tells phases apart to eight digits
 

@@ -19,11 +19,11 @@ import train as training
 from mostgan import checkpoint, draws, prepare
 from mostgan.checkpoint.export import export_file
 from mostgan.config import ModelConfig, UserError
-from mostgan.data import Clips, batches, condition_at
+from mostgan.data import Clips, batches
 from mostgan.discriminator import Discriminator
 from mostgan.metrics import open_detectors, sets
 from mostgan.metrics.sets import GeneratedSet, Protocol
-from mostgan.motion import content_latent, motion_noise
+from mostgan.motion import condition_at, content_latent, motion_noise
 from mostgan.prepare import data_sets
 from mostgan.progress import Skips, Stats
 from mostgan.rendering import to_uint8

@@ -145,7 +145,7 @@ def _header(shape):
 
 def _of_clip(file, row):
     """The vectors of a packed clip's frames: those of the moments at which they are on screen."""
-    from mostgan.data import condition_at  # not above: it brings PyTorch, see pack._write_preview
+    from mostgan.motion import condition_at  # not above: it brings PyTorch, see pack._write_preview
 
     whole = file.get_slice(row["condition"] + OF_FRAMES)
     t, count = (row["start"] + np.arange(row["frames"])) * row["step"], whole.get_shape()[0]

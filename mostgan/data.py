@@ -30,11 +30,8 @@ from safetensors import SafetensorError
 
 from mostgan.config import UserError
 from mostgan.files import read_json
-<<<<<<< HEAD
-from mostgan.program import cores
-=======
 from mostgan.motion import condition_at
->>>>>>> cond
+from mostgan.program import cores
 
 SPANS = (2, 4, 8, 16, 32)  # frames between the first and the last frame of a sample
 FORMAT, VERSION = "mostgan-clips", 3  # of packed folders; mostgan/prepare/pack.py tells the rest

@@ -13,8 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from mostgan.config import UserError
-from mostgan.prepare.reading import natural, printable, suffix
-from mostgan.prepare.sources import STILLS, VIDEOS
+from mostgan.prepare.reading import STILLS, VIDEOS, natural, printable, suffix
 
 SHOWN = 3  # names that tell what did not match
 

@@ -14,6 +14,14 @@ from mostgan.prepare import archives, pictures, videos
 from mostgan.prepare.frames import PICTURE_RATE, Timing, on_screen
 
 # What reading a damaged or strange file may raise.
+STILLS = set(".jpg .jpeg .jpe .jfif .bmp .dib .ppm .pgm .pbm .pnm .tga .jp2 .j2k .pcx .sgi".split())
+STILLS |= pictures.ANIMATED
+VIDEOS = set(
+    ".mp4 .m4v .mov .qt .mkv .webm .avi .mpg .mpeg .m2v .mpv .ts .mts .m2ts .vob .wmv .asf .flv "
+    ".f4v .ogv .3gp .3g2"
+    " .mxf .dv .rm .rmvb .nut .y4m .h264 .264 .h265 .265 .hevc .ivf .obu .mjpeg .mjpg .wtv".split()
+)
+# Files that are known not to be videos. Others are shown to FFmpeg.
 UNREADABLE = (av.FFmpegError, AttributeError, *pictures.DAMAGED, *archives.DAMAGED)
 
 

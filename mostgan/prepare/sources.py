@@ -11,16 +11,18 @@ from pathlib import Path
 
 from mostgan.config import UserError
 from mostgan.prepare import archives, pictures, videos
-from mostgan.prepare.reading import NUMBER, UNREADABLE, Source, natural, printable, stem, suffix
-
-STILLS = set(".jpg .jpeg .jpe .jfif .bmp .dib .ppm .pgm .pbm .pnm .tga .jp2 .j2k .pcx .sgi".split())
-STILLS |= pictures.ANIMATED
-VIDEOS = set(
-    ".mp4 .m4v .mov .qt .mkv .webm .avi .mpg .mpeg .m2v .mpv .ts .mts .m2ts .vob .wmv .asf .flv "
-    ".f4v .ogv .3gp .3g2"
-    " .mxf .dv .rm .rmvb .nut .y4m .h264 .264 .h265 .265 .hevc .ivf .obu .mjpeg .mjpg .wtv".split()
+from mostgan.prepare.reading import (
+    NUMBER,
+    STILLS,
+    UNREADABLE,
+    VIDEOS,
+    Source,
+    natural,
+    printable,
+    stem,
+    suffix,
 )
-# Files that are known not to be videos. Others are shown to FFmpeg.
+
 OTHERS = set(
     ".txt .json .csv .tsv .md .html .xml .yaml .yml .nfo .srt .vtt .ass .ssa .sub .idx .sup .log "
     ".pdf .doc .docx"

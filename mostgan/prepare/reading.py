@@ -21,7 +21,6 @@ VIDEOS = set(
     ".f4v .ogv .3gp .3g2"
     " .mxf .dv .rm .rmvb .nut .y4m .h264 .264 .h265 .265 .hevc .ivf .obu .mjpeg .mjpg .wtv".split()
 )
-# Files that are known not to be videos. Others are shown to FFmpeg.
 UNREADABLE = (av.FFmpegError, AttributeError, *pictures.DAMAGED, *archives.DAMAGED)
 
 

@@ -23,6 +23,7 @@ from mostgan.prepare.reading import (
     suffix,
 )
 
+# Files that are known not to be videos. Others are shown to FFmpeg.
 OTHERS = set(
     ".txt .json .csv .tsv .md .html .xml .yaml .yml .nfo .srt .vtt .ass .ssa .sub .idx .sup .log "
     ".pdf .doc .docx"

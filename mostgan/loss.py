@@ -173,7 +173,7 @@ def r1_objective(D, real, transforms):
     frames, *of_clips = real
     if transforms is None:
         return r1_penalty(lambda x: D(x, *of_clips), frames)
-    clips = len(real.t)
+    clips = len(of_clips[0])
 
     def logits_of(moved):
         recolored = augment.recolor(stacked(moved, clips), transforms)

@@ -100,7 +100,8 @@ class Written:
             fake, fake_t, fake_label = self.kept[piece]
         else:
             latents = self.latents(rng)
-            fake, fake_t, fake_label = self.G(*latents).detach(), latents.t, latents.label
+            with torch.no_grad():  # as the loop has them, for other sums round otherwise
+                fake, fake_t, fake_label = self.G(*latents), latents.t, latents.label
         transforms = [self.transforms(rng), self.transforms(rng)]
         of_real = self.D(self.augmented(frames, transforms[0]), t, label)
         of_fake = self.D(self.augmented(fake, transforms[1]), fake_t, fake_label)

@@ -382,7 +382,8 @@ def choose_window(config, clips, device):
     from what is free, so that the same command gives the same windows.
 
     On a CPU, frames are synthesized one by one: a window costs little and is short only so that the
-    first frames of many clips come soon. On a GPU: as many as a quarter of the memory holds, up to
+    first frames of many clips come soon. It is also the stretch whose motion is computed at once,
+    whatever the window asked for. On a GPU: as many as a quarter of the memory holds, up to
     64, however few are asked for: a short piece of a video must meet the same kernels as the whole,
     and pays for that with frames that nobody sees.
     """

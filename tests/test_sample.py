@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -135,6 +136,7 @@ def test_every_option_gets_where_it_is_used(tmp_path, monkeypatch):
     monkeypatch.setattr(program, "render", render)
     monkeypatch.setattr(program, "VideoWriter", Writer)
     monkeypatch.setattr(program, "choose_kernels", lambda *args: asked.update(kernels=args))
+    monkeypatch.setattr(program, "has_bf16", lambda device: True)
     save(tmp_path, make(num_labels=2, fps=10.0))
     options = dict(
         crf=9,
@@ -176,6 +178,23 @@ def test_every_option_gets_where_it_is_used(tmp_path, monkeypatch):
     program.sample(program.Options(tmp_path, tmp_path / "b.npy", frames=1, label=1, loop=2.0))
     assert asked["label"] == 1 and asked["loop"] == 20 and not asked["bf16"]
     assert asked["args"][0] == [0] and asked["motion_seed"] == [0] and asked["psi"] == 1
+
+
+def test_bf16_on_a_cpu_is_close_and_says_how_close(sample, monkeypatch, capsys):
+    """On every processor: without instructions for it PyTorch converts."""
+    monkeypatch.setattr(program, "has_bf16", lambda device: True)
+    in_float32 = sample(frames=4).astype(float)
+    assert "grey" not in capsys.readouterr().out
+    difference = np.abs(sample(frames=4, precision="bf16") - in_float32)
+    printed = re.search(r"changes the first frame by (\d\.\d\d) of 255", capsys.readouterr().out)
+    assert 0 < difference.mean() < 2 and abs(float(printed[1]) - difference[0].mean()) < 0.006
+
+
+def test_a_processor_without_bf16_refuses_it(sample, monkeypatch, tmp_path):
+    monkeypatch.setattr(program, "has_bf16", lambda device: False)
+    with pytest.raises(UserError, match="no instructions"):
+        sample(precision="bf16")
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_clips_of_a_grid_stand_row_by_row(run, tmp_path, monkeypatch):

@@ -113,33 +113,26 @@ def mostatt_demod(
 
 
 class _ConvUp(torch.autograd.Function):
-    """`conv2d_per_frame` with up=2, by one matrix product per frame: a pixel times all taps, which
-    are then added where they belong. PyTorch's grouped transposed convolution takes half as long
-    again, and needs channels-first copies of everything.
+    """`conv2d_per_frame` with up=2. Its gradient is two matrix products per frame with the windows
+    of the gradient: the one of PyTorch's grouped convolution takes twice as long, and needs
+    channels-first copies of everything.
     """
 
     @staticmethod
     def forward(ctx, x, weight):
-        (N, _, H, W), (_, O, _, k, _) = x.shape, weight.shape
-        kernels = weight.permute(0, 2, 3, 4, 1).flatten(2)  # [N, I, k·k·O]
-        taps = (_pixels(x) @ kernels).view(N, H, W, k, k, O)
-        y = x.new_zeros(N, 2 * H + k - 2, 2 * W + k - 2, O)
-        for dy in range(k):
-            for dx in range(k):
-                y[:, dy : dy + 2 * H - 1 : 2, dx : dx + 2 * W - 1 : 2] += taps[:, :, :, dy, dx]
-        ctx.save_for_backward(x, kernels)
-        ctx.k = k
-        return y.permute(0, 3, 1, 2)
+        ctx.save_for_backward(x, weight)
+        return reference.conv2d_per_frame(x, weight, 2)
 
     @staticmethod
     def backward(ctx, grad):
-        (x, kernels), k, O = ctx.saved_tensors, ctx.k, grad.shape[1]
-        N, I, H, W = x.shape
+        x, weight = ctx.saved_tensors
+        (N, I, H, W), (_, O, _, k, _) = x.shape, weight.shape
         grad = grad.contiguous(memory_format=torch.channels_last)
         n, o, h, w = grad.stride()
         windows = grad.as_strided((N, H, W, k, k, O), (n, 2 * h, 2 * w, h, w, o))
         windows = windows.reshape(N, H * W, -1)
-        grad_x = (windows @ kernels.transpose(1, 2)).view(N, H, W, I).permute(0, 3, 1, 2)
+        kernels = weight.permute(0, 3, 4, 1, 2).flatten(1, 3)  # [N, k·k·O, I]
+        grad_x = (windows @ kernels).view(N, H, W, I).permute(0, 3, 1, 2)
         grad_weight = (_pixels(x).transpose(1, 2) @ windows).view(N, I, k, k, O)
         return grad_x, grad_weight.permute(0, 4, 1, 2, 3)
 

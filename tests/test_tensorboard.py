@@ -14,8 +14,6 @@ from mostgan import checkpoint
 from mostgan.config import UserError
 from mostgan.tensorboard import Board
 
-pytest.importorskip("tensorboard")
-
 
 def events_of(run):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

@@ -28,6 +28,7 @@ from mostgan.prepare import pack_sky  # noqa: E402
 from mostgan.prepare.sky import VERSION  # noqa: E402
 from mostgan.program import run_program  # noqa: E402
 
+TRAINING = "--eval-every 25 --snapshot-kframes 25"
 CLIPS = 512  # more than `--dataset sky` makes: D sees each of them some hundred times
 
 
@@ -39,11 +40,9 @@ def make(kframes: float = 200, work: Path = ROOT / "runs" / "pretrained", out: P
     work.mkdir(parents=True, exist_ok=True)
     pack_sky(clips, 64, CLIPS)
     pack_sky(others, 64, CLIPS, seed=1)
-    train = f"--preset tiny --dataset sky --data {clips} --out {run}"
-    train += " --eval-every 25 --snapshot-kframes 25 --motion-distance 32"
-    if (run / "config.json").exists():
-        train = f"--resume {run}"
-    program("train.py", f"{train} --total-kframes {kframes:g}")
+    start = ["--preset tiny --dataset sky --motion-distance 32", TRAINING, "--data", clips]
+    start = ["--resume", run] if (run / "config.json").exists() else [*start, "--out", run]
+    program("train.py", *start, "--total-kframes", f"{kframes:g}")
     best = checkpoint.best_checkpoint(run) or checkpoint.find(run)
     scores = {
         "the model": score(work, best, "--data", others),
@@ -54,8 +53,12 @@ def make(kframes: float = 200, work: Path = ROOT / "runs" / "pretrained", out: P
 
 
 def program(*words):
-    """Runs a program of this checkout. UserError where it does not end well."""
-    command = [sys.executable, *" ".join(map(str, words)).split()]
+    """Runs a program of this checkout: words are strings of options, and paths. UserError where it
+    does not end well.
+    """
+    command = [sys.executable]
+    for word in words:
+        command += [str(word)] if isinstance(word, Path) else word.split()
     print(" ".join(command), flush=True)
     if subprocess.run(command, cwd=ROOT).returncode:
         raise UserError("the command above failed")
@@ -64,7 +67,8 @@ def program(*words):
 def score(work, *words):
     """What `python -m mostgan.metrics` measures: name → mean and deviation of three runs."""
     result = work / "scores.json"
-    program("-m mostgan.metrics", *words, "--runs 3 --clips 512 --out", result)
+    protocol = "--runs 3 --clips 256 --frames 64 --long-clips 0"
+    program("-m mostgan.metrics", *words, protocol, "--out", result)
     results = json.loads(result.read_text())["results"]
     return {name: {"mean": of["mean"], "std": of["std"]} for name, of in results.items()}
 

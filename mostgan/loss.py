@@ -95,7 +95,7 @@ def diversity(scores, num_ws):
 
 
 class Latents(NamedTuple):
-    """What B generated clips are drawn from: the arguments of Generator.forward, in its order."""
+    """What B generated clips are drawn from: arguments of Generator.forward."""
 
     z: Tensor
     t: Tensor  # [B, T]
@@ -138,7 +138,9 @@ def augmented(frames, transforms):
 def generated(G, latents):
     """Clips that the generator makes of latents, with no gradient."""
     with torch.no_grad():
-        return Clips(G(*latents), latents.t, latents.label, latents.frame_condition)
+        *of_clips, of_frames = latents
+        frames = G(*of_clips, frame_condition=of_frames)
+        return Clips(frames, latents.t, latents.label, of_frames)
 
 
 def generator_objective(G, D, latents, transforms, diversity_weight):

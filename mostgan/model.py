@@ -258,9 +258,9 @@ class Generator(nn.Module):
         noise,
         first_anchor=None,
         label=None,
-        frame_condition=None,
         psi=1.0,
         return_scores=False,
+        frame_condition=None,
     ):
         """Frames of clips at any times.
 

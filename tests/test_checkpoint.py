@@ -142,9 +142,9 @@ def test_without_a_path_the_newest_of_all_runs_is_meant(tmp_path):
         (tmp_path / run).mkdir()
         path = save(tmp_path / run, step)
         os.utime(path, (1000 - age, 1000 - age))
-    assert checkpoint.find(None, tmp_path) == tmp_path / "b" / "checkpoint-000005"
+    assert checkpoint.newest_of_all(tmp_path) == tmp_path / "b" / "checkpoint-000005"
     os.utime(tmp_path / "c" / "checkpoint-000002", (2000, 2000))
-    assert checkpoint.find(None, tmp_path).parent.name == "c"
+    assert checkpoint.newest_of_all(tmp_path).parent.name == "c"
 
 
 def test_a_state_is_read_as_it_was_saved(packed, tmp_path):

@@ -340,7 +340,7 @@ def test_batches_are_deterministic_and_resume_exactly(packed, workers):
         whole[1:], *halves
     ):  # two processes share what one would take alone
         assert same([x[:2] for x in batch], first) and same([x[2:] for x in batch], second)
-    frames, t, label = whole[0]
+    frames, t, label, _ = whole[0]
     assert frames.shape == (4, 3, 3, 32, 32) and frames.dtype == torch.uint8
     assert t.shape == (4, 3) and t.dtype == torch.float32 and (t.diff(dim=1) > 0).all()
     assert label.shape == (4, 0) and label.dtype == torch.float32
@@ -350,7 +350,7 @@ def test_each_pass_takes_every_clip_once_and_half_are_mirrored(packed):
     clips, _ = packed
     coded = [clips.frames(c, range(n)) for c, n in enumerate(clips.lengths)]
     seen, mirrored = [], []
-    for frames, t, _ in take(batches(clips, 7, 3, seed=0), 30):
+    for frames, t, *_ in take(batches(clips, 7, 3, seed=0), 30):
         for images, times in zip(frames.numpy(), t.numpy().astype(int)):
             for c, flip in ((c, flip) for c in range(7) for flip in (False, True)):
                 if times[-1] < clips.lengths[c]:

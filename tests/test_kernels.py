@@ -71,11 +71,16 @@ def test_no_kernel_spills(resources):
         assert row["registers"] <= 200 or not row["tensor_cores"], row
 
 
+def test_auto_is_the_default():
+    ask = "import kernels; print(kernels.use('auto'))"
+    done = subprocess.run([sys.executable, "-c", ask], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.strip() == "auto", done.stderr
+
+
 def test_use():
     before = kernels.use("reference")
     assert kernels.use("triton") == "reference" and kernels.use("auto") == "triton"
     kernels.use(before)
-    assert before == "auto"
     with pytest.raises(ValueError, match="none of auto, triton and reference"):
         kernels.use("cuda")
 

@@ -44,7 +44,7 @@ BAD = [
     ("train --start-from nowhere", "nowhere"),
     ("train --resume nowhere", "nowhere"),
     ("train --resume text.txt", "text.txt"),
-    ("sample", "python train.py"),
+    ("train --resume", "no run in runs"),
     ("sample --checkpoint nowhere", "nowhere"),
     ("sample --checkpoint PACKED", "neither a checkpoint"),
     ("prepare nowhere out --resolution 32", "nowhere"),

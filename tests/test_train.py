@@ -227,5 +227,5 @@ def test_generated_times_fit_the_noise(packed, sampling):
     state = training.new_state(config, CPU)
     for step in range(20):
         latents = latents_of_piece(config, clips, CPU, random_stream(0, step, "G", 0))
-        assert state.G(*latents).shape == (6, 3, 32, 32)
+        assert state.G(*latents[:5]).shape == (6, 3, 32, 32)
         assert (np.diff(latents.t.numpy(), axis=1) > 0).all()

@@ -101,7 +101,7 @@ class Written:
         else:
             latents = self.latents(rng)
             with torch.no_grad():  # as the loop has them, for other sums round otherwise
-                fake, fake_t, fake_label = self.G(*latents), latents.t, latents.label
+                fake, fake_t, fake_label = self.G(*latents[:5]), latents.t, latents.label
         transforms = [self.transforms(rng), self.transforms(rng)]
         of_real = self.D(self.augmented(frames, transforms[0]), t, label)
         of_fake = self.D(self.augmented(fake, transforms[1]), fake_t, fake_label)

@@ -16,9 +16,12 @@ from kernels.reference import LEAKY_SLOPE, LRELU_GAIN
 
 
 def trains(x):
-    """Whether an op of x runs as written here: eagerly, on a CPU, and with a gradient to come."""
-    eager = not torch.compiler.is_compiling() and torch._C._functorch.maybe_current_level() is None
-    return x.is_cpu and torch.is_grad_enabled() and eager
+    """Whether an op of x runs as written here: on a CPU, eagerly, and with a gradient to come that
+    autograd takes, not torch.func.
+    """
+    if not x.is_cpu or torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return False
+    return torch._C._functorch.maybe_current_level() is None
 
 
 def _working_dtype(x):

@@ -246,8 +246,8 @@ class TrainConfig:
     eval_detector: str | None = None
     """TorchScript file for FVD; default a random network, whose scores are called proxy"""
     precision: str = "bf16"
-    """bf16 (autocast with float32 master weights; needs a GPU) or float32 (a GPU's convolutions in
-    tf32)
+    """bf16 (autocast with float32 master weights; on a CPU only quick where it has bf16
+    instructions) or float32 (a GPU's convolutions in tf32)
     """
     compile: bool = True
     """torch.compile the G step, the D step and R1; the first step then takes minutes"""

@@ -18,7 +18,7 @@ import sample
 import train as training
 from mostgan import checkpoint, draws, prepare
 from mostgan.checkpoint.export import export_file
-from mostgan.config import ModelConfig, UserError
+from mostgan.config import ModelConfig, TrainConfig, UserError
 from mostgan.data import Clips, batches
 from mostgan.discriminator import Discriminator
 from mostgan.metrics import open_detectors, sets

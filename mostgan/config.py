@@ -327,9 +327,10 @@ def train_preset(preset: str, dataset: str) -> TrainConfig:
             motion_resolutions=(16, 32),
             motion_distance=chosen.motion_distance,
         )
-        # What serves a few minutes and an hour alike (seen on the built-in sky): networks that learn
-        # equally fast, R1 more often than the paper's, so that its share of Adam's steps is even,
-        # and no ADA, which would cost a quarter of the time before D has seen a clip ten times.
+        # What serves a few minutes and an hour alike (seen on the built-in sky): networks that
+        # learn equally fast, R1 more often than the paper's, so that its share of Adam's steps is
+        # even, and no ADA, which would cost a quarter of the time before D has seen a clip ten
+        # times.
         return TrainConfig(
             model,
             preset,

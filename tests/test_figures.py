@@ -43,7 +43,7 @@ def layer_of(generator, seen):
 
 @torch.no_grad()
 def second_way(generator, seed, layer):
-    """(content weight [1, O, I, 3, 3], motion style [T, K, R, I + 6]) of a layer, without rendering."""
+    """(content weight [1, O, I, 3, 3], motion style [T, K, R, I + 6]) of a layer, not rendered."""
     w = generator.mapping(content_latent([seed], CONFIG.z_dim))
     t = torch.arange(T, dtype=torch.float64)[None]
     _, vectors = generator.motion(w, t, *motion_noise([seed], t, generator.config))

@@ -69,10 +69,25 @@ def numbers(rows):
 
 def test_a_watched_clip_is_the_rendered_one(generator, watched):
     frames, layers = watched[0]
-    assert torch.equal(frames, next(iter(mostgan.render(generator, 3, 0, T)))[0])
+    rendered = next(iter(mostgan.render(generator, 3, 0, T)))[0]  # in other windows
+    assert (frames.int() - rendered.int()).abs().max() <= 1
     named = [(seen.block, seen.conv) for seen in layers]
     assert named == [(16, "conv0"), (16, "conv1"), (32, "conv0"), (32, "conv1")]
     assert not any(layer_of(generator, seen)._forward_hooks for seen in layers)
+
+
+def test_what_is_noted_is_in_the_order_of_time(generator, watched):
+    """With any number of threads, and as frames are taken from any time on."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        frames, layers = figures.watch(generator, 3, 3, step=2)
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(frames, watched[0][0][::2])
+    for seen, expected in zip(layers, watched[0][1]):
+        torch.testing.assert_close(seen.attention, expected.attention[::2], atol=1e-6, rtol=0)
+        torch.testing.assert_close(seen.maps, expected.maps[::2], atol=1e-6, rtol=0)
 
 
 def test_figure_5_is_what_mostatt_scores(generator, watched):

@@ -27,9 +27,9 @@ class Seen(NamedTuple):
     maps: torch.Tensor  # of `style_maps`, [T, K, H, W]
 
 
-def watch(generator, seed, frames, **shown):
+def watch(generator, seed, frames, step=1, **shown):
     """Renders a clip. Returns its frames, uint8 [T, 3, H, W], and a Seen of every layer with motion
-    styles. shown: further arguments of `mostgan.render`.
+    styles. step: time between frames; shown: further arguments of `mostgan.render`.
     """
     noted, hooks = {}, []
     for block, (convs, _) in zip(generator.config.resolutions, generator.synthesis.layers()):
@@ -38,13 +38,17 @@ def watch(generator, seed, frames, **shown):
                 noted[block, name] = []
                 hooks.append(layer.register_forward_hook(partial(_note, noted[block, name])))
     try:
-        # In one window: a GPU then renders no frame besides those wanted.
-        clip = torch.cat(list(render(generator, seed, 0, frames, window=frames, **shown)), dim=1)
+        # One at a time, since `render` may make frames side by side, and more than are wanted.
+        each = (
+            render(generator, seed, i * step, 1, step=step, window=1, **shown)
+            for i in range(frames)
+        )
+        clip = torch.cat([frame[0].cpu() for one in each for frame in one])
     finally:
         for hook in hooks:
             hook.remove()
     seen = [Seen(*name, *map(torch.cat, zip(*calls))) for name, calls in sorted(noted.items())]
-    return clip[0].cpu(), seen
+    return clip, seen
 
 
 def _note(calls, layer, inputs, outputs):

@@ -196,7 +196,7 @@ def where_styles_act(frames, layer, second):
     mean, std = by_style.mean(dim=1), by_style.std(dim=1)
     most = int(std.argmax())
     look = """Look for styles whose orange lies in different places and moves with what moves there:
-        there, filters that attend to the style are active. A grey one acts less than the others."""
+        there, filters that attend to it are active. A grey style acts less than the average."""
     told = f"""Equal attention would be {1 / K:.3f}. Style {most} differs most between places and
         times: {mean[most]:.3f} ± {std[most]:.3f} (standard deviation)."""
     how = f"""Computed as Σ A[o,κ] |x[o]| / Σ |x[o]| over the channels o of the block's last

@@ -28,9 +28,10 @@ STYLE = """
 body { margin: auto; padding: 1.5rem 1rem; max-width: 75rem; font: 1rem/1.5 system-ui, sans-serif;
   color: var(--ink); background: var(--page); overflow-wrap: anywhere }
 h1 { margin: 0; font-size: 1.6rem } h2 { margin: 0 0 .75rem; font-size: 1.15rem }
-p { margin: 0 0 .75rem } p + p, summary { color: var(--soft) }
+p { margin: 0 0 .75rem } p + p, details + p, summary { color: var(--soft) }
 section { margin-top: 2rem; padding-top: 1.5rem; border-top: 1px solid var(--rule) }
-figure { display: grid; gap: 1rem 2rem; margin: 0; align-items: start }
+figure { display: grid; gap: 1rem 2rem; margin: 0; align-items: start;
+  grid-template-columns: minmax(0, 1fr) }
 img { display: block; width: 36rem; max-width: 100%; height: auto; margin-bottom: 1rem;
   background: #fff; border-radius: 4px }
 div { overflow-x: auto }

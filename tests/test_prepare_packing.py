@@ -639,7 +639,7 @@ def test_kills_at_random_moments(whole, tmp_path):
 
 def test_control_c_is_one_line_and_leaves_no_process(tmp_path):
     write_video(
-        tmp_path / "film.mp4", made.flat(np.arange(3000) % 200 + 20, 16, 16), options={"g": "10"}
+        tmp_path / "film.mp4", made.flat(np.arange(12_000) % 200 + 20, 16, 16), options={"g": "10"}
     )
     process = start(tmp_path / "film.mp4", tmp_path / "dst", "--clip-length", "4")
     assert wait_for(

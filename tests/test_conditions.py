@@ -470,7 +470,7 @@ def test_an_export_is_refused(tmp_path):
 # of a frame tells, so that one falls and another rises. They are large for a short training: as
 # loud as all else that the networks are told.
 COLOUR, HEIGHT = 12.0, 20.0
-CURTAIN_FRAMES, STEPS, CLIPS_OF_EACH = 9, 250, 8
+CURTAIN_FRAMES, STEPS, CLIPS_OF_EACH = 9, 350, 8
 
 
 def write_curtains(folder):
@@ -582,7 +582,8 @@ def followed(folder, checkpoint_path, conditional=True):
 
 def test_samples_follow_both_conditions(tmp_path, quiet):
     """Real clips are 90 levels redder than blue, or the other way, and those asked for fall by 16
-    rows, or rise. Seeds 0 to 3 gave …
+    rows, or rise. With each of the seeds 0 to 4 every clip was right: by 79 to 86 levels and 15 to
+    16 rows on average, the worst one by 49 and 8. (After 250 steps, seed 2 had a quarter wrong.)
     """
     redness, fall = followed(tmp_path, train_on_curtains(tmp_path))
     assert (redness > 10).mean() > 0.8 and redness.mean() > 30

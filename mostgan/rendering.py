@@ -20,6 +20,9 @@ from mostgan.device import in_order, memory_bytes, one_core_threads
 from mostgan.motion import condition_at, content_latent, motion_noise
 
 FARTHEST = 10**8  # frames from 0, either way: so far float64 tells phases apart to eight digits
+# What a CPU's thread makes at once: one large frame, whose kernels and features then stay in its
+# core's caches; of small ones several, lest threads wait for Python rather than compute.
+PIXELS_AT_ONCE = 256 * 256
 
 
 class Way(NamedTuple):
@@ -106,7 +109,7 @@ def windows(generator, shown, way, frames, window):
     device = generator.mapping.w_avg.device
     if device.type != "cuda":
         with one_core_threads() as submit:
-            made = frame_by_frame(generator, shown, way, frames, submit)
+            made = frames_on_cpu(generator, shown, way, frames, submit)
             for _, wanted in stretches(way, frames, window):
                 count = wanted.stop - wanted.start
                 yield torch.cat(list(itertools.islice(made, count)), dim=1)
@@ -115,29 +118,31 @@ def windows(generator, shown, way, frames, window):
     for t, wanted in stretches(way, frames, window):
         motion = motion_of(generator, shown, way, still, t)
         # A GPU always renders windows of one shape.
-        yield frames_of(generator, shown, still, motion, slice(0, window))[:, wanted]
+        yield frames_of(generator, shown, still, motion, slice(0, window), wanted)
 
 
-def frame_by_frame(generator, shown, way, frames, submit):
+def frames_on_cpu(generator, shown, way, frames, submit):
     """Yields the frames of a rendering on a CPU, one of each clip at a time: uint8 [clips, 1, 3, H,
     W].
 
-    submit: of `one_core_threads`, which make frames side by side. A frame's kernels and features
-    then stay in a core's caches, which is worth more than a larger batch. All that is computed is
-    computed in those threads, and motion for the same stretches whatever the window: no bit depends
-    on the number of threads or on the window.
+    submit: of `one_core_threads`, which make frames side by side. All that is computed is computed
+    in those threads, and the same frames together whatever the window: no bit depends on the number
+    of threads or on the window.
     """
+    config, clips = generator.config, len(shown.seeds)
     still = submit(still_content, generator, shown).result()
-    length = choose_window(generator.config, len(shown.seeds), torch.device("cpu"))
+    length = choose_window(config, clips, torch.device("cpu"))
+    together = min(length, max(1, PIXELS_AT_ONCE // (clips * config.resolution**2)))
     motions = (
         (motion_of, generator, shown, way, still, t) for t, _ in stretches(way, frames, length)
     )
     jobs = (
-        (frames_of, generator, shown, still, motion, slice(i, i + 1))
+        (frames_of, generator, shown, still, motion, slice(i, i + together), wanted)
         for motion, (_, wanted) in zip(in_order(submit, motions, 1), stretches(way, frames, length))
-        for i in range(wanted.start, wanted.stop)
+        for i in range(wanted.start // together * together, wanted.stop, together)
     )
-    yield from in_order(submit, jobs, 4 * torch.get_num_threads())
+    for made in in_order(submit, jobs, 4 * torch.get_num_threads()):
+        yield from made.split(1, dim=1)
 
 
 def stretches(way, frames, length):
@@ -183,17 +188,20 @@ def motion_of(generator, shown, way, still, t):
     return (w if content is None else None, *motion)
 
 
-def frames_of(generator, shown, still, moving, wanted):
-    """uint8 [clips, n, 3, H, W]: the wanted ones, a slice, of the frames of `motion_of`."""
+def frames_of(generator, shown, still, moving, together, wanted):
+    """uint8 [clips, n, 3, H, W]: of the frames that are made together the wanted ones, both slices
+    of what `motion_of` gave.
+    """
     clips = len(shown.seeds)
     # [clips · window, …] → [clips · n, …], in one memory layout: a compiled synthesis is of one.
     w, code, vectors = (
-        x if x is None else x.unflatten(0, (clips, -1))[:, wanted].flatten(0, 1).contiguous()
+        x if x is None else x.unflatten(0, (clips, -1))[:, together].flatten(0, 1).contiguous()
         for x in moving
     )
     content = still[1] if w is None else generator.synthesis.content(w, shown.style_gain)
-    frames = generator.synthesis(content, code, vectors)[0]
-    return to_uint8(frames.unflatten(0, (clips, -1)))
+    frames = generator.synthesis(content, code, vectors)[0].unflatten(0, (clips, -1))
+    first = max(0, wanted.start - together.start)
+    return to_uint8(frames[:, first : wanted.stop - together.start])
 
 
 # --------------------------------------------------------------------------------------------- time
@@ -381,11 +389,11 @@ def choose_window(config, clips, device):
     """Frames of each clip to render at once: a power of two, from the device's memory in all, not
     from what is free, so that the same command gives the same windows.
 
-    On a CPU, frames are synthesized one by one: a window costs little and is short only so that the
-    first frames of many clips come soon. It is also the stretch whose motion is computed at once,
-    whatever the window asked for. On a GPU: as many as a quarter of the memory holds, up to
-    64, however few are asked for: a short piece of a video must meet the same kernels as the whole,
-    and pays for that with frames that nobody sees.
+    On a CPU, frames are synthesized a few at a time: a window costs little and is short only so
+    that the first frames of many clips come soon. It is also the stretch whose motion is computed
+    at once, whatever the window asked for. On a GPU: as many as a quarter of the memory holds, up
+    to 64, however few are asked for: a short piece of a video must meet the same kernels as the
+    whole, and pays for that with frames that nobody sees.
     """
     if device.type == "cuda":
         sizes = [(r * r, config.channels(r)) for r in config.resolutions]

@@ -120,8 +120,9 @@ def test_frames_are_made_in_other_threads_under_the_callers_autocast(threads, mo
     monkeypatch.setattr(generator.synthesis, "forward", watched)
     threads(3)
     with torch.autocast("cpu", torch.bfloat16):
-        in_bf16 = render(generator, frames=20)
-    difference = (in_bf16.float() - render(generator, frames=20).float()).abs()
+        in_bf16 = render(generator, frames=320)
+    difference = (in_bf16.float() - render(generator, frames=320).float()).abs()
+    assert len(seen) == 40  # 16 small frames at once
     assert 0 < difference.mean() < 2
     of_thread, counts, inference, autocast = zip(*seen)
     assert 1 < len(set(of_thread[:20])) <= 3 and threading.main_thread() not in of_thread
@@ -142,7 +143,7 @@ def test_no_thread_is_left(ending, threads, monkeypatch):
         return forward(*args)
 
     monkeypatch.setattr(generator.synthesis, "forward", failing)
-    windows = mostgan.render(generator, 0, frames=400, window=4)
+    windows = mostgan.render(generator, 0, frames=1600, window=4)
     if ending == "error":
         with pytest.raises(RuntimeError, match="frame 9"):
             list(windows)
@@ -151,7 +152,7 @@ def test_no_thread_is_left(ending, threads, monkeypatch):
         windows.close()
         assert next(calls) < 40
     else:
-        assert sum(window.shape[1] for window in windows) == 400
+        assert sum(window.shape[1] for window in windows) == 1600
     assert threading.active_count() == before and torch.get_num_threads() == 2
 
 

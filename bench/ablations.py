@@ -156,6 +156,12 @@ TABLES = {
             Row("weights and demodulation; D judges the G step's clips", "--shared-fakes"),
         ],
     ),
+    "precision": Table(
+        "Arithmetic of a training",
+        "",
+        0,
+        [Row("float32", "--precision float32"), Row("bf16", "--precision bf16")],
+    ),
 }
 
 
@@ -329,7 +335,7 @@ def ablate(
     """Trains, scores and compares the rows of one table.
 
     Args:
-        table: 2, 3, 4, 5, 6, 7 or where.
+        table: 2, 3, 4, 5, 6, 7, where or precision.
         data: clips to train on and to score against, as train.py takes them.
         preset: size preset: tiny or paper256.
         kframes: length of each training, in thousands of frames; a longer one goes on from a

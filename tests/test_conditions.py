@@ -466,45 +466,49 @@ def test_an_export_is_refused(tmp_path):
 
 # ------------------------------------------------------------------------------------- end to end
 
-# A curtain in red or blue, as the clip's condition says, hangs down to a height that the condition
-# of a frame tells, so that one falls and another rises. They are large for a short training: as
-# loud as all else that the networks are told.
-COLOUR, HEIGHT = 12.0, 20.0
+# A curtain in red or blue, as the clip's condition says, falls or rises, as the condition of all
+# its frames says: its edge crosses the middle of the frame half-way through the clip, so that no
+# single frame tells which. The conditions are large for a short training: as loud as all else that
+# the networks are told.
+COLOUR, DIRECTION = 12.0, 20.0
 CURTAIN_FRAMES, STEPS, CLIPS_OF_EACH = 9, 350, 8
 
 
+def conditions_of(name, colour, direction):
+    """Entries of a curtain: its clip's condition, and that of its frames."""
+    of_frames = np.full((CURTAIN_FRAMES, 1), DIRECTION * direction)
+    return {name: np.array([COLOUR * colour]), f"{name}/frames": of_frames}
+
+
 def write_curtains(folder):
-    """32 clips of 32² as arrays, and their conditions; and conditions of four clips to sample."""
-    rng, y, entries = np.random.default_rng(0), np.arange(32) - 15.5, {}
+    """64 clips of 32² as arrays, and their conditions; and conditions of four clips to sample."""
+    rng, y, entries, wanted = np.random.default_rng(0), np.arange(32) - 15.5, {}, {}
     (folder / "src").mkdir()
-    for clip in range(32):
-        colour, falls = (1, -1)[clip % 2], clip // 2 % 2
-        top = rng.uniform(-1, 0.2)
-        height = np.linspace(top, rng.uniform(top + 0.8, 1), CURTAIN_FRAMES)[:: 1 if falls else -1]
-        curtain = 155 / (1 + np.exp((y - 10 * height[:, None]) / 3))
+    for clip in range(64):
+        colour, direction = (1, -1)[clip % 2], (1, -1)[clip // 2 % 2]
+        t = np.arange(CURTAIN_FRAMES) - (CURTAIN_FRAMES - 1) / 2
+        edge = 2.5 * direction * rng.uniform(0.8, 1.2) * t + rng.uniform(-2, 2)
+        curtain = 155 / (1 + np.exp((y - edge[:, None]) / 3))
         rgb = np.stack([50 + 45 * shade * colour + curtain for shade in (1, 0, -1)], axis=-1)
         frames = rgb[:, :, None].repeat(32, axis=2).astype(np.uint8)
         np.save(folder / "src" / f"{clip:02d}.npy", frames)
-        entries[f"{clip:02d}"] = np.array([COLOUR * colour])
-        entries[f"{clip:02d}/frames"] = HEIGHT * height[:, None]
+        entries |= conditions_of(f"{clip:02d}", colour, direction)
+        wanted |= conditions_of(f"{colour},{direction}", colour, direction)
     save_file(entries, folder / "curtains.safetensors")
-    wanted = {}
-    for colour, direction in itertools.product((1, -1), repeat=2):
-        wanted[f"{colour},{direction}"] = np.array([COLOUR * colour])
-        height = np.linspace(-0.8, 0.8, CURTAIN_FRAMES)[::direction, None]
-        wanted[f"{colour},{direction}/frames"] = HEIGHT * height
     save_file(wanted, folder / "wanted.safetensors")
 
 
 def measured(frames):
     """Of clips uint8 [clips, T, H, W, 3]: how much more red than blue they are, in levels, and by
-    how many rows their curtain falls from the first to the last frame (a fitted line).
+    how many rows a frame they move down: half of the shift that makes frames look most like those
+    two later.
     """
     redness = (frames[..., 0].astype(float) - frames[..., 2]).mean(axis=(1, 2, 3))
-    rows = frames.mean(axis=(3, 4))
-    height = np.clip((rows - 90) / 80, 0, 1).sum(axis=2)
-    slope = np.polyfit(np.arange(height.shape[1]), height.T, 1)[0]
-    return redness, slope * (height.shape[1] - 1)
+    rows, shifts = frames.mean(axis=(3, 4)), np.arange(-12, 13)  # [clips, T, H]
+    before, after, y = rows[:, :-2], rows[:, 2:], np.arange(rows.shape[2])
+    moved = [before[:, :, np.clip(y - shift, 0, y[-1])] for shift in shifts]
+    unlike = [((of_shift - after) ** 2).sum(axis=(1, 2)) for of_shift in moved]
+    return redness, shifts[np.argmin(unlike, axis=0)] / 2
 
 
 def curtains_config(seed):
@@ -515,10 +519,11 @@ def curtains_config(seed):
         z_dim=8,
         w_dim=16,
         motion_noise_dim=8,
-        motion_code_dim=16,
-        num_frequencies=8,
-        max_period=64,
-        motion_distance=16,
+        motion_code_dim=2,
+        num_frequencies=1,
+        max_period=20,
+        shortest_period=20,
+        motion_distance=1024,
         motion_vector_dim=16,
         motion_styles=2,
         rank=4,
@@ -565,32 +570,31 @@ def train_on_curtains(folder, seed=0):
 
 def followed(folder, checkpoint_path, conditional=True):
     """For each clip that is sampled under each of four pairs of conditions, by sample.py: redness
-    and fall, with the sign that makes the right ones positive: two arrays [4 · CLIPS_OF_EACH].
+    and motion, with the sign that makes the right ones positive: two arrays [4 · CLIPS_OF_EACH].
     """
     found = []
     for colour, direction in itertools.product((1, -1), repeat=2):
         out, file = folder / "a.npy", folder / "wanted.safetensors"
         wanted = (f"{file}:{colour},{direction}",) if conditional else ()
         options = dict(frames=CURTAIN_FRAMES, grid=f"1x{CLIPS_OF_EACH}", condition=wanted)
-        options |= dict(force=True, precision="float32", compile=False)
+        options |= dict(force=True, precision="float32", compile=False, seed=1000)
         sample.sample(sample.Options(checkpoint_path, out, **options))
         side_by_side = np.load(out)  # [T, 32, clips · 32, 3]
-        redness, fall = measured(np.stack(np.split(side_by_side, CLIPS_OF_EACH, axis=2)))
-        found.append((colour * redness, direction * fall))
+        redness, motion = measured(np.stack(np.split(side_by_side, CLIPS_OF_EACH, axis=2)))
+        found.append((colour * redness, direction * motion))
     return np.concatenate(found, axis=1)
 
 
 def test_samples_follow_both_conditions(tmp_path, quiet):
-    """Real clips are 90 levels redder than blue, or the other way, and those asked for fall by 16
-    rows, or rise. With each of the seeds 0 to 4 every clip was right: by 79 to 86 levels and 15 to
-    16 rows on average, the worst one by 49 and 8. (After 250 steps, seed 2 had a quarter wrong.)
+    """Real clips are 90 levels redder than blue, or the other way, and move by 2.5 rows a frame,
+    down or up. TODO
     """
-    redness, fall = followed(tmp_path, train_on_curtains(tmp_path))
+    redness, motion = followed(tmp_path, train_on_curtains(tmp_path))
     assert (redness > 10).mean() > 0.8 and redness.mean() > 30
-    assert (fall > 2).mean() > 0.8 and fall.mean() > 6
+    assert (motion > 0.5).mean() > 0.8 and motion.mean() > 1
     # A model without conditions gives all four the same clips, which fit half of them at most.
     plain = dataclasses.replace(curtains_config(0).model, fps=25.0)
     save(tmp_path / "plain", mostgan.Generator(plain))
-    redness, fall = followed(tmp_path, tmp_path / "plain", conditional=False)
+    redness, motion = followed(tmp_path, tmp_path / "plain", conditional=False)
     assert (redness > 10).mean() <= 0.5 and abs(redness.mean()) < 1e-3
-    assert (fall > 2).mean() <= 0.5 and abs(fall.mean()) < 1e-3
+    assert (motion > 0.5).mean() <= 0.5 and abs(motion.mean()) < 1e-3

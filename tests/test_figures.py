@@ -63,8 +63,9 @@ def cosines(motion_style):
     return products / lengths[:, :, None] / lengths[:, None]
 
 
-def numbers(rows):
-    return np.array([[float(cell) for cell in cells[1:]] for cells in rows[1:]])
+def numbers(text, columns=K):
+    """The numbers of a table, whose lines end in so many."""
+    return np.array([line.split()[-columns:] for line in text.splitlines()[1:]], float)
 
 
 def test_a_watched_clip_is_the_rendered_one(generator, watched):
@@ -77,13 +78,7 @@ def test_a_watched_clip_is_the_rendered_one(generator, watched):
 
 
 def test_what_is_noted_is_in_the_order_of_time(generator, watched):
-    """With any number of threads, and as frames are taken from any time on."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(3)
-    try:
-        frames, layers = figures.watch(generator, 3, 3, step=2)
-    finally:
-        torch.set_num_threads(threads)
+    frames, layers = figures.watch(generator, 3, 3, step=2)
     assert torch.equal(frames, watched[0][0][::2])
     for seen, expected in zip(layers, watched[0][1]):
         torch.testing.assert_close(seen.attention, expected.attention[::2], atol=1e-6, rtol=0)
@@ -92,16 +87,16 @@ def test_what_is_noted_is_in_the_order_of_time(generator, watched):
 
 def test_figure_5_is_what_mostatt_scores(generator, watched):
     exhibit = drawing.similarity([layers for _, layers in watched])
-    assert [title[-9:] for title in exhibit.tables] == ["16² conv0", "32² conv0"]
-    for rows, i in zip(exhibit.tables.values(), (0, 2)):
+    for text, name, i in zip(exhibit.tables, ("16² conv0", "32² conv0"), (0, 2)):
+        assert name in text.splitlines()[0]
         layer = layer_of(generator, watched[0][1][i])
         expected = [cosines(second_way(generator, seed, layer)[1]) for seed in (3, 4)]
         for (_, layers), of_clip in zip(watched, expected):
             torch.testing.assert_close(layers[i].cosines.double(), of_clip, atol=1e-5, rtol=0)
         mean = torch.cat(expected).mean(dim=0).numpy()
-        np.testing.assert_allclose(numbers(rows), mean, atol=6e-4)
+        np.testing.assert_allclose(numbers(text), mean, atol=6e-4)
         others = mean[~np.eye(K, dtype=bool)]
-        assert f"({others.min():.2f} to {others.max():.2f})" in exhibit.words[1]
+        assert f"({others.min():.2f} to {others.max():.2f})" in exhibit.words
 
 
 def test_figure_6_is_the_softmax_of_mostatts_scores(generator, watched):
@@ -112,7 +107,7 @@ def test_figure_6_is_the_softmax_of_mostatts_scores(generator, watched):
         attention = score.softmax(dim=2)
         torch.testing.assert_close(seen.attention, attention, atol=1e-5, rtol=0)
         means.append(attention.mean(dim=1).numpy())
-    lowest, mean, highest = map(numbers, drawing.attention(layers, 0.2).tables.values())
+    lowest, mean, highest = map(numbers, drawing.attention(layers, 0.2).tables)
     np.testing.assert_allclose(lowest, np.min(means, axis=1), atol=6e-4)
     np.testing.assert_allclose(mean, np.mean(means, axis=1), atol=6e-4)
     np.testing.assert_allclose(highest, np.max(means, axis=1), atol=6e-4)
@@ -158,9 +153,8 @@ def test_figure_7_of_a_style_that_acts_on_the_left():
     layer = figures.Seen(8, "conv1", attention, torch.ones(T, K, K), maps)
     exhibit = drawing.where_styles_act(frames, layer, 0.04)
     assert exhibit.video.shape[0] == T and exhibit.picture.ndim == 3
-    mean, std, low, high, most = numbers(exhibit.tables["Attention over places and times"]).T
+    mean, std, low, high = numbers(exhibit.tables[0], 4).T
     np.testing.assert_allclose([mean[1], std[1], low[1], high[1]], [0.5, 0.5, 0, 1], atol=1e-2)
-    np.testing.assert_allclose(most, [0.667, 0.667, -0.333])
 
 
 def test_figure_8_tells_content_from_motion():
@@ -173,7 +167,7 @@ def test_figure_8_tells_content_from_motion():
     assert looks > 0.5 > 0 > looks_apart
     assert moves == pytest.approx(1, abs=1e-3) and moves_apart < 0
     exhibit = drawing.content_against_motion(clips, 0.04)
-    assert f"correlate by {looks:.2f}" in exhibit.words[1] and len(exhibit.video) == 4
+    assert f"correlate by {looks:.2f}" in exhibit.words and len(exhibit.video) == 4
 
 
 def test_figure_8_has_a_content_in_each_column_and_a_motion_in_each_row(generator, monkeypatch):
@@ -192,11 +186,11 @@ def test_tiles_lie_where_they_belong():
     shades = np.arange(12, dtype=np.uint8).reshape(2, 6) * 20
     tiles = np.broadcast_to(shades[:, :, None, None, None], (2, 6, 8, 8, 3))
     pictures = drawing.sheet(tiles, 3)
-    side = pictures.shape[2] // 3
-    middles = pictures[:, side // 2 :: side, side // 2 :: side, 0]
-    assert np.abs(middles[:, :2, :3].reshape(2, 6).astype(int) - shades).max() <= 1
-    named = drawing.sheet(tiles[:1], 3, ["one", "two"], ["a", "b", "c"], ["x"], tinted=True)
-    assert named.shape[1] > named.shape[2] * 2 / 3 and (named[0, :, :5] == 255).all()
+    height, width = pictures.shape[1:3]
+    middles = pictures[:, [height // 3, height * 2 // 3]][:, :, width // 6 :: width // 3, 0]
+    assert np.abs(middles[:, :, :3].reshape(2, 6).astype(int) - shades).max() <= 1
+    named = drawing.sheet(tiles[:1], 3, ["a", "b", "c"], ["one", "two"], tinted=True)
+    assert named.shape[1] > named.shape[2] * 2 / 3 and (named[0, :20, :20] == 255).all()
 
 
 def test_curves_are_those_of_the_run(tmp_path):
@@ -209,8 +203,9 @@ def test_curves_are_those_of_the_run(tmp_path):
     np.testing.assert_array_equal(curves["proxy_fvd16"], [[2], [30]])
     assert np.isnan(curves["D_real"][1]).all()
     exhibit = drawing.course(curves)
-    assert "At 2 thousand frames: loss_G 1, D_real nan, ada_p 0.1, proxy_fvd16 30." in exhibit.words
-    assert exhibit.tables["Over the run"][1] == ["loss_G", "0.500", "0.500", "1.000", "1.000"]
+    names = [line.split()[0] for line in exhibit.tables[0].splitlines()[1:]]
+    assert names == ["loss_G", "D_real", "ada_p", "proxy_fvd16"]
+    np.testing.assert_array_equal(numbers(exhibit.tables[0], 4)[0], [0.5, 0.5, 1, 1])
 
 
 # ----------------------------------------------------------------------------------------- the page
@@ -279,10 +274,9 @@ def test_the_page_needs_nothing_else(run, tmp_path, monkeypatch):
     moving = 0
     for attributes in pictures:
         kind, data = attributes["src"].split(",")
-        assert kind == "data:image/webp;base64" and len(attributes["alt"]) > 40
+        assert kind == "data:image/webp;base64" and len(attributes["alt"]) > 20
         with Image.open(io.BytesIO(base64.b64decode(data))) as image:
             image.load()
-            assert image.size == (int(attributes["width"]), int(attributes["height"]))
             moving += image.n_frames == T
     assert len(pictures) == 9 and moving == 3
     for name in names:
@@ -303,10 +297,10 @@ def test_without_styles_and_statistics_there_is_what_exists(run, tmp_path, monke
 
 def test_text_is_no_markup(tmp_path):
     picture = np.zeros((4, 4, 3), dtype=np.uint8)
-    exhibit = Exhibit("a", "<b>", ["x < y", "a & b", '"'], {"<i>": [["<"], ["&"]]}, picture)
-    reader = Reader(page("<u>", ["</p>"], [section(exhibit, tmp_path, 25)]))
+    exhibit = Exhibit("a", "<b>", 'x < y, "a & b"', ["<i> &"], picture)
+    reader = Reader(page("<u>", "</p>", [section(exhibit, tmp_path, 25)]))
     assert not {"b", "i", "u"} & {tag for tag, _ in reader.tags} and "x < y" in reader.text
-    assert reader.all("img")[0]["alt"] == "Picture. <b>. a & b"
+    assert reader.all("img")[0]["alt"] == "Picture of <b>"
 
 
 BAD = {
@@ -314,7 +308,7 @@ BAD = {
     "--speed 0": "a step of no time",
     "--label 1": "trained without labels",
     "--out here": "--force",
-    "--out other --force": "other things",
+    "--out other --force": "holds figures alone",
 }
 
 

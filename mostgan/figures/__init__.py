@@ -1,4 +1,4 @@
-"""The paper's figures 5 to 8 in numbers (spec §14), noted while a generator renders.
+"""The paper's figures 5 to 8 in numbers (spec §14), noted while a generator works.
 
 drawing.py makes pictures of them, with words, page.py a page, and `python -m mostgan.figures`
 (__main__.py) all of it. Shapes: T frames, K motion styles, O output channels (filters).
@@ -14,11 +14,12 @@ import torch
 import torch.nn.functional as F
 
 import kernels
-from mostgan.rendering import render
+from mostgan.motion import condition_at, content_latent, motion_noise
+from mostgan.rendering import conditions, frame_conditions, to_uint8
 
 
 class Seen(NamedTuple):
-    """What MoStAtt did in one layer while a clip was rendered."""
+    """What MoStAtt did in one layer while a clip was made."""
 
     block: int  # its resolution
     conv: str
@@ -27,28 +28,30 @@ class Seen(NamedTuple):
     maps: torch.Tensor  # of `style_maps`, [T, K, H, W]
 
 
-def watch(generator, seed, frames, step=1, **shown):
-    """Renders a clip. Returns its frames, uint8 [T, 3, H, W], and a Seen of every layer with motion
-    styles. step: time between frames; shown: further arguments of `mostgan.render`.
+@torch.inference_mode()
+def watch(generator, seed, frames, step=1, label=None, frame_condition=None):
+    """Makes a clip, a frame at a time. Returns its frames, uint8 [T, 3, H, W], and a Seen of every
+    layer with motion styles. step: time between frames; label, frame_condition: as of `render`.
     """
-    noted, hooks = {}, []
-    for block, (convs, _) in zip(generator.config.resolutions, generator.synthesis.layers()):
+    config, device, noted, hooks = generator.config, generator.mapping.w_avg.device, {}, []
+    for block, (convs, _) in zip(config.resolutions, generator.synthesis.layers()):
         for name, layer in zip(("conv1", "conv0"), reversed(convs)):
             if layer.hypernetwork is not None:
                 noted[block, name] = []
                 hooks.append(layer.register_forward_hook(partial(_note, noted[block, name])))
-    try:
-        # One at a time, since `render` may make frames side by side, and more than are wanted.
-        each = (
-            render(generator, seed, i * step, 1, step=step, window=1, **shown)
-            for i in range(frames)
-        )
-        clip = torch.cat([frame[0].cpu() for one in each for frame in one])
-    finally:
-        for hook in hooks:
-            hook.remove()
+    z, label = content_latent([seed], config.z_dim), conditions(config, label, 1, device)
+    rows, clip, e = frame_conditions(config, frame_condition, 1), [], None
+    for i in range(frames):
+        t = torch.tensor([[float(i * step)]], dtype=torch.float64)
+        noise, first_anchor = motion_noise([seed], t, config)
+        if rows is not None:
+            e = torch.from_numpy(condition_at(rows[0], t[0])[None]).to(device)
+        moment = (x.to(device) for x in (z, t, noise, first_anchor))
+        clip.append(to_uint8(generator(*moment, label, frame_condition=e)).cpu())
+    for hook in hooks:
+        hook.remove()
     seen = [Seen(*name, *map(torch.cat, zip(*calls))) for name, calls in sorted(noted.items())]
-    return clip, seen
+    return torch.cat(clip), seen
 
 
 def _note(calls, layer, inputs, outputs):
@@ -109,10 +112,9 @@ def read_curves(path):
     not finite. A line that is still being written is passed over.
     """
     columns = {}
-    for line in path.read_text(errors="replace").splitlines():
-        with suppress(ValueError, KeyError, TypeError):
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
+        with suppress(ValueError, KeyError):
             values = json.loads(line)
             for name, value in values.items():
-                point = values["frames"] / 1000, float("nan" if value is None else value)
-                columns.setdefault(name, []).append(point)
-    return {name: np.array(points).T for name, points in columns.items()}
+                columns.setdefault(name, []).append((values["frames"] / 1000, value))
+    return {name: np.array(points, float).T for name, points in columns.items()}

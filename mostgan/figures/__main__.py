@@ -55,52 +55,44 @@ def run(
     path = checkpoint.find(model).resolve()
     name = path.parent.name if path.name.startswith("checkpoint-") else path.name
     out = out or Path("figures", name)
-    check_place(out, force)
+    if out.exists() and not (force and holds_figures(out)):
+        told = "choose another --out, or write over it with --force if it holds figures alone"
+        raise UserError(f"{out} is there already: {told}")
     device = pick_device()
     choose_kernels("reference", False, device)
     generator = checkpoint.load(path, device)
     config, fps = generator.config, generator.config.fps or 25.0
-    about = [
-        f"Checkpoint {path.name} (sha256 {sha256_of(path / 'model.safetensors')[:12]}): "
-        f"{config.resolution}², {config.motion_styles} motion styles of rank {config.rank}, motion "
-        f"anchors {config.motion_distance} frames apart. Rendered in float32 from seed {seed} on: "
-        f"clips of {frames} frames, {speed:g} of the dataset's apart."
-    ]
-    shown, stats = (
-        {"step": exact(speed), "label": list(condition) or label},
-        path.parent / "stats.jsonl",
-    )
+    about = f"""Checkpoint {path.name} (sha256 {sha256_of(path / "model.safetensors")[:12]}):
+        {config.resolution}², {config.motion_styles} motion styles of rank {config.rank}, motion
+        anchors {config.motion_distance} frames apart. Rendered in float32 from seed {seed} on:
+        clips of {frames} frames, {speed:g} of the dataset's apart. A model with K = 0 has no
+        figures 5 to 7, a checkpoint with no stats.jsonl beside it no curves."""
+    shown = {"step": exact(speed), "label": list(condition) or label}
     out.parent.mkdir(parents=True, exist_ok=True)
     with whole_folder(out) as folder:
         sections = []
-        for exhibit in exhibits(generator, stats, seed, frames, fps, shown):
-            if isinstance(exhibit, str):
-                about.append(exhibit)
-            else:
-                sections.append(section(exhibit, folder, fps))
-                print(exhibit.title, flush=True)
+        for exhibit in exhibits(generator, path.parent / "stats.jsonl", seed, frames, fps, shown):
+            sections.append(section(exhibit, folder, fps))
+            print(exhibit.title, flush=True)
         write_whole(folder / "index.html", page(f"Figures of {name}", about, sections))
     print(f"{out / 'index.html'} has these figures of {path}")
 
 
-def check_place(out, force):
-    """UserError where something is in the place of the folder to write."""
-    told = f"{out} is there already: choose another --out"
-    if out.exists() and not force:
-        raise UserError(f"{told}, or write over it with --force")
-    if out.exists() and (
-        not out.is_dir() or {file.suffix for file in out.iterdir()} - {".png", ".webp", ".html"}
-    ):
-        raise UserError(f"{told}; it holds other things than figures")
+def holds_figures(out):
+    kinds = {".png", ".webp", ".html"}
+    return out.is_dir() and all(file.suffix in kinds for file in out.iterdir())
 
 
 def exhibits(generator, stats, seed, frames, fps, shown):
-    """Yields an Exhibit of every figure that there can be of a model, and a sentence on those that
-    there can not. stats: the run's stats.jsonl, if there is one; shown: further arguments of
-    `render`.
+    """Yields an Exhibit of every figure that there can be of a model. stats: the run's stats.jsonl,
+    if there is one; shown: further arguments of `render`.
     """
     from mostgan.figures import drawing  # which imports matplotlib
 
+    contents = [seed + c for _ in range(MOTIONS) for c in range(CONTENTS)]
+    motions = [seed + m for m in range(MOTIONS) for _ in range(CONTENTS)]
+    # First, since it checks all that was asked for.
+    clips = render(generator, contents, 0, frames, len(contents), motion_seed=motions, **shown)
     second = float(shown["step"]) / fps
     pictures, layers = watch(generator, seed, frames, **shown)
     if layers:
@@ -109,25 +101,15 @@ def exhibits(generator, stats, seed, frames, fps, shown):
         yield drawing.attention(layers, frames * second)
         for layer in {layer.block: layer for layer in layers}.values():  # a block's last
             yield drawing.where_styles_act(pictures, layer, second)
-    else:
-        yield "This model has no motion styles (K = 0): there are no figures 5, 6 and 7 of it."
-    contents = [seed + c for _ in range(MOTIONS) for c in range(CONTENTS)]
-    motions = [seed + m for m in range(MOTIONS) for _ in range(CONTENTS)]
-    clips = render(generator, contents, 0, frames, len(contents), motion_seed=motions, **shown)
     clips = torch.cat([window.cpu() for window in clips], dim=1)
     yield drawing.content_against_motion(clips.unflatten(0, (MOTIONS, CONTENTS)), second)
-    curves = read_curves(stats) if stats.exists() else {}
-    if curves:
+    if curves := read_curves(stats):
         yield drawing.course(curves)
-    else:
-        yield "There is no stats.jsonl beside this checkpoint, so there are no curves of its run."
 
 
 def main():
-    def work():
-        tyro.cli(run, config=(tyro.conf.OmitArgPrefixes,), description=__doc__)
-
-    run_program(work, "interrupted; nothing was written")
+    options = {"config": (tyro.conf.OmitArgPrefixes,), "description": __doc__}
+    run_program(lambda: tyro.cli(run, **options), "interrupted; nothing was written")
 
 
 if __name__ == "__main__":

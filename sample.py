@@ -11,7 +11,6 @@ python sample.py --motion-style 0=0 3=2         # without style 0, style 3 twice
 python sample.py --condition words.safetensors:clip7    # as the conditions of clip7 say
 """
 
-import contextlib
 import dataclasses
 import json
 import re
@@ -133,7 +132,7 @@ def sample(options: Options):
             frames,
             rows * columns,
             motion_seed=motion,
-            **read_condition(options),
+            **checkpoint.read_conditions(options.label, options.condition),
             psi=options.psi,
             content_frames=exact(options.content_seconds) * exact(rate),
             style_gain=parse_gains(options.motion_style),
@@ -287,28 +286,6 @@ def grid_seeds(options, rows, columns):
         return [options.seed + i for i in numbers("content")], motion
     # Each clip starts at a seed of its own.
     return [path[i % len(path) :] + path[: i % len(path)] for i in numbers("content")], motion
-
-
-def read_condition(options):
-    """--condition and --label → the conditions that `render` takes, a dict."""
-    given = {"label": options.label}
-    if not options.condition:
-        return given
-    with contextlib.suppress(ValueError):
-        return given | {"label": [float(number) for number in options.condition]}
-    if len(options.condition) > 1:
-        raise UserError(f"--condition {' '.join(options.condition)}: neither a file nor numbers")
-    file, end, name = options.condition[0].partition(".safetensors:")
-    entries = checkpoint.read_tensors(Path(file + end.rstrip(":")))
-    names = sorted({key.removesuffix("/frames") for key in entries})
-    if not name and len(names) == 1:
-        (name,) = names
-    if name not in names:
-        told = f"{len(names)} clips, such as {names[0]}" if names else "no conditions"
-        raise UserError(f"--condition {options.condition[0]}: the file has {told}; give FILE:NAME")
-    if name in entries:
-        given["label"] = entries[name].float()
-    return given | {"frame_condition": entries.get(f"{name}/frames")}
 
 
 def parse_gains(texts):

@@ -470,7 +470,7 @@ def test_an_export_is_refused(tmp_path):
 # its frames says: its edge crosses the middle of the frame half-way through the clip, so that no
 # single frame tells which. The conditions are large for a short training: as loud as all else that
 # the networks are told.
-COLOUR, DIRECTION = 12.0, 20.0
+COLOUR, DIRECTION = 8.0, 20.0
 CURTAIN_FRAMES, STEPS, CLIPS_OF_EACH = 9, 350, 8
 
 
@@ -519,10 +519,10 @@ def curtains_config(seed):
         z_dim=8,
         w_dim=16,
         motion_noise_dim=8,
-        motion_code_dim=2,
-        num_frequencies=1,
-        max_period=20,
-        shortest_period=20,
+        motion_code_dim=16,
+        num_frequencies=8,
+        max_period=32,
+        shortest_period=32,
         motion_distance=1024,
         motion_vector_dim=16,
         motion_styles=2,

@@ -9,6 +9,7 @@ for, discriminator.safetensors, last_generator.safetensors (not averaged) and
 class_means.safetensors.
 """
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -33,6 +34,7 @@ __all__ = [
     "load",
     "load_discriminator",
     "load_state",
+    "read_conditions",
     "read_tensors",
     "read_training",
     "save",
@@ -276,6 +278,31 @@ def read_tensors(path):
         return load_file(path)
     except (OSError, SafetensorError) as error:
         raise UserError(f"cannot read {path}: {error}") from None
+
+
+def read_conditions(label, words):
+    """--label and --condition of a program → the conditions that `render` takes, a dict.
+
+    label: a class, or None; words: FILE:NAME, the conditions of clip NAME in a file as prepare
+    takes it (of one clip: FILE), or the numbers of a clip's vector, or nothing. UserError if they
+    are none of these.
+    """
+    if not words:
+        return {"label": label}
+    with contextlib.suppress(ValueError):
+        return {"label": [float(number) for number in words]}
+    if len(words) > 1:
+        raise UserError(f"--condition {' '.join(words)}: neither a file nor numbers")
+    file, end, name = words[0].partition(".safetensors:")
+    entries = read_tensors(Path(file + end.rstrip(":")))
+    names = sorted({key.removesuffix("/frames") for key in entries})
+    if not name and len(names) == 1:
+        (name,) = names
+    if name not in names:
+        told = f"{len(names)} clips, such as {names[0]}" if names else "no conditions"
+        raise UserError(f"--condition {words[0]}: the file has {told}; give FILE:NAME")
+    given = {"frame_condition": entries.get(f"{name}/frames")}
+    return given | {"label": entries[name].float() if name in entries else label}
 
 
 def read_training(path):

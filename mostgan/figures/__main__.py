@@ -34,7 +34,7 @@ def run(
     frames: int = 64,
     speed: float = 1.0,
     label: int | None = None,
-    condition: tuple[float, ...] = (),
+    condition: tuple[str, ...] = (),
 ):
     """Draws the paper's figures of a model, and puts them on a page.
 
@@ -46,7 +46,8 @@ def run(
         frames: length of the clips.
         speed: of time: frames of the dataset from one frame to the next.
         label: class, for a model conditioned on classes.
-        condition: condition vector, for a model conditioned on vectors.
+        condition: for a model conditioned on vectors: FILE:NAME, the conditions of clip NAME in a
+            file as prepare takes it, or the numbers of a clip's vector.
     """
     if find_spec("matplotlib") is None:
         raise UserError("figures need matplotlib: pip install 'mostgan[figures]'")
@@ -55,7 +56,8 @@ def run(
     path = checkpoint.find(model).resolve()
     name = path.parent.name if path.name.startswith("checkpoint-") else path.name
     out = out or Path("figures", name)
-    if out.exists() and not (force and holds_figures(out)):
+    others = {file.suffix for file in out.glob("*")} - {".png", ".webp", ".html"}
+    if out.exists() and (not force or others or not out.is_dir()):
         told = "choose another --out, or write over it with --force if it holds figures alone"
         raise UserError(f"{out} is there already: {told}")
     device = pick_device()
@@ -67,7 +69,7 @@ def run(
         anchors {config.motion_distance} frames apart. Rendered in float32 from seed {seed} on:
         clips of {frames} frames, {speed:g} of the dataset's apart. A model with K = 0 has no
         figures 5 to 7, a checkpoint with no stats.jsonl beside it no curves."""
-    shown = {"step": exact(speed), "label": list(condition) or label}
+    shown = {"step": exact(speed)} | checkpoint.read_conditions(label, condition)
     out.parent.mkdir(parents=True, exist_ok=True)
     with whole_folder(out) as folder:
         sections = []
@@ -76,11 +78,6 @@ def run(
             print(exhibit.title, flush=True)
         write_whole(folder / "index.html", page(f"Figures of {name}", about, sections))
     print(f"{out / 'index.html'} has these figures of {path}")
-
-
-def holds_figures(out):
-    kinds = {".png", ".webp", ".html"}
-    return out.is_dir() and all(file.suffix in kinds for file in out.iterdir())
 
 
 def exhibits(generator, stats, seed, frames, fps, shown):

@@ -1,8 +1,6 @@
 """Numbers → Exhibits: pictures, with what to look for in them. They are drawn to be read on a page
-5 inches wide, a telephone's too.
-
-Colour maps are perceptually uniform, and all colours are told apart by colour-blind readers:
-viridis from low to high, berlin around 0, lines and tints by Okabe and Ito.
+5 inches wide, a telephone's too, in colours that colour-blind readers tell apart: viridis from low
+to high, berlin around 0, lines and tints by Okabe and Ito.
 """
 
 import numpy as np
@@ -76,8 +74,7 @@ def attention(layers, seconds):
     means = torch.stack([layer.attention.mean(dim=1) for layer in layers])  # [layers, T, K]
     K = means.shape[2]
     figure = canvas(1.2 + 1.05 * len(layers))
-    options = {"sharex": True, "sharey": True, "squeeze": False, "width_ratios": [2, 1, 1, 1]}
-    axes = figure.subplots(len(layers), 4, **options)
+    axes = figure.subplots(len(layers), 4, sharex=True, sharey=True, squeeze=False)
     place = {"extent": (0, seconds, K - 0.5, -0.5), "aspect": "auto", "interpolation": "nearest"}
     for row, name, mean, layer in zip(axes, names, means, layers):
         row[0].imshow(mean.t().numpy(), vmin=0, vmax=float(means.max()), **place)
@@ -93,7 +90,7 @@ def attention(layers, seconds):
         figure.colorbar(which[0, 0].images[0], ax=which, location="bottom", label=label)
     words = f"""Look along a row: where the colour changes, filters turn to that style, or away
         from it, as the clip goes on. Equal attention would be {1 / K:.3f}. Computed as the softmax
-        A of the scores (Eq. 2) in one clip. Wide: the mean over all filters. Narrow: the filters
+        A of the scores (Eq. 2) in one clip. Left: the mean over all filters; then the filters
         whose attention changes most, as the median does, and least."""
     of_time = {"lowest": means.amin(1), "mean": means.mean(1), "highest": means.amax(1)}
     tables = [table(f"{which} in time", range(K), names, of) for which, of in of_time.items()]
@@ -199,11 +196,8 @@ def course(curves):
         ax.grid(axis="y", lw=0.4)
         ax.legend(loc="lower right", bbox_to_anchor=(1, 0.98), ncols=4, frameon=False)
     axes[-1].set_xlabel("frames (thousands)")
-    drawn = {name: curves[name][1] for names in panels for name in names}
-    values = [[y[0], np.fmin.reduce(y), np.fmax.reduce(y), y[-1]] for y in drawn.values()]
     words = """Look at the discriminator's outputs: if those of real and of generated clips
         draw apart without end, it wins, and ADA's p should rise. The scores say whether clips get
         better. Computed by train.py: means between two lines of stats.jsonl. Proxy scores are of a
         random network, and good only for comparing runs with one another."""
-    tables = [table("", ("first", "lowest", "highest", "last"), drawn, values)]
-    return Exhibit("curves", "The run: losses, scores and ADA's p", words, tables, pixels(figure))
+    return Exhibit("curves", "The run: losses, scores and ADA's p", words, [], pixels(figure))

@@ -29,7 +29,7 @@ h1, h2 { font-size: 1.3rem }
 figure { display: flex; flex-wrap: wrap; gap: 0 2rem; margin: 0 0 3rem }
 figure > * { flex: 1 1 20rem; min-width: 0 }
 img { display: block; width: 100%; margin-bottom: 1rem }
-pre { overflow-x: auto }
+pre { overflow-x: auto; font-size: .8rem }
 """
 
 
@@ -70,10 +70,7 @@ def section(exhibit, folder, fps):
 <h2>{escape(title)}</h2>
 <figure>
 <div>{images}</div>
-<figcaption>
-<p>{escape(words)}</p>
-<details><summary>All numbers</summary>{numbers}</details>
-</figcaption>
+<figcaption><p>{escape(words)}</p>{numbers}</figcaption>
 </figure>
 </section>
 """

@@ -66,7 +66,7 @@ def cosines(motion_style):
 
 def numbers(text, columns=K):
     """The numbers of a table, whose lines end in so many."""
-    return np.array([line.split()[-columns:] for line in text.splitlines()[1:]], float)
+    return np.array([line.split()[-columns:] for line in text.splitlines()[2:]], float)
 
 
 def test_a_watched_clip_is_the_rendered_one(generator, watched):

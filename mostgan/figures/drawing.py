@@ -22,7 +22,8 @@ TINTS = colors.LinearSegmentedColormap.from_list("", [[0.5] * 3, 0.5 + (TINT - 0
 PANELS = (  # names in stats.jsonl
     ("loss_G", "loss_D"),
     ("D_real", "D_fake"),
-    ("r1", "diversity"),
+    ("r1",),
+    ("diversity",),
     ("ada_p",),
     ("fvd16", "fvd128", "fvd128_every8", "fid"),
     ("proxy_fvd16", "proxy_fvd128", "proxy_fvd128_every8", "proxy_fid"),
@@ -54,7 +55,7 @@ def similarity(clips):
         image = ax.imshow(matrix, cmap="berlin", vmin=-1, vmax=1)
         ax.set(title=name, xlabel="motion style")
         ax.locator_params(integer=True)
-        tables.append(table(f"mean cosine, {name}", range(K), range(K), matrix))
+        tables.append(table(f"mean cosine of styles, {name}", range(K), range(K), matrix))
         if K > 1:
             told.append(f"{others.mean():.2f} at {name} ({others.min():.2f} to {others.max():.2f})")
     figure.colorbar(image, ax=axes, location="bottom", aspect=40, label="mean cosine")
@@ -93,7 +94,10 @@ def attention(layers, seconds):
         A of the scores (Eq. 2) in one clip. Left: the mean over all filters; then the filters
         whose attention changes most, as the median does, and least."""
     of_time = {"lowest": means.amin(1), "mean": means.mean(1), "highest": means.amax(1)}
-    tables = [table(f"{which} in time", range(K), names, of) for which, of in of_time.items()]
+    tables = [
+        table(f"{which} in time, of each style", range(K), names, of)
+        for which, of in of_time.items()
+    ]
     return Exhibit("figure-6", "Figure 6: attention over time", words, tables, pixels(figure))
 
 
@@ -129,12 +133,13 @@ def sheet(tiles, across, titles=(), beside=(), tinted=False, dpi=200):
     if tinted:
         bar = figure.colorbar(ScalarMappable(cmap=TINTS), ax=axes, location="bottom", shrink=0.5)
         bar.set_ticks([0, 1], labels=["mean of styles, or less", "the style's most"])
-    frames = []
+    agg, frames = FigureCanvasAgg(figure), []
+    agg.draw()  # all once, and from then on the tiles alone
     for frame in tiles:
         for image, tile in zip(images, frame):
             image.set_data(tile)
-        frames.append(pixels(figure))
-        figure.set_layout_engine("none")  # it is as the first drawing found it
+            image.axes.draw_artist(image)
+        frames.append(np.asarray(agg.buffer_rgba())[..., :3].copy())
     return np.stack(frames)
 
 
@@ -157,9 +162,9 @@ def where_styles_act(frames, layer, second):
         Computed as Σ A[o,κ] |x[o]| / Σ |x[o]| over the channels o of the block's last convolution
         ({layer.conv}; x are its features), less the mean over the styles κ, in parts of the style's
         largest value in the clip (beside it), enlarged to the frame."""
-    columns = "mean", "standard deviation", "lowest", "highest"
+    columns = "mean", "std", "lowest", "highest"
     values = by_style.mean(1), by_style.std(1), by_style.amin(1), by_style.amax(1)
-    tables = [table("style", columns, range(K), zip(*values))]
+    tables = [table("of each style", columns, range(K), zip(*values))]
     title = f"Figure 7: where each style acts, block {block}²"
     return Exhibit(f"figure-7-{block}", title, words, tables, picture, video)
 
@@ -192,7 +197,7 @@ def course(curves):
     axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
     for ax, names in zip(axes, panels):
         for (color, dashes), name in zip(LINES, names):
-            ax.plot(*curves[name], dashes, color=color, lw=1.2, label=name, marker=".", ms=3)
+            ax.plot(*curves[name], dashes, color=color, lw=1, label=name, marker="o", ms=1.5)
         ax.grid(axis="y", lw=0.4)
         ax.legend(loc="lower right", bbox_to_anchor=(1, 0.98), ncols=4, frameon=False)
     axes[-1].set_xlabel("frames (thousands)")

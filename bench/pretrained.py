@@ -110,6 +110,9 @@ def publish(best, out, scores, starts=()):
     """Writes the averaged generator of a checkpoint in bf16, with its configuration and origin.
     starts: how its training was started and gone on with, as `train` keeps it.
     """
+    # Without what is of this machine: where the clips are.
+    training = read_json(best.parent / "config.json")
+    training = {name: value for name, value in training.items() if name not in ("data", "cache")}
     about = describe(torch.device("cpu")) | {"processor": processor()}
     about |= {
         "made by": "python bench/pretrained.py",
@@ -117,7 +120,7 @@ def publish(best, out, scores, starts=()):
         "checkpoint": best.name,
         "frames": read_json(best / "training.json").get("frames"),
         "starts": list(starts),
-        "training": json.loads((best.parent / "config.json").read_text()),
+        "training": training,
         "scores": scores,
     }
     state = checkpoint.read_networks(best)["ema"]

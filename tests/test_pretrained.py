@@ -53,7 +53,7 @@ def test_sample_in_an_empty_folder(tmp_path):
 def test_what_is_published_is_the_average_in_bf16(tmp_path, monkeypatch):
     run, generator = tmp_path / "run", mostgan.Generator(MODEL)
     run.mkdir()
-    (run / "config.json").write_text('{"seed": 5}')
+    (run / "config.json").write_text('{"seed": 5, "data": "/home/me/sky"}')
     path = checkpoint.save(run, 3, MODEL, generator.state_dict(), {}, {})
     starts = [{"from kframes": 0}]
     pretrained.publish(path, tmp_path / "out", {"the model": {}}, starts)

@@ -1,7 +1,7 @@
 """The ops of MoStGAN-V's hot path, as plain functions of tensors. `reference.py` explains each.
 
-CPU tensors, and float64 anywhere, take the plain PyTorch of `reference.py`; in training on a CPU
-those of `cpu.py` that are quicker. On a GPU, `use` says what runs:
+CPU tensors, and float64 anywhere, take the plain PyTorch of `reference.py`, or on a CPU what is
+quicker in `cpu.py`. On a GPU, `use` says what runs:
 
     auto       the fastest implementation that agrees with the plain one there, as `choose.py`
                measures it (the default)
@@ -15,12 +15,12 @@ import torch
 import torch.nn.functional as F
 
 from kernels import choose, cpu, reference
+from kernels.cpu import conv2d_bias_lrelu as conv2d_bias_lrelu
+from kernels.cpu import demodulated as demodulated
+from kernels.cpu import folds as folds
 from kernels.reference import LRELU_GAIN as LRELU_GAIN
-from kernels.reference import conv2d_bias_lrelu as conv2d_bias_lrelu
 from kernels.reference import conv2d_shared as conv2d_shared
-from kernels.reference import demodulated as demodulated
 from kernels.reference import demodulation as demodulation
-from kernels.reference import folds as folds
 from kernels.reference import lrelu as lrelu
 from kernels.reference import motion_modulation as motion_modulation
 from kernels.reference import normalize as normalize
@@ -96,12 +96,18 @@ def _op(registered):
     """
 
     def decorate(function):
-        plain = getattr(reference, function.__name__)
-        trained = getattr(cpu, function.__name__, plain)
+        name = function.__name__
+        plain = getattr(reference, name)
+        trained, folded = getattr(cpu, name, plain), getattr(cpu, f"folded_{name}", plain)
 
         @functools.wraps(plain)
         def op(x, *args, **options):
-            chosen = function if registered(x) else trained if cpu.trains(x) else plain
+            if registered(x):
+                chosen = function
+            elif cpu.trains(x):
+                chosen = trained
+            else:
+                chosen = folded if cpu.folds(x) else plain
             return chosen(x, *args, **options)
 
         return op

@@ -359,37 +359,4 @@ def conv2d_per_frame_grad_weight(grad, x, side, up=1):
 
 def conv2d_epilogue(x, weight, demod, bias, up=1, clamp=None):
     """A synthesis layer: `conv2d_per_frame`, then `epilogue`. Arguments as they take them."""
-    # Of one kernel and one frame's features, the smaller is demodulated.
-    if len(x) == 1 and folds(x) and weight[0, 0].numel() < up * up * x[0, 0].numel():
-        return conv2d_bias_lrelu(x, demodulated(weight[0], demod[0], up), bias, up, clamp)
     return epilogue(conv2d_per_frame(x, weight, up), demod, bias, up, clamp)
-
-
-def folds(x):
-    """Whether demodulation may go into the kernel, which saves a pass over the features: where no
-    gradient, compiler or registered op takes part.
-    """
-    return x.is_cpu and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
-
-
-def demodulated(weight, demod, up=1):
-    """weight · demod · √2, as `conv2d_bias_lrelu` takes it, in the memory layout of the CPU's
-    convolutions, which copy any other. weight: [O, I, k, k], demod: [O].
-    """
-    weight = weight * (demod * LRELU_GAIN)[:, None, None, None]
-    # A transposed convolution's layout has input channels first.
-    weight = weight.transpose(0, up - 1).contiguous(memory_format=torch.channels_last)
-    return weight.transpose(0, up - 1)
-
-
-def conv2d_bias_lrelu(x, weight, bias, up=1, clamp=None):
-    """A synthesis layer with a kernel of `demodulated`: convolution, with up=2 its FIR, then bias
-    and leaky ReLU. x: [N, I, H, W], weight: [O, I, k, k], bias: [O].
-    """
-    if up == 2:
-        x = conv2d_shared(x, weight, up)
-        x = fir_filter(x, 4.0, 1, 1, False, bias * LRELU_GAIN)
-    else:
-        x = F.conv2d(x, weight, bias * LRELU_GAIN, padding=weight.shape[-1] // 2)
-    x = lrelu(x)
-    return x if clamp is None else x.clamp(-clamp, clamp)

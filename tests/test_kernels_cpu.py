@@ -1,8 +1,11 @@
-"""Ops as a CPU trains them: the same results, and the same gradients as autograd's, in float64."""
+"""Ops as a CPU trains them and samples by them: the same results, and the same gradients as
+autograd's, in float64.
+"""
 
 import pytest
 import torch
 
+import kernels
 from kernels import cpu, reference
 
 CASES = {
@@ -75,3 +78,16 @@ def test_filters_in_bf16_are_float32s():
         y = reference.upsample2d(x)
     assert y.dtype == torch.bfloat16
     assert torch.equal(y, reference.upsample2d(x.float()).bfloat16())
+
+
+@pytest.mark.parametrize("up", [1, 2])
+def test_a_demodulated_kernel_gives_the_same_layer(up, monkeypatch):
+    """Demodulation in the kernel, as one large frame without gradients has it on a CPU."""
+    torch.manual_seed(0)
+    x, weight = torch.randn(1, 6, 40, 40).double(), torch.randn(1, 4, 6, 3, 3).double()
+    demod, bias = torch.rand(1, 4).double(), torch.randn(4).double()
+    expected = reference.conv2d_epilogue(x.requires_grad_(), weight, demod, bias, up, 2.0)
+    monkeypatch.setattr(reference, "conv2d_per_frame", None)  # what the other way begins with
+    with torch.no_grad():
+        y = kernels.conv2d_epilogue(x, weight, demod, bias, up, 2.0)
+    assert y.shape == expected.shape and (y - expected).abs().max() < 1e-12

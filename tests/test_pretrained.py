@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import av
+import pytest
 import torch
 from conftest import MODEL
 from safetensors.torch import load_file
@@ -52,12 +53,41 @@ def test_sample_in_an_empty_folder(tmp_path):
 def test_what_is_published_is_the_average_in_bf16(tmp_path, monkeypatch):
     run, generator = tmp_path / "run", mostgan.Generator(MODEL)
     run.mkdir()
-    (run / "config.json").write_text('{"seed": 5}')
+    (run / "config.json").write_text('{"seed": 5, "data": "/home/me/sky"}')
     path = checkpoint.save(run, 3, MODEL, generator.state_dict(), {}, {})
-    pretrained.publish(path, tmp_path / "out", {"the model": {}})
+    starts = [{"from kframes": 0}]
+    pretrained.publish(path, tmp_path / "out", {"the model": {}}, starts)
     published = mostgan.load(tmp_path / "out")
     assert published.config == MODEL
     for ours, theirs in zip(published.state_dict().values(), generator.state_dict().values()):
         assert torch.equal(ours, theirs.bfloat16().float())
     about = json.loads((tmp_path / "out" / "provenance.json").read_text())
     assert about["training"] == {"seed": 5} and about["checkpoint"] == "checkpoint-000003"
+    assert about["starts"] == starts
+
+
+def test_it_is_trained_stage_after_stage_from_where_it_is(tmp_path, monkeypatch):
+    run, asked = tmp_path / "run", []
+
+    def program(name, *words):
+        """As if it had trained, and at 60 k frames it is interrupted."""
+        asked.append(" ".join(map(str, words)))
+        run.mkdir(exist_ok=True)
+        (run / "config.json").touch()
+        kframes = 60 if len(asked) == 1 else float(words[-1])
+        with open(run / "stats.jsonl", "a") as file:
+            file.write(json.dumps({"frames": 1000 * kframes}) + "\n")
+        if len(asked) == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(pretrained, "program", program)
+    with pytest.raises(KeyboardInterrupt):
+        pretrained.train(run, tmp_path / "sky", 300)
+    pretrained.train(run, tmp_path / "sky", 300)
+    assert ["--resume" in words for words in asked] == [False, True, True, True]
+    assert [words.split()[-1] for words in asked] == ["80", "80", "109", "300"]
+    assert ["--r1-gamma 1" in words for words in asked] == [False, False, True, False]
+    starts = pretrained.read_lines(tmp_path / "starts.jsonl")
+    assert [start["from kframes"] for start in starts] == [0, 60, 80, 109]
+    pretrained.train(run, tmp_path / "sky", 300)
+    assert len(asked) == 4

@@ -161,19 +161,6 @@ def test_gradients_of_a_convolution_and_its_epilogue_are_autograds(up, clamp):
     agree(ours, torch.autograd.grad(z, inputs, grad))
 
 
-@pytest.mark.parametrize("up", [1, 2])
-def test_a_demodulated_kernel_gives_the_same_layer(up):
-    """Demodulation in the kernel, as one large frame without gradients has it on a CPU."""
-    torch.manual_seed(0)
-    x, weight = torch.randn(1, 6, 40, 40).double(), torch.randn(1, 4, 6, 3, 3).double()
-    demod, bias = torch.rand(1, 4).double(), torch.randn(4).double()
-    expected = reference.conv2d_epilogue(x.requires_grad_(), weight, demod, bias, up, 2.0)
-    with torch.no_grad():
-        assert reference.folds(x)
-        y = reference.conv2d_epilogue(x, weight, demod, bias, up, 2.0)
-    assert y.shape == expected.shape and (y - expected).abs().max() < 1e-12
-
-
 def test_autocast_does_not_reach_into_mostatt():
     torch.manual_seed(0)
     weight, motion_style = torch.randn(1, 8, 6, 3, 3), torch.randn(2, 4, 1, 12)

@@ -2,7 +2,7 @@
 
     python bench/pretrained.py      # → mostgan/pretrained/sky64
 
-It is trained by train.py on the built-in procedural sky alone, for hours of a CPU (about three of
+It is trained by train.py on the built-in procedural sky alone, for hours of a CPU (about two of
 one core with bf16 instructions). Interrupted, the same command goes on. provenance.json beside the
 model says how it was made.
 """
@@ -33,19 +33,19 @@ from mostgan.program import run_program  # noqa: E402
 CLIPS = 512  # more than `--dataset sky` makes: D sees each of them some hundred times
 TRAINING = "--preset tiny --dataset sky --motion-distance 32 --snapshot-kframes 10"
 # Up to how many thousand frames a stage goes, and what it changes. The preset's rates and γ make
-# pictures soon; a weaker R1 then sharpens them, and lower rates let them settle. Only the last
-# stage is evaluated, for the best checkpoint comes late.
+# pictures soon; a weaker R1 then sharpens them, twice, and lower rates let them settle. The first
+# stages are not evaluated, for the best checkpoint comes late.
+SETTLE = "--generator-lr 0.001 --discriminator-lr 0.001 --ema-half-life-kclips 3 --eval-every 25"
 STAGES = (
     (80, ""),
     (109, "--r1-gamma 1"),
-    (
-        math.inf,
-        "--generator-lr 0.001 --discriminator-lr 0.001 --ema-half-life-kclips 3 --eval-every 25",
-    ),
+    (258, SETTLE),
+    (310, "--r1-gamma 0.3"),
+    (math.inf, "--generator-lr 0.0003 --discriminator-lr 0.0003"),
 )
 
 
-def make(kframes: float = 500, work: Path = ROOT / "runs" / "pretrained", out: Path = BUILT_IN):
+def make(kframes: float = 360, work: Path = ROOT / "runs" / "pretrained", out: Path = BUILT_IN):
     """Trains for `kframes` thousand frames in the folder `work`, and writes the checkpoint with the
     best proxy FVD16 to `out`.
     """

@@ -84,10 +84,10 @@ def test_it_is_trained_stage_after_stage_from_where_it_is(tmp_path, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         pretrained.train(run, tmp_path / "sky", 300)
     pretrained.train(run, tmp_path / "sky", 300)
-    assert ["--resume" in words for words in asked] == [False, True, True, True]
-    assert [words.split()[-1] for words in asked] == ["80", "80", "109", "300"]
-    assert ["--r1-gamma 1" in words for words in asked] == [False, False, True, False]
+    assert ["--resume" in words for words in asked] == [False, True, True, True, True]
+    assert [words.split()[-1] for words in asked] == ["80", "80", "109", "258", "300"]
+    assert ["--r1-gamma" in words for words in asked] == [False, False, True, False, True]
     starts = pretrained.read_lines(tmp_path / "starts.jsonl")
-    assert [start["from kframes"] for start in starts] == [0, 60, 80, 109]
+    assert [start["from kframes"] for start in starts] == [0, 60, 80, 109, 258]
     pretrained.train(run, tmp_path / "sky", 300)
-    assert len(asked) == 4
+    assert len(asked) == 5

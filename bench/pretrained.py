@@ -68,8 +68,7 @@ def train(run, clips, kframes):
     what was started when.
     """
     for end, changes in STAGES:
-        stats, end = read_lines(run / "stats.jsonl"), min(end, kframes)
-        begin = stats[-1]["frames"] / 1000 if stats else 0
+        end, begin = min(end, kframes), trained(run)
         if begin >= end:
             continue
         started = {"from kframes": begin, "commit": describe(torch.device("cpu"))["commit"]}
@@ -78,6 +77,14 @@ def train(run, clips, kframes):
         new = [TRAINING, "--data", clips, "--out", run]
         start = ["--resume", run] if (run / "config.json").exists() else new
         program("train.py", *start, changes, "--total-kframes", f"{end:g}")
+        if trained(run) < end:  # a signal stopped it, for which train.py saves and ends well
+            raise KeyboardInterrupt
+
+
+def trained(run):
+    """How many thousand frames a run was trained for."""
+    stats = read_lines(run / "stats.jsonl")
+    return stats[-1]["frames"] / 1000 if stats else 0
 
 
 def read_lines(path):

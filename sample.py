@@ -107,7 +107,7 @@ def sample(options: Options):
     """
     stop = stop_signal()
     path = checkpoint.find(options.checkpoint)
-    if path == checkpoint.BUILT_IN:
+    if options.checkpoint is None and path == checkpoint.BUILT_IN:
         print(
             "no run in runs/: this is the small model that comes with MoStGAN-V, trained on its "
             "built-in sky; train your own with: python train.py --dataset sky"
@@ -122,22 +122,10 @@ def sample(options: Options):
     choose_kernels(options.kernels, options.compile, device)
     generator = checkpoint.load(path, device)
     video.check_size(rows * generator.config.resolution, columns * generator.config.resolution)
-    content, motion = grid_seeds(options, rows, columns)
+    of_clips = what_clips_show(options, rows, columns, rate)
 
     def windows_of(frames):
-        return render(
-            generator,
-            content,
-            options.start,
-            frames,
-            rows * columns,
-            motion_seed=motion,
-            **checkpoint.read_conditions(options.label, options.condition),
-            psi=options.psi,
-            content_frames=exact(options.content_seconds) * exact(rate),
-            style_gain=parse_gains(options.motion_style),
-            **way,
-        )
+        return render(generator, start=options.start, frames=frames, **of_clips, **way)
 
     windows = windows_of(frames)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=options.precision == "bf16")
@@ -151,17 +139,9 @@ def sample(options: Options):
     with autocast:
         pictures = (grid(window, rows, columns) for window in to_host(windows, device))
         done, seconds = write_video(video, pictures, frames, stop, device)
-    print(
-        f"{video.path}: {counted(done, 'frame')} of {counted(rows * columns, 'clip')} from {path}"
-    )
-    of_frame = {name: 1000 * total / (done * rows * columns) for name, total in seconds.items()}
-    compiled = "compiled" if options.compile else "not compiled"
-    print(
-        f"{of_frame['all']:.2f} ms/frame: rendering and transfer {of_frame['rendering']:.2f}, and "
-        f"beside them encoding {of_frame['encoding']:.2f}; peak memory "
-        f"{peak_memory_mb(device):.0f} MB, on {device}, {options.precision}, {compiled}, "
-        f"kernels: {kernels.summary(device)}"
-    )
+    clips = rows * columns
+    print(f"{video.path}: {counted(done, 'frame')} of {counted(clips, 'clip')} from {path}")
+    print_speed({name: 1000 * of / (done * clips) for name, of in seconds.items()}, options, device)
     return done == frames
 
 
@@ -236,6 +216,20 @@ def way_through_time(options, rate):
     return fps, frames, {"step": exact(options.speed) * exact(rate) / fps, "loop": loop}
 
 
+def what_clips_show(options, rows, columns, rate):
+    """The arguments of `render` that say what the clips of a grid show. rate: the dataset's fps."""
+    content, motion = grid_seeds(options, rows, columns)
+    return dict(
+        seed=content,
+        clips=rows * columns,
+        motion_seed=motion,
+        **checkpoint.read_conditions(options.label, options.condition),
+        psi=options.psi,
+        content_frames=exact(options.content_seconds) * exact(rate),
+        style_gain=parse_gains(options.motion_style),
+    )
+
+
 def print_loop(config, fps, rate, step, loop):
     pace, anchors = loop_step(config, step, loop)
     print(
@@ -253,6 +247,17 @@ def print_cost_of_bf16(windows_of, autocast):
     print(
         f"bf16 is faster than float32, and changes the first frame by {difference:.2f} of 255 grey "
         "levels in the mean"
+    )
+
+
+def print_speed(of_frame, options, device):
+    """of_frame: milliseconds by name, as `write_video` names them."""
+    compiled = "compiled" if options.compile else "not compiled"
+    print(
+        f"{of_frame['all']:.2f} ms/frame: rendering and transfer {of_frame['rendering']:.2f}, and "
+        f"beside them encoding {of_frame['encoding']:.2f}; peak memory "
+        f"{peak_memory_mb(device):.0f} MB, on {device}, {options.precision}, {compiled}, "
+        f"kernels: {kernels.summary(device)}"
     )
 
 

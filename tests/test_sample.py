@@ -119,12 +119,12 @@ def test_every_option_gets_where_it_is_used(tmp_path, monkeypatch):
     """
     asked = {}
 
-    def render(generator, *args, **options):
-        asked.update(options, args=args)
+    def render(generator, **options):
+        asked.update(options)
 
         def windows():
             asked["bf16"] = torch.is_autocast_enabled("cpu")
-            yield torch.zeros(args[3], 1, 3, 32, 32, dtype=torch.uint8)
+            yield torch.zeros(options["clips"], 1, 3, 32, 32, dtype=torch.uint8)
 
         return windows()
 
@@ -159,12 +159,14 @@ def test_every_option_gets_where_it_is_used(tmp_path, monkeypatch):
     )
     out = tmp_path / "a.mp4"
     assert program.sample(program.Options(tmp_path, out, **options))
-    content, *rest = asked.pop("args")
-    assert content == [(3, 5), (5, 3), (3, 5)] * 2 and rest == [12.5, 1, 6]
     path, fps, crf, comment = asked.pop("writer")
     assert (path, fps, crf) == (out, 20, 9) and '"seed": 4' in comment
     device = torch.device("cpu")
     assert asked == {
+        "seed": [(3, 5), (5, 3), (3, 5)] * 2,
+        "start": 12.5,
+        "frames": 1,
+        "clips": 6,
         "motion_seed": [7, 7, 7, 8, 8, 8],
         "label": [0.5, -1.0],
         "psi": 0.25,
@@ -177,7 +179,7 @@ def test_every_option_gets_where_it_is_used(tmp_path, monkeypatch):
     }
     program.sample(program.Options(tmp_path, tmp_path / "b.npy", frames=1, label=1, loop=2.0))
     assert asked["label"] == 1 and asked["loop"] == 20 and not asked["bf16"]
-    assert asked["args"][0] == [0] and asked["motion_seed"] == [0] and asked["psi"] == 1
+    assert asked["seed"] == [0] and asked["motion_seed"] == [0] and asked["psi"] == 1
 
 
 def test_bf16_on_a_cpu_is_close_and_says_how_close(sample, monkeypatch, capsys):
@@ -218,7 +220,7 @@ def test_the_clips_of_a_grid_stand_row_by_row(run, tmp_path, monkeypatch):
 
 
 def test_a_video_that_was_interrupted_says_so_by_its_status(run, tmp_path, monkeypatch, capsys):
-    def render(generator, content, start, frames, clips, **options):
+    def render(generator, frames, **options):
         for made in range(0, frames, 3):
             if made == 3:
                 signal.raise_signal(signal.SIGINT)

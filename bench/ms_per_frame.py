@@ -157,7 +157,11 @@ def beside_others(count, variant, frames, device, dtype, repeats, config):
             for _ in render_video(generator, 0, 0, frames):
                 pass
 
-    works = {"sampling": (sample, frames), "training": (step, 1)}
+    def train():
+        for _ in range(preset.r1_interval):  # one of them with R1
+            step()
+
+    works = {"sampling": (sample, frames), "training": (train, preset.r1_interval)}
     times = {f"{work}_{how}_ms": [] for work in works for how in ("quiet", "busy")}
     for round_ in range(repeats + 1):
         for others in (0, count):

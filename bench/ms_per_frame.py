@@ -25,6 +25,7 @@ import argparse
 import contextlib
 import dataclasses
 import importlib.util
+import os
 import statistics
 import subprocess
 import sys
@@ -134,7 +135,8 @@ def end_to_end(variant, window, device, dtype, repeats, config):
 @contextlib.contextmanager
 def busy_processes(count):
     """While it lasts, so many processes keep a core busy each."""
-    command = [sys.executable, "-c", "while True: pass"]
+    # They end with this process, however it ends.
+    command = [sys.executable, "-c", f"import os\nwhile os.getppid() == {os.getpid()}: pass"]
     processes = [subprocess.Popen(command) for _ in range(count)]
     try:
         yield
@@ -174,6 +176,15 @@ def beside_others(count, variant, frames, device, dtype, repeats, config):
     return {name: statistics.median(all_) for name, all_ in times.items()}
 
 
+def print_beside_others(count, times):
+    for work, unit in (("sampling", "frame"), ("training", "step")):
+        quiet, busy = times[f"{work}_quiet_ms"], times[f"{work}_busy_ms"]
+        print(
+            f"{work}: {quiet:.1f} ms/{unit} quiet, {busy:.1f} beside {count} busy processes: "
+            f"{busy / quiet:.2f} x"
+        )
+
+
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -201,6 +212,8 @@ def main():
     )
     args = parser.parse_args()
     device = pick_device()
+    if args.busy is not None and (args.busy < 1 or device.type == "cuda"):
+        parser.error("--busy takes at least 1 process, and measures on a CPU only")
     if args.dry_run:
         args.frames, args.variants, args.repeats, args.resolution = [2], ["dry run"], 1, 32
     on_gpu = device.type == "cuda"
@@ -220,12 +233,7 @@ def main():
     if args.busy:
         variant, frames = (args.variants or ["eager"])[0], (args.frames or [16])[0]
         times = beside_others(args.busy, variant, frames, device, dtype, args.repeats, config)
-        for work, unit in (("sampling", "frame"), ("training", "step")):
-            quiet, busy = times[f"{work}_quiet_ms"], times[f"{work}_busy_ms"]
-            print(
-                f"{work}: {quiet:.1f} ms/{unit} quiet, {busy:.1f} beside {args.busy} busy "
-                f"processes: {busy / quiet:.2f} x"
-            )
+        print_beside_others(args.busy, times)
         write(args.out, result | times)
         return
     print(

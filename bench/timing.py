@@ -14,9 +14,12 @@ import sys
 import time
 import types
 from datetime import date
+from pathlib import Path
 from unittest.mock import MagicMock
 
 import torch
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def describe(device):
@@ -29,7 +32,7 @@ def describe(device):
     commit = ""
     if shutil.which("git"):
         command = ["git", "describe", "--always", "--dirty"]
-        commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+        commit = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
     return dict(device=name, torch=torch.__version__, date=str(date.today()), commit=commit)
 
 

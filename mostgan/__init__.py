@@ -16,8 +16,9 @@ if sys.platform == "win32":
     print("error: MoStGAN-V runs on Linux and macOS; on Windows, run it in WSL", file=sys.stderr)
     sys.exit(2)
 
-# OpenMP reads it when PyTorch is loaded. Its threads sleep at barriers then: those that turn round
-# there take the cores from the one that all wait for, wherever other processes are busy too.
+# OpenMP reads it when PyTorch is loaded: what imports that before this package goes without. Its
+# threads sleep at barriers then; threads that wait busily there take the cores from the one that
+# all wait for, wherever other processes are busy too.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 from mostgan.config import ModelConfig, TrainConfig, UserError  # noqa: E402

@@ -30,8 +30,8 @@ def pick_device():
     """
     if torch.cuda.is_available():
         return torch.device("cuda")
-    if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(min(torch.get_num_threads(), cores()))
+    if usable_threads() < torch.get_num_threads():
+        torch.set_num_threads(usable_threads())
     if sys.platform == "linux":
         libc = ctypes.CDLL(None)
         for parameter, value in ((-4, 0), (-1, 2**31 - 1), (-2, 64 * 2**20), (-8, 1)):
@@ -39,15 +39,23 @@ def pick_device():
     return torch.device("cpu")
 
 
+def usable_threads():
+    """PyTorch's threads, but no more than `cores`, unless OMP_NUM_THREADS says how many."""
+    count = torch.get_num_threads()
+    return count if "OMP_NUM_THREADS" in os.environ else min(count, cores())
+
+
 @contextlib.contextmanager
-def one_core_threads():
-    """As many threads as PyTorch uses, each with one OpenMP thread: nothing that they compute waits
-    at a barrier. Beside other busy processes a barrier takes longer than the work before it.
+def one_core_threads(most=None):
+    """As many threads as PyTorch may use, or `most`, each with one OpenMP thread: nothing that they
+    compute waits at a barrier. Beside other busy processes a barrier takes longer than the work
+    before it.
 
     Gives a function: submit(function, *arguments) → its future. Functions run in inference mode and
     under the caller's autocast. At the end what has not begun is dropped, and no thread is left.
     """
-    count = torch.get_num_threads()
+    before = torch.get_num_threads()
+    count = min(usable_threads(), most or before)
     dtype, enabled = torch.get_autocast_dtype("cpu"), torch.is_autocast_enabled("cpu")
 
     def run(function, *arguments):
@@ -62,12 +70,12 @@ def one_core_threads():
         yield functools.partial(pool.submit, run)
     finally:
         pool.shutdown(cancel_futures=True)
-        # For other threads, too, MKL had one.
-        torch.set_num_threads(count)
+        # MKL's number of threads is the whole process's: until now it was one.
+        torch.set_num_threads(before)
 
 
 def _use_one_openmp_thread():
-    # The first question gives a thread the process's number, whatever it was told before.
+    # A thread's first question sets its number to the process's, and would undo ours later.
     torch.get_num_threads()
     torch.set_num_threads(1)
 
@@ -118,8 +126,8 @@ def make_deterministic():
 
 
 def has_bf16(device):
-    """Whether a device computes in bfloat16: every GPU, and a CPU whose system names such
-    instructions (avx512_bf16, amx_bf16, or bf16 on ARM).
+    """Whether a device computes in bfloat16: a GPU (those before Ampere slowly), and a CPU whose
+    system names such instructions (avx512_bf16, amx_bf16, or bf16 on ARM).
     """
     if device.type == "cuda":
         return True

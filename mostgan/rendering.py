@@ -20,8 +20,8 @@ from mostgan.device import in_order, memory_bytes, one_core_threads
 from mostgan.motion import condition_at, content_latent, motion_noise
 
 FARTHEST = 10**8  # frames from 0, either way: so far float64 tells phases apart to eight digits
-# What a CPU's thread makes at once: one large frame, whose kernels and features then stay in its
-# core's caches; of small ones several, lest threads wait for Python rather than compute.
+# What a CPU's thread makes at once: one large frame of each clip, for a larger batch would leave
+# the core's caches; of small ones several, lest threads wait for Python rather than compute.
 PIXELS_AT_ONCE = 256 * 256
 
 
@@ -108,7 +108,7 @@ def windows(generator, shown, way, frames, window):
     """Yields the windows of `render`: `frames` frames of what is shown, along the way."""
     device = generator.mapping.w_avg.device
     if device.type != "cuda":
-        with one_core_threads() as submit:
+        with one_core_threads(most_at_once(generator.config, len(shown.seeds))) as submit:
             made = frames_on_cpu(generator, shown, way, frames, submit)
             for _, wanted in stretches(way, frames, window):
                 count = wanted.stop - wanted.start
@@ -143,6 +143,15 @@ def frames_on_cpu(generator, shown, way, frames, submit):
     )
     for made in in_order(submit, jobs, 4 * torch.get_num_threads()):
         yield from made.split(1, dim=1)
+
+
+def most_at_once(config, clips):
+    """How many threads may each make a frame of every clip: half of the memory holds the features
+    of so many.
+    """
+    # Input, output and two steps between them, of the largest layer.
+    of_frame = max(4 * 4 * r * r * config.channels(r) for r in config.resolutions)
+    return max(1, memory_bytes(torch.device("cpu")) // 2 // (clips * of_frame))
 
 
 def stretches(way, frames, length):

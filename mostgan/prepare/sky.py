@@ -102,9 +102,10 @@ def _chunks(index, resolution, frames, seed):
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         try:
-            yield _render(scene, t[:, None, None], resolution)
+            chunk = _render(scene, t[:, None, None], resolution)
         finally:
             torch.set_num_threads(threads)
+        yield chunk
 
 
 def _draw_scene(index, seed):

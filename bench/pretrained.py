@@ -46,7 +46,7 @@ STAGES = (
 )
 
 
-def make(kframes: float = 360, work: Path = ROOT / "runs" / "pretrained", out: Path = BUILT_IN):
+def make(kframes: float = 340, work: Path = ROOT / "runs" / "pretrained", out: Path = BUILT_IN):
     """Trains for `kframes` thousand frames in the folder `work`, and writes the last checkpoint to
     `out`.
     """

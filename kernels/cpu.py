@@ -11,6 +11,7 @@ import math
 
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 
 from kernels import reference
 from kernels.reference import LEAKY_SLOPE, LRELU_GAIN
@@ -67,6 +68,7 @@ class _MoStAtt(torch.autograd.Function):
         return weight, score, demod
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_weight, grad_score, grad_demod):
         content_weight, style, M, A, P_hat, peak, at_output, weight, demod = ctx.saved_tensors
         rows, _, I, side, _ = content_weight.shape
@@ -158,6 +160,7 @@ class _DemodBiasLrelu(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         x, y, demod = ctx.saved_tensors
         grad_z = _lrelu_backward(grad, y)

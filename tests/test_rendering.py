@@ -11,6 +11,7 @@ import torch
 from test_model import TINY, frames_of, make
 
 import mostgan
+from mostgan import rendering
 from mostgan.config import UserError
 from mostgan.motion import content_latent
 from mostgan.rendering import (
@@ -99,11 +100,16 @@ def threads():
     ],
     ids=str,
 )
-def test_threads_and_windows_change_no_bit(options, threads):
+@pytest.mark.parametrize("bf16", [False, True], ids=["float32", "bf16"])
+@pytest.mark.parametrize("pixels", [1, rendering.PIXELS_AT_ONCE], ids=["one", "several at once"])
+def test_threads_and_windows_change_no_bit(options, bf16, pixels, threads, monkeypatch):
+    """Large frames are made one by one, small ones together."""
+    monkeypatch.setattr(rendering, "PIXELS_AT_ONCE", pixels)
     generator, expected = make(), None
     for count, window in ((1, 16), (1, 1), (2, 1), (2, 4), (2, 16), (4, 4), (4, 64), (4, None)):
         threads(count)
-        frames = render(generator, frames=36, window=window, **options)
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            frames = render(generator, frames=36, window=window, **options)
         expected = frames if expected is None else expected
         assert torch.equal(frames, expected), (count, window)
 
@@ -112,7 +118,11 @@ def test_frames_are_made_in_other_threads_under_the_callers_autocast(threads, mo
     generator, seen = make(), []
     forward = generator.synthesis.forward
 
+    met, calls = threading.Barrier(2), itertools.count()
+
     def watched(*args):
+        if next(calls) < 2:  # two are at work at once
+            met.wait(60)
         state = torch.get_num_threads(), torch.is_inference_mode_enabled()
         seen.append((threading.current_thread(), *state, torch.is_autocast_enabled("cpu")))
         return forward(*args)

@@ -8,11 +8,12 @@ import zlib
 import made_clips as made
 import numpy as np
 import pytest
-from made_clips import numbered, numbers, write_animation, write_pictures
+from made_clips import moving, numbered, numbers, write_animation, write_pictures
 from PIL import Image
 from safetensors.numpy import load_file
 
 from mostgan.config import UserError
+from mostgan.prepare import pictures
 from mostgan.video import VideoWriter
 
 # ------------------------------------------------------------------------------------ orientation
@@ -658,3 +659,12 @@ def test_an_empty_file_among_the_pictures(tmp_path):
     index, clips = made.pack(tmp_path / "src", tmp_path / "dst", 16)
     assert clips.names[0] == "others" and made.notes_on(index, "shots")
     assert len(clips) == 1 or numbers(clips, 1)[:8] == list(range(8))
+
+
+def test_an_animation_that_is_cut_off_anywhere_is_one(tmp_path):
+    """From its second picture on, wherever it ends; and none of the ends is an error."""
+    write_animation(tmp_path / "v.gif", moving(6), [40] * 6)
+    data = (tmp_path / "v.gif").read_bytes()
+    counts = [pictures.number_of_pictures(io.BytesIO(data[:n])) for n in range(len(data))]
+    second = next(n for n, count in enumerate(counts) if count > 1)
+    assert second < 0.5 * len(data) and min(counts[second:]) > 1 and set(counts[:second]) == {1}

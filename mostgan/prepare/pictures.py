@@ -6,7 +6,9 @@ takes note of them.
 """
 
 import io
+import struct
 import warnings
+import zlib
 from contextlib import contextmanager
 
 import numpy as np
@@ -20,8 +22,9 @@ FORMATS = "JPEG PNG BMP DIB GIF WEBP TIFF PPM TGA JPEG2000 AVIF SGI PCX".split()
 ANIMATED = set(".gif .webp .png .apng .tif .tiff .avif".split())
 MAX_PIXELS = 1 << 26  # twice 8K; a picture that claims more is damaged, or meant to fill the memory
 UNTIMED = 0.1  # seconds of an animation's picture that states none, or almost none, as browsers do
-DAMAGED = (OSError, ValueError, SyntaxError, EOFError, KeyError, TypeError, IndexError)
-DAMAGED += (OverflowError, MemoryError)
+# What Pillow's readers raise over bytes that are none of their format's.
+DAMAGED = (OSError, ValueError, SyntaxError, EOFError, LookupError, TypeError, AttributeError)
+DAMAGED += (ArithmeticError, MemoryError, struct.error, zlib.error, Image.DecompressionBombError)
 
 JPEG_QUALITY = 95
 TRANSPARENT = "transparent pixels, shown over black"
@@ -46,10 +49,18 @@ def open_picture(file):
 
 
 def number_of_pictures(file):
-    """How many pictures an opened file holds; 1 where it cannot be read."""
+    """How many pictures an opened file holds, of a damaged one perhaps only 2; 1 where it cannot be
+    read.
+    """
     try:
         with open_picture(file) as image:
-            return getattr(image, "n_frames", 1) if image.format != "MPO" else 1
+            if image.format == "MPO":
+                return 1
+            try:
+                return getattr(image, "n_frames", 1)
+            except DAMAGED:  # it is cut off somewhere
+                image.seek(1)
+                return 2
     except DAMAGED:
         return 1
 

@@ -122,7 +122,8 @@ def publish(path, out, scores, starts=()):
     # Without what is of this machine: where the clips are.
     training = read_json(path.parent / "config.json")
     training = {name: value for name, value in training.items() if name not in ("data", "cache")}
-    about = describe(torch.device("cpu")) | {"processor": processor()}
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    about = describe(device) | {"processor": processor()}
     about |= {
         "made by": "python bench/pretrained.py",
         "data": f"{CLIPS} clips of the built-in procedural sky, version {VERSION}; nothing else",

@@ -246,10 +246,9 @@ def print_start(config, clips, run, device, state):
     if config.preset == "tiny":
         # Measured: 85 frames a second on one machine, 55 on another.
         left = config.total_kframes - state.frames / 1000
-        shortest, longest = (max(1, round(left / per_minute)) for per_minute in (5.1, 3.3))
+        minutes = f"{left / 5.1:.0f} to {left / 3.3:.0f}" if left > 5 else "less than two"
         distributed.say(
-            f"the tiny preset takes {shortest} to {longest} min for this on two cores; Ctrl-C "
-            "saves and stops"
+            f"the tiny preset takes {minutes} minutes for this on two cores; Ctrl-C saves and stops"
         )
 
 

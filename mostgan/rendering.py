@@ -108,7 +108,7 @@ def windows(generator, shown, way, frames, window):
     """Yields the windows of `render`: `frames` frames of what is shown, along the way."""
     device = generator.mapping.w_avg.device
     if device.type != "cuda":
-        with one_core_threads(most_at_once(generator.config, len(shown.seeds))) as submit:
+        with one_core_threads(threads_that_fit(generator.config, len(shown.seeds))) as submit:
             made = frames_on_cpu(generator, shown, way, frames, submit)
             for _, wanted in stretches(way, frames, window):
                 count = wanted.stop - wanted.start
@@ -145,11 +145,11 @@ def frames_on_cpu(generator, shown, way, frames, submit):
         yield from made.split(1, dim=1)
 
 
-def most_at_once(config, clips):
-    """How many threads may each make a frame of every clip: half of the memory holds the features
-    of so many.
+def threads_that_fit(config, clips):
+    """The number of threads whose features half of a CPU's memory holds while each of them makes a
+    frame of every clip; at least 1.
     """
-    # Input, output and two steps between them, of the largest layer.
+    # Input and output of the largest layer, and as much again between them, in float32.
     of_frame = max(4 * 4 * r * r * config.channels(r) for r in config.resolutions)
     return max(1, memory_bytes(torch.device("cpu")) // 2 // (clips * of_frame))
 

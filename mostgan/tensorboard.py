@@ -19,7 +19,7 @@ def summary_writer():
     except ImportError:
         raise UserError(
             "--tensorboard needs the package tensorboard: install it with pip install "
-            "'mostgan[tensorboard]', or leave the option out"
+            "'mostgan[tensorboard]' (in a checkout -e '.[tensorboard]'), or leave the option out"
         ) from None
     return SummaryWriter
 

@@ -78,6 +78,18 @@ def test_a_watched_clip_is_the_rendered_one(generator, watched):
     assert not any(layer_of(generator, seen)._forward_hooks for seen in layers)
 
 
+def test_nothing_watches_on_after_an_error(generator):
+    def fail(module, inputs):
+        raise RuntimeError("in a frame")
+
+    hook = generator.synthesis.b32.conv1.register_forward_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="in a frame"):
+        watch(generator, 3, 2)
+    hook.remove()
+    convs = [conv for of_block, _ in generator.synthesis.layers() for conv in of_block]
+    assert not any(conv._forward_hooks for conv in convs)
+
+
 def test_what_is_noted_is_in_the_order_of_time(generator, watched):
     frames, layers = figures.watch(generator, 3, 3, step=2)
     assert torch.equal(frames, watched[0][0][::2])

@@ -24,7 +24,7 @@ def test_it_is_small_and_says_where_it_comes_from():
     state = load_file(checkpoint.BUILT_IN / "model.safetensors")
     assert {tensor.dtype for tensor in state.values()} == {torch.bfloat16}
     about = json.loads((checkpoint.BUILT_IN / "provenance.json").read_text())
-    assert {"made by", "commit", "processor", "date", "training", "starts"} <= about.keys()
+    assert {"made by", "commit", "processor", "date", "data", "training", "scores"} <= about.keys()
     assert about["frames"] > 1000 * about["starts"][-1]["from kframes"] > 0
     fvd = {name: of["proxy_fvd16"]["mean"] for name, of in about["scores"].items()}
     assert fvd["the sky itself"] < fvd["the model"]

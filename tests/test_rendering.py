@@ -140,6 +140,19 @@ def test_frames_are_made_in_other_threads_under_the_callers_autocast(threads, mo
     assert all(autocast[:20]) and not any(autocast[20:])
 
 
+def test_no_more_threads_than_memory_holds(monkeypatch):
+    """Of the paper's model a frame of one clip has features of 256² · 64 numbers, four times."""
+    monkeypatch.setattr(rendering, "memory_bytes", lambda device: 2 * 81 * 7 * 4 * 4 * 64 * 256**2)
+    assert rendering.threads_that_fit(mostgan.ModelConfig(), 81) == 7
+    assert rendering.threads_that_fit(mostgan.ModelConfig(), 1000) == 1
+    asked, one_core_threads = [], rendering.one_core_threads
+    monkeypatch.setattr(
+        rendering, "one_core_threads", lambda most: asked.append(most) or one_core_threads(most)
+    )
+    render(make(), frames=2, clips=2)
+    assert asked == [rendering.threads_that_fit(make().config, 2)]
+
+
 @pytest.mark.parametrize("ending", ["error", "dropped", "whole"])
 def test_no_thread_is_left(ending, threads, monkeypatch):
     """After an error in a frame, which its window raises; or if nobody wants the other windows."""

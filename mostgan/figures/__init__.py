@@ -41,15 +41,17 @@ def watch(generator, seed, frames, step=1, label=None, frame_condition=None):
                 hooks.append(layer.register_forward_hook(partial(_note, noted[block, name])))
     z, label = content_latent([seed], config.z_dim), conditions(config, label, 1, device)
     rows, clip, e = frame_conditions(config, frame_condition, 1), [], None
-    for i in range(frames):
-        t = torch.tensor([[float(i * step)]], dtype=torch.float64)
-        noise, first_anchor = motion_noise([seed], t, config)
-        if rows is not None:
-            e = torch.from_numpy(condition_at(rows[0], t[0])[None]).to(device)
-        moment = (x.to(device) for x in (z, t, noise, first_anchor))
-        clip.append(to_uint8(generator(*moment, label, frame_condition=e)).cpu())
-    for hook in hooks:
-        hook.remove()
+    try:
+        for i in range(frames):
+            t = torch.tensor([[float(i * step)]], dtype=torch.float64)
+            noise, first_anchor = motion_noise([seed], t, config)
+            if rows is not None:
+                e = torch.from_numpy(condition_at(rows[0], t[0])[None]).to(device)
+            moment = (x.to(device) for x in (z, t, noise, first_anchor))
+            clip.append(to_uint8(generator(*moment, label, frame_condition=e)).cpu())
+    finally:
+        for hook in hooks:
+            hook.remove()
     seen = [Seen(*name, *map(torch.cat, zip(*calls))) for name, calls in sorted(noted.items())]
     return torch.cat(clip), seen
 

@@ -50,7 +50,10 @@ def run(
             file as prepare takes it, or the numbers of a clip's vector.
     """
     if find_spec("matplotlib") is None:
-        raise UserError("figures need matplotlib: pip install 'mostgan[figures]'")
+        raise UserError(
+            "figures need matplotlib: pip install 'mostgan[figures]', in a checkout pip install "
+            "-e '.[figures]'"
+        )
     if frames < 2:
         raise UserError(f"frames is {frames}, but must be at least 2")
     path = checkpoint.find(model).resolve()

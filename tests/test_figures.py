@@ -84,7 +84,7 @@ def test_nothing_watches_on_after_an_error(generator):
 
     hook = generator.synthesis.b32.conv1.register_forward_pre_hook(fail)
     with pytest.raises(RuntimeError, match="in a frame"):
-        watch(generator, 3, 2)
+        figures.watch(generator, 3, 2)
     hook.remove()
     convs = [conv for of_block, _ in generator.synthesis.layers() for conv in of_block]
     assert not any(conv._forward_hooks for conv in convs)

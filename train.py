@@ -31,7 +31,7 @@ from mostgan import augment, distributed, metrics
 from mostgan.checkpoint.training import Saver, State, load_state, start_from
 from mostgan.config import TrainConfig, train_preset
 from mostgan.data import batches
-from mostgan.device import choose_kernels, make_deterministic, pick_device, with_precision
+from mostgan.device import choose_kernels, make_deterministic, pick_device
 from mostgan.discriminator import Discriminator
 from mostgan.draws import latents_of_piece, random_stream, transforms_of_piece
 from mostgan.loss import (
@@ -84,7 +84,7 @@ def train(config: TrainConfig, out: Path | None = None, resume: Resume | None = 
     clips = distributed.in_turn(
         lambda: open_data(config.data, config.dataset, config.model.resolution, config.cache)
     )
-    config = with_precision(with_shares(with_data(config, clips)), device)
+    config = with_shares(with_data(config, clips))
     detectors = None
     if config.eval_every:
         detectors = metrics.open_detectors(config.eval_detector, None, device)

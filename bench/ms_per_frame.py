@@ -43,13 +43,7 @@ import torch
 import kernels
 from bench.timing import copy_rate, describe, matmul_rate, seconds, write
 from mostgan.config import ModelConfig, train_preset
-from mostgan.device import (
-    choose_kernels,
-    peak_memory_mb,
-    pick_device,
-    to_host,
-    with_precision,
-)
+from mostgan.device import choose_kernels, peak_memory_mb, pick_device, to_host
 from mostgan.model import Generator
 from mostgan.rendering import render as render_video
 
@@ -151,7 +145,7 @@ def beside_others(count, variant, frames, device, dtype, repeats, config):
     from bench.train_step import Step
 
     generator = make_generator(variant, device, config)
-    preset = with_precision(train_preset("tiny", "sky"), device)
+    preset = train_preset("tiny", "sky")
     step = Step(dataclasses.replace(preset, compile=False), device, "inductor")
 
     def sample():

@@ -2,9 +2,9 @@
 
     python bench/pretrained.py      # → mostgan/pretrained/sky64
 
-It is trained by train.py on the built-in procedural sky alone, for hours of a CPU (about two of
-one core with bf16 instructions). Interrupted, the same command goes on. provenance.json beside the
-model says how it was made.
+It is trained by train.py on the built-in procedural sky alone, for about two hours of one core that
+has bf16 instructions (with OMP_NUM_THREADS=1). Interrupted, the same command goes on.
+provenance.json beside the model says how it was made.
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ from mostgan.prepare.sky import VERSION  # noqa: E402
 from mostgan.program import run_program  # noqa: E402
 
 CLIPS = 512  # more than `--dataset sky` makes: D sees each of them some two hundred times
-TRAINING = "--preset tiny --dataset sky --motion-distance 32 --snapshot-kframes 10"
+TRAINING = "--preset tiny --dataset sky --motion-distance 32 --precision bf16 --snapshot-kframes 10"
 # Up to how many thousand frames a stage goes, and what it changes. The preset's rates and γ make
 # pictures soon; a weaker R1 then sharpens them, twice, and lower rates let them settle. The odd
 # numbers are those of a run that was steered by its pictures, which this repeats. From the third

@@ -35,7 +35,7 @@ import kernels
 import train as training
 from mostgan.config import train_preset
 from mostgan.data import Batch
-from mostgan.device import choose_kernels, peak_memory_mb, pick_device, with_precision
+from mostgan.device import choose_kernels, peak_memory_mb, pick_device
 from mostgan.progress import Skips, Stats
 
 GFLOP_PER_FRAME = {"paper256": 618}
@@ -181,7 +181,7 @@ def main():
         "--dry-run", action="store_true", help="a tiny model and aot_eager, only to try the program"
     )
     args = parser.parse_args()
-    config = with_precision(train_preset(args.preset, "sky"), device)
+    config = train_preset(args.preset, "sky")
     config = dataclasses.replace(
         config, compile=args.compile, batch_split=args.batch_split or config.batch_split
     )

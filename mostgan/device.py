@@ -2,7 +2,6 @@
 
 import contextlib
 import ctypes
-import dataclasses
 import functools
 import os
 import resource
@@ -135,13 +134,6 @@ def has_bf16(device):
         return any(word.endswith("bf16") for word in Path("/proc/cpuinfo").read_text().split())
     except OSError:
         return False
-
-
-def with_precision(config, device):
-    """A TrainConfig that names the arithmetic instead of "auto"."""
-    if config.precision != "auto":
-        return config
-    return dataclasses.replace(config, precision="bf16" if has_bf16(device) else "float32")
 
 
 def peak_memory_mb(device):

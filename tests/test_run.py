@@ -28,10 +28,10 @@ from conftest import (
 import mostgan.loss
 import train as training
 from mostgan import checkpoint
-from mostgan.config import UserError, train_preset
+from mostgan.config import UserError
 from mostgan.data import Clips
 from mostgan.progress import Skips, Stats
-from mostgan.run import Resume, StopSignal, continue_run, read_config, what_to_resume
+from mostgan.run import Resume, StopSignal, continue_run, what_to_resume
 
 pytestmark = pytest.mark.usefixtures("quiet")
 
@@ -126,29 +126,6 @@ def test_resuming_an_older_checkpoint_leaves_the_later_ones_aside(packed, tmp_pa
     assert (tmp_path / "run" / "aside-checkpoint-000003").is_dir()
     # Kept for the next time.
     assert json.loads((tmp_path / "run" / "config.json").read_text())["generator_lr"] == 0.001
-
-
-@pytest.mark.parametrize("instructions, named", [(True, "bf16"), (False, "float32")])
-def test_a_run_keeps_the_arithmetic_that_its_start_chose(
-    packed, tmp_path, monkeypatch, instructions, named
-):
-    assert train_preset("tiny", "sky").precision == train_preset("paper256", "sky").precision
-    seen, objective = [], training.generator_objective
-
-    def watched(*args):
-        seen.append("bf16" if torch.is_autocast_enabled("cpu") else "float32")
-        return objective(*args)
-
-    monkeypatch.setattr(training, "generator_objective", watched)
-    monkeypatch.setattr("mostgan.device.has_bf16", lambda device: instructions)
-    training.train(make_config(packed, 1, precision="auto"), tmp_path / "run")
-    assert read_config(tmp_path / "run").precision == named
-    # Gone on with on another machine, as the command line does it: by the run's own configuration.
-    monkeypatch.setattr("mostgan.device.has_bf16", lambda device: not instructions)
-    config = dataclasses.replace(read_config(tmp_path / "run"), total_kframes=0.024)
-    training.train(config, None, what_to_resume(None, str(tmp_path / "run")))
-    assert read_config(tmp_path / "run").precision == named and set(seen) == {named}
-    assert len(seen) == 4
 
 
 def test_a_config_that_does_not_fit_is_refused_by_field(packed, tmp_path):

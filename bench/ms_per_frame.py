@@ -145,8 +145,9 @@ def beside_others(count, variant, frames, device, dtype, repeats, config):
     from bench.train_step import Step
 
     generator = make_generator(variant, device, config)
-    preset = train_preset("tiny", "sky")
-    step = Step(dataclasses.replace(preset, compile=False), device, "inductor")
+    precision = "float32" if dtype == torch.float32 else "bf16"
+    preset = dataclasses.replace(train_preset("tiny", "sky"), compile=False, precision=precision)
+    step = Step(preset, device, "inductor")
 
     def sample():
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):

@@ -18,8 +18,8 @@ if sys.platform == "win32":
 
 # OpenMP reads these when PyTorch is loaded: what imports that before this package goes without. Its
 # threads wait busily at a barrier for a moment, and then sleep. Without the sleep they take the
-# cores from the one that all wait for, wherever other processes are busy; without that moment, which
-# only GNU's library knows (PyTorch's own packages have it), a training step takes a third longer.
+# cores from the one that all wait for, wherever other processes are busy; without that moment a
+# training step takes a third longer. Only GNU's library knows it, which PyTorch's packages bring.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ["OMP_WAIT_POLICY"] = "passive"
     os.environ.setdefault("GOMP_SPINCOUNT", "3000")

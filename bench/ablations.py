@@ -9,9 +9,9 @@ clips the D step judges. Each run is train.py's own, in the folder --work, and i
 mostgan.metrics; as many go side by side as there are GPUs, or cores. Interrupted at any moment, the
 same command goes on. A result is of these clips and this budget, and of no others.
 
-A row differs from the default where Welch's t-test of its trainings' scores says so at 5 %, after
-Holm's correction for the number of rows. The last column tells how large a difference so many seeds
-show four times in five.
+A row differs from the reference row where Welch's t-test of their trainings' scores says so at 5 %;
+p is after Holm's correction for the number of rows. The last line tells how large a difference so
+many trainings show four times in five.
 """
 
 import json
@@ -24,11 +24,13 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from queue import Queue
+from threading import Lock
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import tyro
-from scipy import stats
+from scipy import optimize, stats
 
 # Before this folder, whose kernels.py is not the package `kernels`.
 ROOT = Path(__file__).resolve().parent.parent
@@ -50,7 +52,7 @@ class Row(NamedTuple):
 class Table(NamedTuple):
     title: str
     columns: str  # of the paper's figures
-    default: int  # the row that the others are compared with
+    default: int  # the reference row, which the others are compared with
     rows: list
 
 
@@ -149,7 +151,7 @@ TABLES = {
                 "--no-shared-fakes --motion-demod-only-resolutions {all}",
             ),
             Row(
-                "demodulation only, pre-normalized (the release)",
+                "demodulation only, pre-normalized (as the release trains)",
                 "--no-shared-fakes --prenorm-resolutions {all}"
                 " --motion-demod-only-resolutions {all}",
             ),
@@ -184,7 +186,7 @@ class Plan(NamedTuple):
         return ["--preset", self.preset, "--data", str(self.data), *options.split()]
 
     def folder(self, row, seed):
-        """The run's folder; tables share the runs that they have in common."""
+        """The run's folder; rows of two tables whose options are the same share it."""
         name = "-".join(row.options.replace("{all}", "all").replace("-", " ").split()) or "default"
         return self.work / f"{name}-seed{seed}"
 
@@ -198,7 +200,7 @@ class Runner:
         # One thread each: threads of several programs would wait for each other.
         places = places or [{"OMP_NUM_THREADS": "1"}] * cores()
         self.jobs = jobs or len(places)
-        self.places, self.running = Queue(), set()
+        self.places, self.running, self.stopped, self.lock = Queue(), set(), False, Lock()
         for number in range(self.jobs):
             self.places.put(places[number % len(places)])
 
@@ -209,8 +211,11 @@ class Runner:
             with open(log, "a") as output:
                 command = [sys.executable, *map(str, words)]
                 options = dict(cwd=ROOT, env=os.environ | place, stdout=output, stderr=output)
-                child = subprocess.Popen(command, stdin=subprocess.DEVNULL, **options)
-                self.running.add(child)
+                with self.lock:
+                    if self.stopped:
+                        raise UserError("stopped")
+                    child = subprocess.Popen(command, stdin=subprocess.DEVNULL, **options)
+                    self.running.add(child)
                 status = child.wait()
                 self.running.discard(child)
         finally:
@@ -219,9 +224,11 @@ class Runner:
             raise UserError(f"a run failed: read the end of {log}")
 
     def stop(self):
-        """Has every program that runs save its state and end."""
-        for child in list(self.running):
-            child.terminate()
+        """Has every program that runs save its state and end, and starts no other."""
+        with self.lock:
+            self.stopped = True
+            for child in list(self.running):
+                child.terminate()
 
 
 def quiet_rate(run, plan, row):
@@ -245,11 +252,14 @@ def train_and_score(run, plan, row, seed):
     """The scores of one training, name → value; what is done already is not done again."""
     folder = plan.folder(row, seed)
     log, total = folder.with_suffix(".log"), f"{plan.kframes:g}"
-    scores = folder / f"scores-{total}k.json"
+    detector = plan.detector.stem if plan.detector else "proxy"
+    scores = folder / f"scores-{total}k-{plan.clips}-{detector}.json"
     if not scores.exists():
         arguments = [*plan.train_options(row), "--seed", seed, "--total-kframes", total]
         start = ["--resume", folder] if (folder / "config.json").exists() else ["--out", folder]
         run(["train.py", *arguments, *start], log)
+        if not finished(folder, plan.kframes):  # stopped by a signal it ends as if it was done
+            raise UserError(f"{folder.name} has stopped early; the same command goes on")
         words = ["-m", "mostgan.metrics", folder, "--data", plan.data, "--clips", plan.clips]
         words += ["--runs", 3, "--long-clips", 0, "--out", scores]
         run(words + (["--detector", plan.detector] if plan.detector else []), log)
@@ -260,18 +270,18 @@ def train_and_score(run, plan, row, seed):
 
 
 def compare(rows, default):
-    """Adds to each row what Welch's t-test says of its scores and the default row's: p, and whether
-    they differ at 5 % after Holm's correction. The score is the first one, FVD16.
+    """Adds to each row what Welch's t-test says of it and the reference row: p after Holm's
+    correction, and whether they differ at 5 %. The score is the first one, FVD16.
     """
     others = [row for row in rows if row is not default and len(row["scores"]) > 1]
     if len(default["scores"]) < 2:
         others = []
     for row in others:
         row["p"] = float(stats.ttest_ind(of_runs(row), of_runs(default), equal_var=False).pvalue)
-    still = True
+    corrected = 0.0
     for tests, row in zip(range(len(others), 0, -1), sorted(others, key=lambda row: row["p"])):
-        still = still and row["p"] * tests < 0.05
-        row["differs"] = still
+        row["p"] = corrected = max(corrected, min(1.0, row["p"] * tests))
+        row["differs"] = corrected < 0.05
 
 
 def of_runs(row, name=None):
@@ -280,15 +290,21 @@ def of_runs(row, name=None):
 
 
 def visible_difference(rows):
-    """How much two rows must differ to be told apart four times in five at 5 %, by the spread of
-    all rows; None where no row has two trainings.
+    """How much a row must differ to be told from the reference row four times in five, if all rows
+    deviate alike, and it is the one that differs most (Holm's first test); None where some row has
+    too few trainings. By drawing such scores and testing them.
     """
-    spread = [statistics.variance(of_runs(row)) for row in rows if len(row["scores"]) > 1]
-    if not spread:
+    n = min(len(row["scores"]) for row in rows)
+    if n < 2 or len(rows) < 2:
         return None
-    n = min(len(row["scores"]) for row in rows if len(row["scores"]) > 1)
-    quantiles = stats.t.ppf([0.975, 0.8], 2 * n - 2)
-    return float(sum(quantiles) * math.sqrt(statistics.mean(spread) * 2 / n))
+    spread = math.sqrt(statistics.mean(statistics.variance(of_runs(row)) for row in rows))
+    one, other = np.random.default_rng(0).normal(size=(2, 4000, n))
+
+    def missed(difference):
+        p = stats.ttest_ind(one + difference, other, axis=1, equal_var=False).pvalue
+        return 0.8 - np.mean(p < 0.05 / (len(rows) - 1))
+
+    return spread * float(optimize.brentq(missed, 0, 1e4, xtol=0.01))
 
 
 def markdown(result):
@@ -296,7 +312,7 @@ def markdown(result):
     rows, names = result["rows"], list(result["rows"][0]["scores"][0])
     shown = [name for name in names if "fvd16" in name or "spectr" in name] or names[:1]
     paper = f"paper: {result['columns']} (other data, I3D)"
-    head = ["", *shown, "trainings", "minutes each", "differs from the default", paper]
+    head = ["", *shown, "trainings", "minutes each", "differs from the reference", paper]
     lines = [f"**{result['title']}** ({result['about']})", "", "| " + " | ".join(head) + " |"]
     lines.append("|---" * len(head) + "|")
     for row in rows:
@@ -305,7 +321,7 @@ def markdown(result):
             values = of_runs(row, name)
             std = f" ± {statistics.stdev(values):.2g}" if len(values) > 1 else ""
             cells.append(f"{statistics.mean(values):.3g}{std}")
-        test = "the default" if row["default"] else "too few trainings"
+        test = "the reference" if row["default"] else "too few trainings"
         if "p" in row:
             test = f"{'yes' if row['differs'] else 'no'} (p = {row['p']:.2g})"
         cells += [str(len(row["scores"])), f"{row['minutes']:.0f}", test, row["paper"] or "–"]
@@ -345,7 +361,7 @@ def ablate(
         clips: generated clips that a score is of, three times.
         detector: the TorchScript file of I3D, for FVD; default a random network, called proxy.
         jobs: runs side by side; default one on each GPU, or on each core.
-        work: the folder of the runs; default runs/ablations/PRESET-DATA.
+        work: the folder of the runs, of these data alone; default runs/ablations/PRESET-DATA.
         out: the JSON file; default bench/results/ablations-TABLE.json. The table is printed, and
             written beside it as .md.
     """
@@ -354,13 +370,15 @@ def ablate(
     chosen = TABLES[table]
     if wrong := [number for number in rows if not 0 <= number < len(chosen.rows)]:
         raise UserError(f"--rows {wrong[0]}: table {table} has rows 0 to {len(chosen.rows) - 1}")
-    if seeds < 1 or kframes <= 0 or clips < 2:
-        raise UserError("--seeds, --kframes and --clips must be at least 1, more than 0 and 2")
-    if not data.exists():
-        raise UserError(f"--data {data} does not exist")
+    if seeds < 1 or not 0 < kframes < math.inf or clips < 2 or (jobs is not None and jobs < 1):
+        raise UserError("--seeds and --jobs must be at least 1, --clips 2, --kframes more than 0")
+    for option, path in (("data", data), ("detector", detector)):
+        if path is not None and not path.exists():
+            raise UserError(f"--{option} {path} does not exist")
     numbers = sorted({chosen.default, *rows}) if rows else range(len(chosen.rows))
     work = work or Path("runs", "ablations", f"{preset}-{data.resolve().stem}")
     work.mkdir(parents=True, exist_ok=True)
+    detector = detector and detector.resolve()  # programs run in the checkout
     plan = Plan(data.resolve(), preset, kframes, clips, detector, work.resolve())
     trained = train_all(plan, [chosen.rows[number] for number in numbers], seeds, jobs)
     for number, row in zip(numbers, trained):

@@ -44,6 +44,25 @@ def test_a_clear_difference_is_one_and_noise_is_none():
     assert "| yes (p = " in ablations.markdown(told([default, near, far]))
 
 
+def test_welchs_p_is_corrected_by_holm():
+    """Rows of unequal spreads; p of each by Welch's formula, times 3, 2 and 1, never falling."""
+    rows = [row(20, 21, 25, default=True), row(30, 39, 33), row(24, 26, 23), row(29, 26, 28)]
+    ablations.compare(rows, rows[0])
+    raw = []
+    for other in rows[1:]:
+        of = [np.array(ablations.of_runs(each)) for each in (other, rows[0])]
+        errors = [x.var(ddof=1) / 3 for x in of]
+        t = (of[0].mean() - of[1].mean()) / sum(errors) ** 0.5
+        degrees = sum(errors) ** 2 / sum(error**2 / 2 for error in errors)
+        raw.append(2 * float(ablations.stats.t.sf(abs(t), degrees)))
+    first, last, middle = raw  # the second is the least clear
+    assert first < middle < last
+    expected = 3 * first, max(3 * first, 2 * middle, last), max(3 * first, 2 * middle)
+    assert [other["p"] for other in rows[1:]] == pytest.approx(expected)
+    # 2 · middle is below 5 % of itself, but not what is told of a row after a clearer one.
+    assert all(other["differs"] == (other["p"] < 0.05) for other in rows[1:])
+
+
 def test_differences_are_rarely_found_where_there_are_none():
     rng, found = np.random.default_rng(0), 0
     for _ in range(200):
@@ -53,18 +72,20 @@ def test_differences_are_rarely_found_where_there_are_none():
     assert found < 0.08 * 200
 
 
-def test_the_visible_difference_is_seen_four_times_in_five():
+@pytest.mark.parametrize("trainings, others", [(3, 1), (3, 4), (6, 1)])
+def test_the_visible_difference_is_seen_four_times_in_five(trainings, others):
+    """One row differs by so much, and the rest do not."""
     rng = np.random.default_rng(1)
-    many = [row(*rng.normal(30, 2, 6)) for _ in range(400)]
-    apart, seen = ablations.visible_difference(many), 0
-    for one, other in zip(many[::2], many[1::2]):
-        default, moved = (
-            row(*ablations.of_runs(one)),
-            row(*(np.array(ablations.of_runs(other)) + apart)),
-        )
-        ablations.compare([default, moved], default)
-        seen += moved["differs"]
-    assert 0.7 < seen / 200 < 0.9
+    exact = np.resize([-1.0, 1.0], trainings) + 30
+    exact = 30 + 2 * (exact - exact.mean()) / exact.std(ddof=1)  # deviates by 2
+    apart = ablations.visible_difference([row(*exact) for _ in range(1 + others)])
+    seen = 0
+    for _ in range(300):
+        rows = [row(*rng.normal(30, 2, trainings)) for _ in range(others)]
+        rows += [row(*rng.normal(30 + apart, 2, trainings))]
+        ablations.compare(rows, rows[0])
+        seen += rows[-1]["differs"]
+    assert 0.72 < seen / 300 < 0.88
 
 
 def told(rows):
@@ -90,17 +111,40 @@ def test_what_is_done_is_not_done_again(tmp_path, monkeypatch):
             folder = plan.folder(first, 0)
             folder.mkdir(exist_ok=True)
             (folder / "config.json").write_text("{}")
-            if len(calls) == 1:
-                raise UserError("interrupted")
+            frames = 2000 if len(calls) > 1 else 1000  # a signal stops the first one early
+            (folder / "stats.jsonl").write_text(json.dumps({"frames": frames}) + "\n")
         else:
             words[words.index("--out") + 1].write_text('{"results": {"proxy_fvd16": {"mean": 5}}}')
 
-    with pytest.raises(UserError):
+    with pytest.raises(UserError, match="stopped early"):
         ablations.train_and_score(run, plan, first, 0)
     assert ablations.train_and_score(run, plan, first, 0) == {"proxy_fvd16": 5}
     assert ablations.train_and_score(run, plan, first, 0) == {"proxy_fvd16": 5}
     assert [words[0] for words in calls] == ["train.py", "train.py", "-m"]
     assert "--out" in calls[0] and "--resume" in calls[1]
+    assert calls[0][calls[0].index("--seed") + 1] == 0
+    # Other clips are another score of the same training.
+    ablations.train_and_score(run, plan._replace(clips=4), first, 0)
+    assert calls[-1][0] == "-m" and calls[-1][calls[-1].index("--clips") + 1] == 4
+
+
+def test_nothing_is_started_after_a_stop(tmp_path):
+    run = ablations.Runner(1)
+    run.stop()
+    with pytest.raises(UserError, match="stopped"):
+        run(["-c", f"open({str(tmp_path / 'file')!r}, 'w')"], tmp_path / "log")
+    assert not (tmp_path / "file").exists()
+
+
+@pytest.mark.parametrize(
+    "wrong", [dict(jobs=-3), dict(jobs=0), dict(kframes=float("nan")), dict(seeds=0)]
+)
+def test_bad_input_is_told_before_anything_is_trained(tmp_path, wrong):
+    with pytest.raises(UserError, match="must be at least"):
+        ablations.ablate("5", tmp_path, work=tmp_path / "work", **wrong)
+    with pytest.raises(UserError, match="--detector .* does not exist"):
+        ablations.ablate("5", tmp_path, detector=tmp_path / "none", work=tmp_path / "work")
+    assert not (tmp_path / "work").exists()
 
 
 @pytest.mark.slow

@@ -30,6 +30,26 @@ def test_every_row_is_a_configuration(table, tmp_path):
         assert parsed[chosen.default] == default
 
 
+@pytest.mark.parametrize(
+    "table, field, values",
+    [
+        ("2", "motion_styles", [0, 1, 6, 8, 10]),
+        ("3", "modulation_order", ["content_first", "motion_first"]),
+        ("4", "motion_difference", [False, True, False, True]),
+        ("4", "motion_styles", [0, 0, 8, 8]),
+        ("6", "motion_vector_dim", [64, 128, 256]),
+        ("7", "rank", [1, 3, 5, 10]),
+        ("where", "prenorm_resolutions", [(), (16, 32), (), (16, 32), ()]),
+        ("where", "motion_demod_only_resolutions", [(), (), (16, 32), (16, 32), ()]),
+    ],
+)
+def test_rows_are_what_they_are_called(table, field, values, tmp_path):
+    plan = ablations.Plan(tmp_path, "tiny", 1, 8, None, tmp_path)
+    rows = ablations.TABLES[table].rows
+    parsed = [train.parse(plan.train_options(row))[0].config for row in rows]
+    assert [getattr(config.model, field) for config in parsed] == values
+
+
 def test_row_0_is_stylegan_v(tmp_path):
     plan = ablations.Plan(tmp_path, "tiny", 1, 8, None, tmp_path)
     model = train.parse(plan.train_options(ablations.TABLES["2"].rows[0]))[0].config.model

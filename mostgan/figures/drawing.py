@@ -90,9 +90,10 @@ def attention(layers, seconds):
     for which, label in ((axes[:, :1], "mean attention"), (axes[:, 1:], "attention of a filter")):
         figure.colorbar(which[0, 0].images[0], ax=which, location="bottom", label=label)
     words = f"""Look along a row: where the colour changes, filters turn to that style, or away
-        from it, as the clip goes on. Equal attention would be {1 / K:.3f}. Computed as the softmax
-        A of the scores (Eq. 2) in one clip. Left: the mean over all filters; then the filters
-        whose attention changes most, as the median does, and least."""
+        from it, as the clip goes on. Equal attention would be {1 / K:.3f}; a style with far more
+        is the one that the layer has settled on. Computed as the softmax A of the scores (Eq. 2)
+        in one clip. Left: the mean over all filters; then the filters whose attention changes
+        most, as the median does, and least."""
     of_time = {"lowest": means.amin(1), "mean": means.mean(1), "highest": means.amax(1)}
     tables = [
         table(f"{which} in time, of each style", range(K), names, of)
@@ -158,10 +159,12 @@ def where_styles_act(frames, layer, second):
     video = sheet(tiles, int(np.ceil(np.sqrt(K + 1))), names, tinted=True, dpi=100)
     by_style = layer.maps.swapaxes(0, 1).flatten(1)  # [K, T·H·W]
     words = f"""Look for styles whose orange lies in different places and moves with what moves
-        there: there, filters that attend to it are active. A grey style acts less than the average.
+        there: there, filters that attend to it are active. A grey style acts less than the average;
+        if one is orange everywhere, attention has settled on it. Tints say where, not how much: each
+        style has its own scale, and its largest value stands beside it.
         Computed as Σ A[o,κ] |x[o]| / Σ |x[o]| over the channels o of the block's last convolution
         ({layer.conv}; x are its features), less the mean over the styles κ, in parts of the style's
-        largest value in the clip (beside it), enlarged to the frame."""
+        largest value in the clip, enlarged to the frame."""
     columns = "mean", "std", "lowest", "highest"
     values = by_style.mean(1), by_style.std(1), by_style.amin(1), by_style.amax(1)
     tables = [table("of each style", columns, range(K), zip(*values))]

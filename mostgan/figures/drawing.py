@@ -160,9 +160,9 @@ def where_styles_act(frames, layer, second):
     by_style = layer.maps.swapaxes(0, 1).flatten(1)  # [K, T·H·W]
     words = f"""Look for styles whose orange lies in different places and moves with what moves
         there: there, filters that attend to it are active. A grey style acts less than the average;
-        if one is orange everywhere, attention has settled on it. Tints say where, not how much: each
-        style has its own scale, and its largest value stands beside it.
-        Computed as Σ A[o,κ] |x[o]| / Σ |x[o]| over the channels o of the block's last convolution
+        if one is orange everywhere, attention has settled on it. Tints say where, not how much: a
+        style has its own scale, and its largest value stands beside it. Computed as
+        Σ A[o,κ] |x[o]| / Σ |x[o]| over the channels o of the block's last convolution
         ({layer.conv}; x are its features), less the mean over the styles κ, in parts of the style's
         largest value in the clip, enlarged to the frame."""
     columns = "mean", "std", "lowest", "highest"

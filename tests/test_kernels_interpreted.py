@@ -19,7 +19,8 @@ from kernels import choose
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 # Hopper's tf32 truncates: gradients are up to 8.5e-3 off.
-TOLERANCE = {torch.float32: 2e-7, torch.bfloat16: 2e-2}
+# The interpreter multiplies by NumPy, which rounds otherwise on each processor: up to 3.6e-7.
+TOLERANCE = {torch.float32: 5e-7, torch.bfloat16: 2e-2}
 DTYPES = [torch.float32, torch.bfloat16] if GPU else [torch.float32]
 torch.backends.cudnn.allow_tf32 = False  # the twins' own convolutions round to it by default
 fir_module = importlib.import_module("kernels.fir")

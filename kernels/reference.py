@@ -218,7 +218,8 @@ def conv2d_per_frame(x, weight, up=1):
 
 def conv2d_grouped(x, weight, up):
     """conv2d_per_frame as one call, frames side by side on channels."""
-    frames, x = len(weight), x.reshape(1, -1, *x.shape[2:])
+    # weight.shape[0] rather than len(weight): torch.export keeps a shape open.
+    frames, x = weight.shape[0], x.reshape(1, -1, *x.shape[2:])
     if up == 2:
         y = F.conv_transpose2d(x, weight.transpose(1, 2).flatten(0, 1), stride=2, groups=frames)
     else:
@@ -255,7 +256,7 @@ def mostatt_demod(
         content_style = None
     weight, score = mostatt(weight, motion_style, style_gain)
     if content_style is not None:
-        weight = weight * _of_rows(content_style, len(weight))[:, None, :, None, None]
+        weight = weight * _of_rows(content_style, weight.shape[0])[:, None, :, None, None]
     demod = demodulation(weight)
     return weight.to(dtype or weight.dtype) if want_weight else weight.new_empty(0), score, demod
 

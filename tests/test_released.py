@@ -28,7 +28,7 @@ import train as training
 from mostgan import checkpoint
 from mostgan.checkpoint import __main__ as commands
 from mostgan.checkpoint import pickles
-from mostgan.checkpoint.export import WindowRenderer, export_file
+from mostgan.checkpoint.export import WindowRenderer, export_file, export_window
 from mostgan.checkpoint.released import read_released
 from mostgan.config import ModelConfig, UserError, train_preset
 from mostgan.discriminator import Discriminator
@@ -1070,6 +1070,27 @@ def test_what_is_exported_renders_several_clips_with_labels():
     assert (frames - expected).abs().max() <= 1 and expected.std() > 5
     swapped = program(z, t, noise, first_anchor, torch.tensor(0.75), label.flip(0))
     assert (swapped.float() - frames.float()).abs().mean() > 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("order", ["content_first", "motion_first"])
+@torch.no_grad()
+def test_an_export_whose_styles_act_on_weights_takes_any_number_of_frames(order):
+    """As the model in the package is: its layers convolve with a kernel for each frame."""
+    generator = checkpoint.load(checkpoint.BUILT_IN)
+    state, config = generator.state_dict(), generator.config
+    generator = Generator(dataclasses.replace(config, modulation_order=order)).eval()
+    generator.load_state_dict(state)
+    assert not generator.config.motion_demod_only_resolutions
+    program = export_window(generator).module()
+    t = torch.arange(9, dtype=torch.float64)[None] * 30.5
+    noise, first_anchor = motion_noise([3], t, generator.config)
+    z, psi = content_latent([3], generator.config.z_dim), torch.tensor(1.0)
+    for count in (1, 4, 9):
+        frames = program(z, t[:, :count].contiguous(), noise, first_anchor, psi)[0]
+        expected = to_uint8(generator(z, t[:, :count], noise, first_anchor))
+        difference = (frames.int() - expected.int()).abs()
+        assert difference.max() <= 1 and (difference > 0).float().mean() < 1e-3
 
 
 def test_export_hands_on_every_option(tmp_path, monkeypatch, capsys):

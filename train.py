@@ -44,7 +44,7 @@ from mostgan.loss import (
 )
 from mostgan.model import Generator
 from mostgan.prepare import open_data
-from mostgan.program import run_program
+from mostgan.program import need, run_program
 from mostgan.progress import (
     Skips,
     Stats,
@@ -65,7 +65,7 @@ from mostgan.run import (
     with_data,
     with_shares,
 )
-from mostgan.tensorboard import Board, summary_writer
+from mostgan.tensorboard import Board
 
 G_LAZY_INTERVAL = 8  # the release corrects G's Adam for a lazy regularizer that it no longer has
 W_AVG_DECAY = 0.995
@@ -76,7 +76,7 @@ def train(config: TrainConfig, out: Path | None = None, resume: Resume | None = 
     with, and from where.
     """
     if config.tensorboard:
-        summary_writer()  # complains now, not when the data are packed
+        need("tensorboard", "tensorboard")  # complains now, not when the data are packed
     if config.deterministic:
         make_deterministic()
     device, main = pick_device(), distributed.main()

@@ -14,7 +14,6 @@ p is after Holm's correction for the number of rows. The last line tells how lar
 many trainings show four times in five.
 """
 
-import json
 import math
 import os
 import signal
@@ -39,6 +38,7 @@ from bench.timing import describe, write  # noqa: E402
 from mostgan.config import UserError, train_preset  # noqa: E402
 from mostgan.files import read_json  # noqa: E402
 from mostgan.program import cores, run_program  # noqa: E402
+from mostgan.progress import read_stats  # noqa: E402
 
 TIMED = 0.96  # thousands of frames that a row's speed is measured over: 40 steps of tiny
 
@@ -238,14 +238,13 @@ def quiet_rate(run, plan, row):
         arguments = [*plan.train_options(row), "--total-kframes", TIMED, "--log-kframes", TIMED / 2]
         start = ["--resume", folder] if (folder / "config.json").exists() else ["--out", folder]
         run(["train.py", *arguments, *start], folder.with_suffix(".log"))
-    last = (folder / "stats.jsonl").read_text().splitlines()[-1]
-    return json.loads(last)["frames_per_second"]
+    return read_stats(folder)[-1]["frames_per_second"]
 
 
 def finished(folder, kframes):
     """Whether the run in a folder has come to its end."""
-    lines = (folder / "stats.jsonl").read_text().splitlines() if folder.exists() else []
-    return bool(lines) and json.loads(lines[-1])["frames"] >= 1000 * kframes
+    lines = read_stats(folder)
+    return bool(lines) and lines[-1]["frames"] >= 1000 * kframes
 
 
 def train_and_score(run, plan, row, seed):

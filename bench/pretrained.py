@@ -29,6 +29,7 @@ from mostgan.files import read_json, whole_folder  # noqa: E402
 from mostgan.prepare import pack_sky  # noqa: E402
 from mostgan.prepare.sky import VERSION  # noqa: E402
 from mostgan.program import run_program  # noqa: E402
+from mostgan.progress import read_stats  # noqa: E402
 
 CLIPS = 512  # more than `--dataset sky` makes: D sees each of them some two hundred times
 TRAINING = "--preset tiny --dataset sky --motion-distance 32 --precision bf16 --snapshot-kframes 10"
@@ -85,7 +86,7 @@ def train(run, clips, kframes):
 
 def trained(run):
     """How many thousand frames a run was trained for."""
-    stats = read_lines(run / "stats.jsonl")
+    stats = read_stats(run)
     return stats[-1]["frames"] / 1000 if stats else 0
 
 

@@ -4,6 +4,7 @@ import contextlib
 import math
 import os
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 from mostgan.config import UserError
@@ -49,6 +50,15 @@ def _is_out_of_memory(error):
     """Whether it is PyTorch's error for that; a program without PyTorch does not import it here."""
     torch = sys.modules.get("torch")
     return torch is not None and isinstance(error, torch.OutOfMemoryError)
+
+
+def need(package, extra):
+    """UserError where a package is not installed that comes with an extra of pyproject.toml."""
+    if find_spec(package) is None:
+        raise UserError(
+            f"this needs {package}: pip install 'mostgan[{extra}]', in a checkout pip install -e "
+            f"'.[{extra}]'"
+        )
 
 
 def cores():

@@ -3,6 +3,7 @@
 import json
 import os
 import time
+from contextlib import suppress
 
 import numpy as np
 import torch
@@ -90,14 +91,21 @@ class Stats:
         a whole line.
         """
         if distributed.main() and self.path.exists():
-            kept = []
-            for line in self.path.read_text(errors="replace").splitlines(keepends=True):
-                try:
-                    if line.endswith("\n") and json.loads(line)["frames"] <= frames:
-                        kept.append(line)
-                except (ValueError, KeyError, TypeError):
-                    pass
-            write_whole(self.path, "".join(kept))
+            kept = [line for line in read_stats(self.path.parent) if line["frames"] <= frames]
+            write_whole(self.path, "".join(json.dumps(line) + "\n" for line in kept))
+
+
+def read_stats(run):
+    """The lines of a run's stats.jsonl, dicts; none without the file. Passes over what is not a
+    whole line, such as one that is being written.
+    """
+    path, lines = run / "stats.jsonl", []
+    for text in path.read_text(errors="replace").splitlines() if path.exists() else ():
+        with suppress(ValueError, KeyError, TypeError):
+            line = json.loads(text)
+            if line["frames"] >= 0:
+                lines.append(line)
+    return lines
 
 
 class Skips:

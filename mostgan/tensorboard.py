@@ -4,24 +4,11 @@ pip install 'mostgan[tensorboard]' && tensorboard --logdir runs
 """
 
 import io
-import json
 
 from PIL import Image
 
-from mostgan.config import UserError
+from mostgan.progress import read_stats
 from mostgan.video import film_strips, grid
-
-
-def summary_writer():
-    """PyTorch's SummaryWriter, a class. UserError where TensorBoard is not installed."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise UserError(
-            "--tensorboard needs the package tensorboard: install it with pip install "
-            "'mostgan[tensorboard]' (in a checkout -e '.[tensorboard]'), or leave the option out"
-        ) from None
-    return SummaryWriter
 
 
 class Board:
@@ -35,13 +22,14 @@ class Board:
     """
 
     def __init__(self, run, done, say=print):
+        from torch.utils.tensorboard import SummaryWriter
+
         folder, self.say = run / "tensorboard", say
         is_new = not any(folder.glob("events*"))
         # TensorBoard forgets what it has read of this step and later ones.
-        self.writer = summary_writer()(str(folder), purge_step=None if is_new else done + 1)
-        if is_new and (run / "stats.jsonl").exists():
-            for line in (run / "stats.jsonl").read_text().splitlines():
-                self.add_line(json.loads(line))
+        self.writer = SummaryWriter(str(folder), purge_step=None if is_new else done + 1)
+        for line in read_stats(run) if is_new else ():
+            self.add_line(line)
 
     def add_line(self, line):
         """Adds the values of a line of stats.jsonl, a dict."""

@@ -4,8 +4,6 @@ drawing.py makes pictures of them, with words, page.py a page, and `python -m mo
 (__main__.py) all of it. Shapes: T frames, K motion styles, O output channels (filters).
 """
 
-import json
-from contextlib import suppress
 from functools import partial
 from typing import NamedTuple
 
@@ -109,14 +107,12 @@ def correlations(clips):
     return np.array(means)
 
 
-def read_curves(path):
-    """stats.jsonl → {name: array [2, n] of thousands of frames and values}, NaN where a value was
-    not finite. A line that is still being written is passed over.
+def curves(stats):
+    """What `read_stats` gives → {name: array [2, n] of thousands of frames and values}, NaN where
+    a value was not finite.
     """
     columns = {}
-    for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
-        with suppress(ValueError, KeyError):
-            values = json.loads(line)
-            for name, value in values.items():
-                columns.setdefault(name, []).append((values["frames"] / 1000, value))
+    for line in stats:
+        for name, value in line.items():
+            columns.setdefault(name, []).append((line["frames"] / 1000, value))
     return {name: np.array(points, float).T for name, points in columns.items()}

@@ -5,7 +5,6 @@ folder with a page of them, index.html.
     python -m mostgan.figures --seed 3 --frames 128
 """
 
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -14,10 +13,11 @@ import tyro
 from mostgan import checkpoint
 from mostgan.config import UserError
 from mostgan.device import choose_kernels, pick_device
-from mostgan.figures import read_curves, watch
+from mostgan.figures import curves, watch
 from mostgan.figures.page import page, section
 from mostgan.files import sha256_of, whole_folder, write_whole
-from mostgan.program import run_program
+from mostgan.program import need, run_program
+from mostgan.progress import read_stats
 from mostgan.rendering import exact, render
 
 CLIPS = 4  # that figure 5 is of
@@ -29,7 +29,6 @@ def run(
     /,
     *,
     out: Path | None = None,
-    force: bool = False,
     seed: int = 0,
     frames: int = 64,
     speed: float = 1.0,
@@ -40,29 +39,21 @@ def run(
 
     Args:
         model: a run folder or one checkpoint in it. Default: that of sample.py.
-        out: the folder to write. Default: figures/<run>.
-        force: write over figures that are there.
+        out: the folder to write, which must not be there yet. Default: figures/<run>.
         seed: of the first clip; the others' follow.
         frames: length of the clips.
         speed: of time: frames of the dataset from one frame to the next.
         label: class, for a model conditioned on classes.
-        condition: for a model conditioned on vectors: FILE:NAME, the conditions of clip NAME in a
-            file as prepare takes it, or the numbers of a clip's vector.
+        condition: for a model conditioned on vectors: FILE:NAME or numbers, as of sample.py.
     """
-    if find_spec("matplotlib") is None:
-        raise UserError(
-            "figures need matplotlib: pip install 'mostgan[figures]', in a checkout pip install "
-            "-e '.[figures]'"
-        )
+    need("matplotlib", "figures")
     if frames < 2:
         raise UserError(f"frames is {frames}, but must be at least 2")
     path = checkpoint.find(model).resolve()
     name = path.parent.name if path.name.startswith("checkpoint-") else path.name
     out = out or Path("figures", name)
-    others = {file.suffix for file in out.glob("*")} - {".png", ".webp", ".html"}
-    if out.exists() and (not force or others or not out.is_dir()):
-        told = "choose another --out, or write over it with --force if it holds figures alone"
-        raise UserError(f"{out} is there already: {told}")
+    if out.exists():
+        raise UserError(f"{out} is there already: remove it, or choose another --out")
     device = pick_device()
     choose_kernels("reference", False, device)
     generator = checkpoint.load(path, device)
@@ -70,23 +61,21 @@ def run(
     about = f"""Checkpoint {path.name} (sha256 {sha256_of(path / "model.safetensors")[:12]}):
         {config.resolution}², {config.motion_styles} motion styles of rank {config.rank}, motion
         anchors {config.motion_distance} frames apart. Rendered in float32 from seed {seed} on:
-        clips of {frames} frames, {speed:g} of the dataset's apart. A model with K = 0 has no
-        figures 5 to 7, a checkpoint with no stats.jsonl beside it no curves."""
+        clips of {frames} frames, {speed:g} of the dataset's apart. With fewer than two motion
+        styles there are no figures 5 to 7, without stats.jsonl beside a checkpoint no curves."""
     shown = {"step": exact(speed)} | checkpoint.read_conditions(label, condition)
     out.parent.mkdir(parents=True, exist_ok=True)
     with whole_folder(out) as folder:
         sections = []
-        for exhibit in exhibits(generator, path.parent / "stats.jsonl", seed, frames, fps, shown):
+        for exhibit in exhibits(generator, path.parent, seed, frames, fps, shown):
             sections.append(section(exhibit, folder, fps))
             print(exhibit.title, flush=True)
         write_whole(folder / "index.html", page(f"Figures of {name}", about, sections))
     print(f"{out / 'index.html'} has these figures of {path}")
 
 
-def exhibits(generator, stats, seed, frames, fps, shown):
-    """Yields an Exhibit of every figure that there can be of a model. stats: the run's stats.jsonl,
-    if there is one; shown: further arguments of `render`.
-    """
+def exhibits(generator, run, seed, frames, fps, shown):
+    """Yields an Exhibit of each figure that there is of a model. shown: arguments of `render`."""
     from mostgan.figures import drawing  # which imports matplotlib
 
     contents = [seed + c for _ in range(MOTIONS) for c in range(CONTENTS)]
@@ -95,7 +84,7 @@ def exhibits(generator, stats, seed, frames, fps, shown):
     clips = render(generator, contents, 0, frames, len(contents), motion_seed=motions, **shown)
     second = float(shown["step"]) / fps
     pictures, layers = watch(generator, seed, frames, **shown)
-    if layers:
+    if generator.config.motion_styles > 1:
         others = [watch(generator, seed + i, frames, **shown)[1] for i in range(1, CLIPS)]
         yield drawing.similarity([layers, *others])
         yield drawing.attention(layers, frames * second)
@@ -103,8 +92,8 @@ def exhibits(generator, stats, seed, frames, fps, shown):
             yield drawing.where_styles_act(pictures, layer, second)
     clips = torch.cat([window.cpu() for window in clips], dim=1)
     yield drawing.content_against_motion(clips.unflatten(0, (MOTIONS, CONTENTS)), second)
-    if curves := read_curves(stats):
-        yield drawing.course(curves)
+    if stats := read_stats(run):
+        yield drawing.course(curves(stats))
 
 
 def main():

@@ -6,9 +6,9 @@ to high, berlin around 0, lines and tints by Okabe and Ito.
 import numpy as np
 import torch
 import torch.nn.functional as F
-from matplotlib import colors, rcParams
+from matplotlib import rcParams
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.cm import ScalarMappable
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
 from mostgan.figures import correlations, relative_maps
@@ -17,19 +17,10 @@ from mostgan.figures.page import Exhibit, table
 rcParams.update({"font.size": 8, "axes.titlesize": 8, "axes.linewidth": 0.6})
 WIDTH = 4.8  # inches
 LINES = ("#0072B2", "-"), ("#D55E00", "--"), ("#009E73", ":"), ("#CC79A7", "-.")
-TINT, OPACITY = np.array(colors.to_rgb("#E69F00")), 0.8  # where a style acts most
-TINTS = colors.LinearSegmentedColormap.from_list("", [[0.5] * 3, 0.5 + (TINT - 0.5) * OPACITY])
-PANELS = (  # names in stats.jsonl
-    ("loss_G", "loss_D"),
-    ("D_real", "D_fake"),
-    ("r1",),
-    ("diversity",),
-    ("ada_p",),
-    ("fvd16", "fvd128", "fvd128_every8", "fid"),
-    ("proxy_fvd16", "proxy_fvd128", "proxy_fvd128_every8", "proxy_fid"),
-    ("spectrum_distance_db",),
-    ("static_rate", "real_static_rate"),
-)
+TINT, OPACITY = np.array(to_rgb("#E69F00")), 0.8  # where a style acts most
+LOSSES = ["loss_G", "loss_D"], ["D_real", "D_fake"], ["r1"], ["diversity"], ["ada_p"]  # panels
+SCORES = ["fvd16", "fvd128", "fvd128_every8", "fid"]
+OTHERS = ["spectrum_distance_db"], ["static_rate", "real_static_rate"]
 
 
 def canvas(height, dpi=200):
@@ -56,12 +47,11 @@ def similarity(clips):
         ax.set(title=name, xlabel="motion style")
         ax.locator_params(integer=True)
         tables.append(table(f"mean cosine of styles, {name}", range(K), range(K), matrix))
-        if K > 1:
-            told.append(f"{others.mean():.2f} at {name} ({others.min():.2f} to {others.max():.2f})")
+        told.append(f"{others.mean():.2f} at {name} ({others.min():.2f} to {others.max():.2f})")
     figure.colorbar(image, ax=axes, location="bottom", aspect=40, label="mean cosine")
     words = f"""Look off the diagonal: dark squares are styles at right angles to one another,
         which change the weights in different ways; light ones would be styles that do the same. The
-        mean cosine of two styles is {", ".join(told) or "not there: K is 1"}. Computed between the
+        mean cosine of two styles is {", ".join(told)}. Computed between the
         modulations M (Eq. 1) of two styles, as vectors of I·3·3 numbers, in the first convolution
         with motion styles of each block; mean over {len(clips)} clips."""
     return Exhibit(
@@ -94,10 +84,14 @@ def attention(layers, seconds):
         is the one that the layer has settled on. Computed as the softmax A of the scores (Eq. 2)
         in one clip. Left: the mean over all filters; then the filters whose attention changes
         most, as the median does, and least."""
-    of_time = {"lowest": means.amin(1), "mean": means.mean(1), "highest": means.amax(1)}
     tables = [
-        table(f"{which} in time, of each style", range(K), names, of)
-        for which, of in of_time.items()
+        table("mean over filters and time, of each style", range(K), names, means.mean(dim=1)),
+        table(
+            "standard deviation over time of the mean over filters",
+            range(K),
+            names,
+            means.std(dim=1),
+        ),
     ]
     return Exhibit("figure-6", "Figure 6: attention over time", words, tables, pixels(figure))
 
@@ -113,15 +107,14 @@ def overlay(frames, relative):
     return (mixed * 255).round().astype(np.uint8)
 
 
-def sheet(tiles, across, titles=(), beside=(), tinted=False, dpi=200):
+def sheet(tiles, across, titles=(), beside=(), dpi=200):
     """Tiles in rows of so many, with names → uint8 [T, height, width, 3].
 
-    tiles: uint8 [T, n, H, W, 3]; titles: of the first tiles; beside: names of the rows; tinted:
-    whether the scale of `overlay` is drawn below.
+    tiles: uint8 [T, n, H, W, 3]; titles: of the first tiles; beside: names of the rows.
     """
     rows = -(-tiles.shape[1] // across)
     named = rows if len(titles) > across else 1
-    figure = canvas((WIDTH - 0.7 * bool(beside)) / across * rows + 0.3 * named + 0.5 * tinted, dpi)
+    figure = canvas((WIDTH - 0.7 * bool(beside)) / across * rows + 0.3 * named, dpi)
     figure.set_layout_engine("compressed", w_pad=0.01, h_pad=0.01, wspace=0.01, hspace=0.01)
     axes = figure.subplots(rows, across, squeeze=False)
     for ax in axes.flat:
@@ -131,9 +124,6 @@ def sheet(tiles, across, titles=(), beside=(), tinted=False, dpi=200):
     for ax, name in zip(axes[:, 0], beside):
         ax.set_ylabel(name, rotation=0, ha="right", va="center")
     images = [ax.imshow(tile, interpolation="bicubic") for ax, tile in zip(axes.flat, tiles[0])]
-    if tinted:
-        bar = figure.colorbar(ScalarMappable(cmap=TINTS), ax=axes, location="bottom", shrink=0.5)
-        bar.set_ticks([0, 1], labels=["mean of styles, or less", "the style's most"])
     agg, frames = FigureCanvasAgg(figure), []
     agg.draw()  # all once, and from then on the tiles alone
     for frame in tiles:
@@ -155,19 +145,18 @@ def where_styles_act(frames, layer, second):
     names = ["frame", *(f"style {k}\n{most:+.3f}" for k, most in enumerate(largest))]
     chosen = np.linspace(0, T - 1, 5).astype(int)
     of_styles = tiles[chosen].swapaxes(0, 1).reshape(1, -1, *tiles.shape[2:])
-    picture = sheet(of_styles, 5, [f"{i * second:.2f} s" for i in chosen], names, tinted=True)[0]
-    video = sheet(tiles, int(np.ceil(np.sqrt(K + 1))), names, tinted=True, dpi=100)
-    by_style = layer.maps.swapaxes(0, 1).flatten(1)  # [K, T·H·W]
+    picture = sheet(of_styles, 5, [f"{i * second:.2f} s" for i in chosen], names)[0]
+    video = sheet(tiles, int(np.ceil(np.sqrt(K + 1))), names, dpi=100)
     words = f"""Look for styles whose orange lies in different places and moves with what moves
         there: there, filters that attend to it are active. A grey style acts less than the average;
-        if one is orange everywhere, attention has settled on it. Tints say where, not how much: a
-        style has its own scale, and its largest value stands beside it. Computed as
+        if one is orange everywhere, attention has settled on it. Tints go from the mean of the
+        styles, grey, to the most that a style does, which stands beside it: they say where, not how
+        much. Computed as
         Σ A[o,κ] |x[o]| / Σ |x[o]| over the channels o of the block's last convolution
         ({layer.conv}; x are its features), less the mean over the styles κ, in parts of the style's
         largest value in the clip, enlarged to the frame."""
-    columns = "mean", "std", "lowest", "highest"
-    values = by_style.mean(1), by_style.std(1), by_style.amin(1), by_style.amax(1)
-    tables = [table("of each style", columns, range(K), zip(*values))]
+    values = zip(layer.maps.mean(dim=(0, 2, 3)), layer.maps.std(dim=(0, 2, 3)), largest)
+    tables = [table("of each style", ("mean", "std", "largest"), range(K), values)]
     title = f"Figure 7: where each style acts, block {block}²"
     return Exhibit(f"figure-7-{block}", title, words, tables, picture, video)
 
@@ -186,16 +175,15 @@ def content_against_motion(clips, second):
         different things move alike, at the same times and in the same directions. The looks of two
         clips of one content correlate by {values[0, 0]:.2f}, of clips that share nothing by
         {values[0, 2]:.2f}; the changes of two clips of one motion by {values[1, 1]:.2f}, of clips
-        that share nothing by {values[1, 2]:.2f}. Rendered from {C} content latents × {M} draws of
-        motion noise. Looks are a clip's mean over time, in grey, and changes what is left without
-        it; both less their mean over all clips."""
+        that share nothing by {values[1, 2]:.2f}. Looks are a clip's mean over time, in grey, and
+        changes what is left without it; both less their mean over all clips."""
     return Exhibit("figure-8", "Figure 8: content against motion", words, [], picture, video)
 
 
 def course(curves):
-    """Losses, scores and ADA's p over a run. curves: of `read_curves`."""
-    panels = [[name for name in names if name in curves] for names in PANELS]
-    panels = [names for names in panels if names]
+    """Losses, scores and ADA's p over a run. curves: of `curves`."""
+    panels = [*LOSSES, SCORES, [f"proxy_{name}" for name in SCORES], *OTHERS]
+    panels = [there for names in panels if (there := [name for name in names if name in curves])]
     figure = canvas(0.4 + 1.2 * len(panels))
     axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
     for ax, names in zip(axes, panels):

@@ -87,7 +87,7 @@ def attention(layers, seconds):
     tables = [
         table("mean over filters and time, of each style", range(K), names, means.mean(dim=1)),
         table(
-            "standard deviation over time of the mean over filters",
+            "its standard deviation over time",
             range(K),
             names,
             means.std(dim=1),

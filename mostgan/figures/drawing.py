@@ -86,12 +86,7 @@ def attention(layers, seconds):
         most, as the median does, and least."""
     tables = [
         table("mean over filters and time, of each style", range(K), names, means.mean(dim=1)),
-        table(
-            "its standard deviation over time",
-            range(K),
-            names,
-            means.std(dim=1),
-        ),
+        table("its standard deviation over time", range(K), names, means.std(dim=1)),
     ]
     return Exhibit("figure-6", "Figure 6: attention over time", words, tables, pixels(figure))
 

@@ -71,8 +71,9 @@ class Options:
     label: int | None = None
     """class, for a model conditioned on classes"""
     condition: tuple[str, ...] = ()
-    """for a model conditioned on vectors: FILE:NAME, the conditions of clip NAME in a file as
-    prepare takes it (of one clip: FILE), or the numbers of a clip's vector
+    """for a model conditioned on vectors: FOLDER:NAME, the conditions of clip NAME of a packed
+    folder; or FILE:NAME, those in a file as prepare takes it (of one clip: FILE), a row for each
+    frame; or the numbers of a clip's vector
     """
     motion_style: tuple[str, ...] = ()
     """k=GAIN: scales the share of motion style k (from 0); 0 removes it"""

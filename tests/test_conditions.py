@@ -446,7 +446,18 @@ def test_sample_takes_the_conditions_of_a_clip_in_a_file(tmp_path):
     assert np.abs(frames - expected.permute(0, 2, 3, 1).numpy().astype(int)).max() <= 1
     assert np.array_equal(frames, sampled("a2", f"{tmp_path}/two.safetensors:a"))
     assert not np.array_equal(frames, sampled("b", f"{tmp_path}/two.safetensors:b/x"))
+    # Of a clip in a packed folder, which was cut from a longer one.
+    (tmp_path / "src").mkdir()
+    np.save(tmp_path / "src" / "a.npy", np.zeros((9, 32, 32, 3), np.uint8))
+    packed, file = tmp_path / "packed", tmp_path / "one.safetensors"
+    prepare.prepare(tmp_path / "src", packed, 32, conditions=file, clip_length=4, jobs=1)
+    save_file(entries | {"a/frames": entries["a/frames"][4:8]}, tmp_path / "cut.safetensors")
+    of_file = sampled("cut", f"{tmp_path}/cut.safetensors")
+    assert np.array_equal(of_file, sampled("packed", f"{packed}:a.npy#1"))
+    assert not np.array_equal(of_file, frames)
     for text, word in (
+        (f"{packed}:b", "2 clips, such as a.npy#0"),
+        (f"{packed}", "give .*packed:NAME"),
         (f"{tmp_path}/two.safetensors", "2 clips, such as a; give FILE:NAME"),
         (f"{tmp_path}/one.safetensors:c", "1 clips, such as a"),
         (f"{tmp_path}/none.safetensors:c", "cannot read"),

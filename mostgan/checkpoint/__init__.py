@@ -20,10 +20,13 @@ import uuid
 from importlib import import_module
 from pathlib import Path
 
+import numpy as np
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from mostgan.config import ModelConfig, UserError
+from mostgan.data import Clips
 from mostgan.discriminator import Discriminator
 from mostgan.files import read_json, sha256_of, write_whole
 from mostgan.model import Generator
@@ -283,9 +286,9 @@ def read_tensors(path):
 def read_conditions(label, words):
     """--label and --condition of a program → the conditions that `render` takes, a dict.
 
-    label: a class, or None; words: FILE:NAME, the conditions of clip NAME in a file as prepare
-    takes it (of one clip: FILE), or the numbers of a clip's vector, or nothing. UserError if they
-    are none of these.
+    label: a class, or None; words: FOLDER:NAME, the conditions of clip NAME of a packed folder, at
+    its frames; or FILE:NAME, those in a file as prepare takes it (of one clip: FILE), a row for
+    each frame; or the numbers of a clip's vector, or nothing. UserError if they are none of these.
     """
     if not words:
         return {"label": label}
@@ -293,6 +296,9 @@ def read_conditions(label, words):
         return {"label": [float(number) for number in words]}
     if len(words) > 1:
         raise UserError(f"--condition {' '.join(words)}: neither a file nor numbers")
+    folder, colon, name = words[0].partition(":")
+    if Path(folder).is_dir():
+        return _packed_conditions(Clips(folder), name, label)
     file, end, name = words[0].partition(".safetensors:")
     entries = read_tensors(Path(file + end.rstrip(":")))
     names = sorted({key.removesuffix("/frames") for key in entries})
@@ -303,6 +309,16 @@ def read_conditions(label, words):
         raise UserError(f"--condition {words[0]}: the file has {told}; give FILE:NAME")
     given = {"frame_condition": entries.get(f"{name}/frames")}
     return given | {"label": entries[name].float() if name in entries else label}
+
+
+def _packed_conditions(clips, name, label):
+    if name not in clips.names:
+        told = f"{len(clips)} clips, such as {clips.names[0]}"
+        raise UserError(f"--condition: {clips.path} has {told}; give {clips.path}:NAME")
+    clip = clips.names.index(name)
+    rows = clips.frame_condition(clip, np.arange(clips.lengths[clip]))
+    given = {"frame_condition": torch.from_numpy(rows) if clips.frame_condition_dim else None}
+    return given | {"label": clips.condition(clip) if clips.num_labels else label}
 
 
 def read_training(path):

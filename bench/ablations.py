@@ -40,7 +40,7 @@ from mostgan.files import read_json  # noqa: E402
 from mostgan.program import cores, run_program  # noqa: E402
 from mostgan.progress import read_stats  # noqa: E402
 
-TIMED = 0.96  # thousands of frames that a row's speed is measured over: 40 steps of tiny
+TIMED = 64  # steps that a row's speed is measured over: its second half has R1 in its share
 
 
 class Row(NamedTuple):
@@ -185,6 +185,10 @@ class Plan(NamedTuple):
         options = row.options.replace("{all}", " ".join(map(str, of_motion)))
         return ["--preset", self.preset, "--data", str(self.data), *options.split()]
 
+    def timed_kframes(self):
+        config = train_preset(self.preset, "sky")
+        return TIMED * config.batch_clips * config.model.frames_per_clip / 1000
+
     def folder(self, row, seed):
         """The run's folder; rows of two tables whose options are the same share it."""
         name = "-".join(row.options.replace("{all}", "all").replace("-", " ").split()) or "default"
@@ -233,9 +237,9 @@ class Runner:
 
 def quiet_rate(run, plan, row):
     """Frames per second of a row's training, alone on the machine, measured once."""
-    folder = plan.folder(row, "timing")
-    if not finished(folder, TIMED):
-        arguments = [*plan.train_options(row), "--total-kframes", TIMED, "--log-kframes", TIMED / 2]
+    folder, total = plan.folder(row, "timing"), plan.timed_kframes()
+    if not finished(folder, total):
+        arguments = [*plan.train_options(row), "--total-kframes", total, "--log-kframes", total / 2]
         start = ["--resume", folder] if (folder / "config.json").exists() else ["--out", folder]
         run(["train.py", *arguments, *start], folder.with_suffix(".log"))
     return read_stats(folder)[-1]["frames_per_second"]
@@ -394,11 +398,13 @@ def ablate(
 
 
 def train_all(plan, rows, seeds, jobs):
-    """Each row with its scores and its cost: all quiet timings first, then the trainings."""
+    """Each row with its scores and its cost: all quiet timings first, then the trainings. UserError
+    where some of them failed, after the others.
+    """
     run = Runner(jobs)
     pool = ThreadPoolExecutor(run.jobs)
     try:
-        trained = []
+        trained, failed = [], []
         for row in rows:
             minutes = 1000 * plan.kframes / quiet_rate(run, plan, row) / 60
             trained.append(dict(name=row.name, options=row.options, paper=row.paper))
@@ -411,8 +417,15 @@ def train_all(plan, rows, seeds, jobs):
             for number, row in enumerate(rows)
         ]
         for number, seed, job in jobs:
-            trained[number]["scores"].append(job.result())
-            print(f"{trained[number]['name']}, seed {seed}: {job.result()}", flush=True)
+            name = f"{trained[number]['name']}, seed {seed}"
+            try:
+                trained[number]["scores"].append(job.result())
+                print(f"{name}: {job.result()}", flush=True)
+            except UserError as error:
+                failed.append(f"{name}: {error}")
+                print(failed[-1], flush=True)
+        if failed:
+            raise UserError(f"{failed[0]}; {len(failed)} failed, the same command tries them again")
         return trained
     finally:
         pool.shutdown(wait=False, cancel_futures=True)

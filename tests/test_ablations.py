@@ -9,7 +9,7 @@ import pytest
 
 import train
 from bench import ablations
-from mostgan.config import UserError
+from mostgan.config import UserError, train_preset
 from mostgan.prepare import pack_sky
 
 
@@ -166,7 +166,7 @@ def test_bad_input_is_told_before_anything_is_trained(tmp_path, wrong):
 
 @pytest.mark.slow
 def test_a_row_from_end_to_end(tmp_path, monkeypatch):
-    monkeypatch.setattr(ablations, "TIMED", 0.024)
+    monkeypatch.setattr(ablations, "TIMED", 1)
     pack_sky(sky := tmp_path / "sky", 64, count=8, frames=20)
     out = tmp_path / "table.json"
     arguments = dict(kframes=0.024, seeds=1, rows=(0,), clips=2, work=tmp_path / "runs", out=out)
@@ -176,3 +176,28 @@ def test_a_row_from_end_to_end(tmp_path, monkeypatch):
     assert "too few" not in out.with_suffix(".md").read_text()
     with pytest.raises(UserError, match="rows 0 to 1"):
         ablations.ablate("5", sky, rows=(2,))
+
+
+def test_a_training_that_fails_does_not_end_the_others(tmp_path, monkeypatch):
+    done = []
+
+    def train_and_score(run, plan, row, seed):
+        if seed == 0:
+            raise UserError("no memory")
+        done.append((row.name, seed))
+        return {"proxy_fvd16": 1.0}
+
+    monkeypatch.setattr(ablations, "quiet_rate", lambda *args: 100.0)
+    monkeypatch.setattr(ablations, "train_and_score", train_and_score)
+    plan = ablations.Plan(tmp_path, "tiny", 1, 2, None, tmp_path)
+    with pytest.raises(UserError, match=r"a, seed 0: no memory; 2 failed, the same command"):
+        ablations.train_all(plan, [ablations.Row("a", ""), ablations.Row("b", "")], 2, 1)
+    assert done == [("a", 1), ("b", 1)]
+
+
+def test_speed_is_measured_over_steps_with_r1(tmp_path):
+    for preset in ("tiny", "paper256"):
+        config = train_preset(preset, "sky")
+        plan = ablations.Plan(tmp_path, preset, 1, 2, None, tmp_path)
+        steps = 1000 * plan.timed_kframes() / (config.batch_clips * config.model.frames_per_clip)
+        assert steps / 2 == pytest.approx(32) and 32 % config.r1_interval == 0

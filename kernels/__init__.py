@@ -139,10 +139,6 @@ def mostatt_demod(
     return _mostatt.mostatt(*args[:3], dtype, want_weight, content_first)
 
 
-def conv2d(x, *args):
-    return (cpu if cpu.trains(x) else reference).conv2d(x, *args)
-
-
 @_op(_by_op)
 def conv2d_per_frame(x, weight, up=1):
     dtype = working_dtype(x)

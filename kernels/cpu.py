@@ -181,59 +181,6 @@ def conv2d_epilogue(x, weight, demod, bias, up=1, clamp=None):
     return epilogue(conv2d_per_frame(x, weight, up), demod, bias, up, clamp)
 
 
-class _Conv(torch.autograd.Function):
-    """F.conv2d, whose second derivative PyTorch takes by convolutions with kernels as large as
-    images: R1 takes half as long without them.
-    """
-
-    @staticmethod
-    def forward(ctx, x, weight, bias, stride, padding):
-        ctx.save_for_backward(x, weight)
-        ctx.sizes = stride, padding
-        return F.conv2d(x, weight, bias, stride, padding)
-
-    @staticmethod
-    def backward(ctx, grad):
-        (x, weight), needs = ctx.saved_tensors, ctx.needs_input_grad[:3]
-        if not torch.is_grad_enabled():  # once and for all
-            return *_conv_backward(grad, x, weight, *ctx.sizes, needs), None, None
-        grad_x = _ConvGradX.apply(grad, weight, x.detach(), *ctx.sizes) if needs[0] else None
-        _, *others = _conv_backward(grad, x, weight, *ctx.sizes, (False, *needs[1:]))
-        return grad_x, *others, None, None
-
-
-class _ConvGradX(torch.autograd.Function):
-    """The gradient of F.conv2d to x. like: of x's shape and layout."""
-
-    @staticmethod
-    def forward(ctx, grad, weight, like, stride, padding):
-        ctx.save_for_backward(grad, weight)
-        ctx.sizes = stride, padding
-        return _conv_backward(grad, like, weight, stride, padding, (True, False, False))[0]
-
-    @staticmethod
-    def backward(ctx, grad_of_grad):
-        grad, weight = ctx.saved_tensors
-        of_grad = F.conv2d(grad_of_grad, weight, None, *ctx.sizes)
-        wanted = False, True, False
-        of_weight = _conv_backward(grad, grad_of_grad, weight, *ctx.sizes, wanted)[1]
-        return of_grad, of_weight, None, None, None
-
-
-def _conv_backward(grad, x, weight, stride, padding, wanted):
-    """Gradients of F.conv2d to x, weight and bias, or None. wanted: three flags."""
-    grad = grad.contiguous(memory_format=torch.channels_last)
-    sizes = [stride] * 2, [padding] * 2, [1, 1], False, [0, 0], 1
-    bias = [weight.shape[0]] if wanted[2] else None
-    return torch.ops.aten.convolution_backward(grad, x, weight, bias, *sizes, wanted)
-
-
-def conv2d(x, weight, bias, stride, padding):
-    dtype = _working_dtype(x)
-    bias = None if bias is None else bias.to(dtype)
-    return _Conv.apply(x.to(dtype), weight.to(dtype), bias, stride, padding)
-
-
 # ---------------------------------------------------------------------------------------- sampling
 
 

@@ -191,11 +191,6 @@ def conv2d_shared(x, weight, up=1):
     return F.conv2d(x, weight, padding=weight.shape[-1] // 2)
 
 
-def conv2d(x, weight, bias, stride, padding):
-    """torch.nn.functional.conv2d."""
-    return F.conv2d(x, weight, bias, stride, padding)
-
-
 def conv2d_per_frame(x, weight, up=1):
     """Convolution with one kernel per frame. x: [N, I, H, W], weight: [N, O, I, k, k]; result as
     conv2d_shared.

@@ -82,7 +82,7 @@ class Conv2d(nn.Module):
         elif self.down == 2:
             x, padding, stride = kernels.fir(x, 2), 0, 2
         bias = None if self.bias is None else self.bias * self.bias_gain
-        x = kernels.conv2d(x, self.weight * self.weight_gain, bias, stride, padding)
+        x = F.conv2d(x, self.weight * self.weight_gain, bias, stride, padding)
         x = kernels.lrelu(x) if self.lrelu else x
         return x if self.clamp is None else x.clamp(-self.clamp, self.clamp)
 

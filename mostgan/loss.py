@@ -46,8 +46,8 @@ def r1_penalty(logits_of, frames, transform=_unmoved):
     With g = ∇ Σ D, and g fixed, R1's gradient is that of 2 ⟨∇ Σ D, A Aᵀ g⟩: a Jacobian-vector
     product. To differentiate ∇ D itself needs, as PyTorch writes the second derivative of a
     convolution, others whose kernels are as large as images. cuDNN takes seconds for them, and
-    AOTAutograd cannot do it at all where autograd.grad is called in a compiled function. On a CPU
-    the convolutions of kernels/cpu.py do without, and no product is needed.
+    AOTAutograd cannot do it at all where autograd.grad is called in a compiled function. A CPU
+    takes them in less time than the product.
 
     The logits, times 0, are in the result for the parameters that R1 does not depend on: their
     gradient is then 0 and not None, so that Adam takes the same step for them in either form.

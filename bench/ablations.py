@@ -14,6 +14,7 @@ p is after Holm's correction for the number of rows. The last line tells how lar
 many trainings show four times in five.
 """
 
+import json
 import math
 import os
 import signal
@@ -29,15 +30,15 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import tyro
-from scipy import optimize, stats
 
 # Before this folder, whose kernels.py is not the package `kernels`.
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from bench.timing import describe, write  # noqa: E402
 from mostgan.config import UserError, train_preset  # noqa: E402
-from mostgan.files import read_json  # noqa: E402
-from mostgan.program import cores, run_program  # noqa: E402
+from mostgan.files import read_json, write_whole  # noqa: E402
+from mostgan.prepare.data_sets import source_fingerprint  # noqa: E402
+from mostgan.program import cores, need, run_program  # noqa: E402
 from mostgan.progress import read_stats  # noqa: E402
 
 TIMED = 64  # steps that a row's speed is measured over: its second half has R1 in its share
@@ -185,9 +186,8 @@ class Plan(NamedTuple):
         options = row.options.replace("{all}", " ".join(map(str, of_motion)))
         return ["--preset", self.preset, "--data", str(self.data), *options.split()]
 
-    def timed_kframes(self):
-        config = train_preset(self.preset, "sky")
-        return TIMED * config.batch_clips * config.model.frames_per_clip / 1000
+    def step_kframes(self):
+        return train_preset(self.preset, "sky").frames_per_step / 1000
 
     def folder(self, row, seed):
         """The run's folder; rows of two tables whose options are the same share it."""
@@ -237,7 +237,7 @@ class Runner:
 
 def quiet_rate(run, plan, row):
     """Frames per second of a row's training, alone on the machine, measured once."""
-    folder, total = plan.folder(row, "timing"), plan.timed_kframes()
+    folder, total = plan.folder(row, "timing"), TIMED * plan.step_kframes()
     if not finished(folder, total):
         arguments = [*plan.train_options(row), "--total-kframes", total, "--log-kframes", total / 2]
         start = ["--resume", folder] if (folder / "config.json").exists() else ["--out", folder]
@@ -258,6 +258,11 @@ def train_and_score(run, plan, row, seed):
     detector = plan.detector.stem if plan.detector else "proxy"
     scores = folder / f"scores-{total}k-{plan.clips}-{detector}.json"
     if not scores.exists():
+        if finished(folder, plan.kframes + plan.step_kframes()):
+            raise UserError(
+                f"{folder.name} was trained for longer than {total} k frames: score it at its "
+                "length, or give this table a --work of its own"
+            )
         arguments = [*plan.train_options(row), "--seed", seed, "--total-kframes", total]
         start = ["--resume", folder] if (folder / "config.json").exists() else ["--out", folder]
         run(["train.py", *arguments, *start], log)
@@ -276,6 +281,8 @@ def compare(rows, default):
     """Adds to each row what Welch's t-test says of it and the reference row: p after Holm's
     correction, and whether they differ at 5 %. The score is the first one, FVD16.
     """
+    from scipy import stats
+
     others = [row for row in rows if row is not default and len(row["scores"]) > 1]
     if len(default["scores"]) < 2:
         others = []
@@ -297,6 +304,8 @@ def visible_difference(rows):
     deviate alike, and it is the one that differs most (Holm's first test); None where some row has
     too few trainings. By drawing such scores and testing them.
     """
+    from scipy import optimize, stats
+
     n = min(len(row["scores"]) for row in rows)
     if n < 2 or len(rows) < 2:
         return None
@@ -314,8 +323,9 @@ def markdown(result):
     """The result as a table in Markdown, with what it is of and what it shows."""
     rows, names = result["rows"], list(result["rows"][0]["scores"][0])
     shown = [name for name in names if "fvd16" in name or "spectr" in name] or names[:1]
-    paper = f"paper: {result['columns']} (other data, I3D)"
-    head = ["", *shown, "trainings", "minutes each", "differs from the reference", paper]
+    head = ["", *shown, "trainings", "minutes each", "differs from the reference"]
+    if result["columns"]:
+        head.append(f"paper: {result['columns']} (other data, I3D)")
     lines = [f"**{result['title']}** ({result['about']})", "", "| " + " | ".join(head) + " |"]
     lines.append("|---" * len(head) + "|")
     for row in rows:
@@ -327,11 +337,14 @@ def markdown(result):
         test = "the reference" if row["default"] else "too few trainings"
         if "p" in row:
             test = f"{'yes' if row['differs'] else 'no'} (p = {row['p']:.2g})"
-        cells += [str(len(row["scores"])), f"{row['minutes']:.0f}", test, row["paper"] or "–"]
+        cells += [str(len(row["scores"])), f"{row['minutes']:.0f}", test]
+        if result["columns"]:
+            cells.append(row["paper"] or "–")
         lines.append("| " + " | ".join(cells) + " |")
     if result["visible_difference"] is not None:
         seen = f"{result['visible_difference']:.2g}"
-        lines += ["", f"So many trainings show a difference of {seen} in {shown[0]}, 4 times in 5."]
+        told = f"So many trainings show a difference of {seen} in {shown[0]}, 4 times in 5"
+        lines += ["", f"{told}, if all rows deviate alike."]
     return "\n".join(lines)
 
 
@@ -364,10 +377,12 @@ def ablate(
         clips: generated clips that a score is of, three times.
         detector: the TorchScript file of I3D, for FVD; default a random network, called proxy.
         jobs: runs side by side; default one on each GPU, or on each core.
-        work: the folder of the runs, of these data alone; default runs/ablations/PRESET-DATA.
-        out: the JSON file; default bench/results/ablations-TABLE.json. The table is printed, and
-            written beside it as .md.
+        work: the folder of the runs, of these data and this preset alone; default
+            runs/ablations/PRESET-DATA-DIGITS.
+        out: the JSON file; default table-TABLE.json in the folder of the runs. The table is
+            printed, and written beside it as .md.
     """
+    need("scipy", "dev")
     if table not in TABLES:
         raise UserError(f"--table {table} is not known: choose from {', '.join(TABLES)}")
     chosen = TABLES[table]
@@ -378,9 +393,18 @@ def ablate(
     for option, path in (("data", data), ("detector", detector)):
         if path is not None and not path.exists():
             raise UserError(f"--{option} {path} does not exist")
+    if out is not None and (out.suffix != ".json" or out.is_dir()):
+        raise UserError(f"--out {out}: the result is one JSON file, so name one, NAME.json")
     numbers = sorted({chosen.default, *rows}) if rows else range(len(chosen.rows))
-    work = work or Path("runs", "ablations", f"{preset}-{data.resolve().stem}")
-    work.mkdir(parents=True, exist_ok=True)
+    digits = source_fingerprint(data.resolve())
+    work = work or Path("runs", "ablations", f"{preset}-{data.resolve().name}-{digits}")
+    out = out or work / f"table-{table}.json"
+    for folder in (work, out.parent):
+        folder.mkdir(parents=True, exist_ok=True)
+    of = {"data": digits, "preset": preset}
+    if (before := read_json(work / "of.json") or of) != of:
+        raise UserError(f"{work} has runs of other clips or another preset {before}: name another")
+    write_whole(work / "of.json", json.dumps(of) + "\n")
     detector = detector and detector.resolve()  # programs run in the checkout
     plan = Plan(data.resolve(), preset, kframes, clips, detector, work.resolve())
     trained = train_all(plan, [chosen.rows[number] for number in numbers], seeds, jobs)
@@ -391,10 +415,9 @@ def ablate(
     about = f"{preset}, {kframes:g} k frames of {data.name}, {result['date']}"
     result |= {"command": " ".join(sys.argv), "title": chosen.title, "columns": chosen.columns}
     result |= {"about": about, "rows": trained, "visible_difference": visible_difference(trained)}
-    out = out or ROOT / "bench" / "results" / f"ablations-{table}.json"
-    write(out, result)
-    out.with_suffix(".md").write_text(markdown(result) + "\n")
     print(markdown(result))
+    write(out, result)
+    write_whole(out.with_suffix(".md"), markdown(result) + "\n")
 
 
 def train_all(plan, rows, seeds, jobs):

@@ -19,6 +19,8 @@ from unittest.mock import MagicMock
 
 import torch
 
+from mostgan.files import write_whole
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -54,7 +56,7 @@ def write(path, result):
     """
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(result, indent=1) + "\n")
+        write_whole(path, json.dumps(result, indent=1) + "\n")
 
 
 def synchronize(device):

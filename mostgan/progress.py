@@ -96,14 +96,15 @@ class Stats:
 
 
 def read_stats(run):
-    """The lines of a run's stats.jsonl, dicts; none without the file. Passes over what is not a
-    whole line, such as one that is being written.
+    """The lines of a run's stats.jsonl, {name: number, or None where it is not finite}; none
+    without the file. Passes over what is not a whole line, such as one that is being written.
     """
     path, lines = run / "stats.jsonl", []
     for text in path.read_text(errors="replace").splitlines() if path.exists() else ():
-        with suppress(ValueError, KeyError, TypeError):
+        with suppress(ValueError):
             line = json.loads(text)
-            if line["frames"] >= 0:
+            values = line.values() if isinstance(line, dict) and line.get("frames") else ["none"]
+            if all(value is None or isinstance(value, (int, float)) for value in values):
                 lines.append(line)
     return lines
 

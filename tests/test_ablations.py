@@ -6,6 +6,7 @@ import json
 
 import numpy as np
 import pytest
+from scipy import stats
 
 import train
 from bench import ablations
@@ -74,7 +75,7 @@ def test_welchs_p_is_corrected_by_holm():
         errors = [x.var(ddof=1) / 3 for x in of]
         t = (of[0].mean() - of[1].mean()) / sum(errors) ** 0.5
         degrees = sum(errors) ** 2 / sum(error**2 / 2 for error in errors)
-        raw.append(2 * float(ablations.stats.t.sf(abs(t), degrees)))
+        raw.append(2 * float(stats.t.sf(abs(t), degrees)))
     first, last, middle = raw
     assert first < middle < last < 2 * middle  # so that the last one's p must not fall again
     assert [other["p"] for other in rows[1:]] == pytest.approx([3 * first, 2 * middle, 2 * middle])
@@ -140,6 +141,8 @@ def test_what_is_done_is_not_done_again(tmp_path, monkeypatch):
     assert [words[0] for words in calls] == ["train.py", "train.py", "-m"]
     assert "--out" in calls[0] and "--resume" in calls[1]
     assert calls[0][calls[0].index("--seed") + 1] == 0
+    with pytest.raises(UserError, match="was trained for longer than 1 k frames"):
+        ablations.train_and_score(run, plan._replace(kframes=1), first, 0)
     # Other clips are another score of the same training.
     ablations.train_and_score(run, plan._replace(clips=4), first, 0)
     assert calls[-1][0] == "-m" and calls[-1][calls[-1].index("--clips") + 1] == 4
@@ -161,6 +164,8 @@ def test_bad_input_is_told_before_anything_is_trained(tmp_path, wrong):
         ablations.ablate("5", tmp_path, work=tmp_path / "work", **wrong)
     with pytest.raises(UserError, match="--detector .* does not exist"):
         ablations.ablate("5", tmp_path, detector=tmp_path / "none", work=tmp_path / "work")
+    with pytest.raises(UserError, match="NAME.json"):
+        ablations.ablate("5", tmp_path, work=tmp_path / "work", out=tmp_path / "t.md")
     assert not (tmp_path / "work").exists()
 
 
@@ -176,6 +181,12 @@ def test_a_row_from_end_to_end(tmp_path, monkeypatch):
     assert "too few" not in out.with_suffix(".md").read_text()
     with pytest.raises(UserError, match="rows 0 to 1"):
         ablations.ablate("5", sky, rows=(2,))
+    # What is in this folder is of these clips.
+    pack_sky(other := tmp_path / "other", 64, count=8, frames=21)
+    before = out.read_bytes()
+    with pytest.raises(UserError, match="has runs of other clips"):
+        ablations.ablate("5", other, **arguments)
+    assert out.read_bytes() == before
 
 
 def test_a_training_that_fails_does_not_end_the_others(tmp_path, monkeypatch):
@@ -199,5 +210,6 @@ def test_speed_is_measured_over_steps_with_r1(tmp_path):
     for preset in ("tiny", "paper256"):
         config = train_preset(preset, "sky")
         plan = ablations.Plan(tmp_path, preset, 1, 2, None, tmp_path)
-        steps = 1000 * plan.timed_kframes() / (config.batch_clips * config.model.frames_per_clip)
-        assert steps / 2 == pytest.approx(32) and 32 % config.r1_interval == 0
+        frames = config.batch_clips * config.model.frames_per_clip
+        assert plan.step_kframes() == frames / 1000
+        assert ablations.TIMED // 2 % config.r1_interval == 0

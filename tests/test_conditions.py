@@ -454,10 +454,16 @@ def test_sample_takes_the_conditions_of_a_clip_in_a_file(tmp_path):
     save_file(entries | {"a/frames": entries["a/frames"][4:8]}, tmp_path / "cut.safetensors")
     of_file = sampled("cut", f"{tmp_path}/cut.safetensors")
     assert np.array_equal(of_file, sampled("packed", f"{packed}:a.npy#1"))
+    colon = packed.rename(tmp_path / "packed: of clips")
+    assert np.array_equal(of_file, sampled("colon", f"{colon}:a.npy#1"))
+    colon.rename(packed)
+    with pytest.raises(UserError, match="--label and --condition exclude each other"):
+        sampled("both", f"{packed}:a.npy#1", label=0)
     assert not np.array_equal(of_file, frames)
     for text, word in (
         (f"{packed}:b", "2 clips, such as a.npy#0"),
         (f"{packed}", "give .*packed:NAME"),
+        ("", "neither a file nor numbers"),
         (f"{tmp_path}/two.safetensors", "2 clips, such as a; give FILE:NAME"),
         (f"{tmp_path}/one.safetensors:c", "1 clips, such as a"),
         (f"{tmp_path}/none.safetensors:c", "cannot read"),

@@ -180,7 +180,7 @@ def test_figure_8_tells_content_from_motion():
     content = rng.integers(0, 100, (4, 1, 3, 8, 8))
     motion = rng.integers(0, 100, (3, 1, 1, 3, 8, 8)) * np.array([0, 1, 0, 1])[:, None, None, None]
     clips = torch.from_numpy((content + motion).astype(np.uint8))
-    (looks, _, looks_apart), (_, moves, moves_apart) = figures.correlations(clips)
+    (looks, looks_apart), (moves, moves_apart) = figures.correlations(clips)
     assert looks > 0.5 > 0 > looks_apart
     assert moves == pytest.approx(1, abs=1e-3) and moves_apart < 0
     exhibit = drawing.content_against_motion(clips, 0.04)
@@ -213,13 +213,18 @@ def test_tiles_lie_where_they_belong():
 def test_curves_are_those_of_the_run(tmp_path):
     lines = [{"frames": 1000 * i, "loss_G": i / 2, "D_real": None, "ada_p": 0.1} for i in (1, 2)]
     lines[1]["proxy_fvd16"] = 30.0
+    lines += [{"frames": 2500, "loss_G": [1]}, {"loss_G": 1}, 7]  # of no run
     text = "\n".join(map(json.dumps, lines)) + '\n{"frames": 3000, "lo'
     (tmp_path / "stats.jsonl").write_text(text)
     curves = figures.curves(read_stats(tmp_path))
     np.testing.assert_array_equal(curves["loss_G"], [[1, 2], [0.5, 1]])
     np.testing.assert_array_equal(curves["proxy_fvd16"], [[2], [30]])
     assert np.isnan(curves["D_real"][1]).all()
-    assert drawing.course(curves).picture.std() > 10
+    exhibit = drawing.course(curves)
+    assert exhibit.picture.std() > 10
+    np.testing.assert_allclose(
+        numbers(exhibit.tables[0], 2), [[0.5, 1], [np.nan] * 2, [0.1] * 2, [30] * 2]
+    )
 
 
 # ----------------------------------------------------------------------------------------- the page
@@ -343,7 +348,7 @@ def test_without_styles_and_statistics_there_is_what_exists(run, tmp_path, monke
     command(monkeypatch, path, "--frames", "2", "--out", tmp_path / "new" / "out")
     reader = Reader((tmp_path / "new" / "out" / "index.html").read_text())
     assert [attributes["id"] for attributes in reader.all("section")] == ["figure-8"]
-    assert "figures 5 to 7" in reader.text and "without stats.jsonl" in reader.text
+    assert "figures 5, 6" in reader.text and "without stats.jsonl" in reader.text
 
 
 def test_figures_of_a_model_with_conditions_are_of_those_of_a_clip_in_a_file(

@@ -294,11 +294,12 @@ def read_conditions(label, words):
         return {"label": label}
     with contextlib.suppress(ValueError):
         return {"label": [float(number) for number in words]}
-    if len(words) > 1:
+    if len(words) > 1 or not words[0]:
         raise UserError(f"--condition {' '.join(words)}: neither a file nor numbers")
-    folder, colon, name = words[0].partition(":")
-    if Path(folder).is_dir():
-        return _packed_conditions(Clips(folder), name, label)
+    colons = [i for i, letter in enumerate(words[0]) if letter == ":"]
+    for end in (*colons, len(words[0])):  # either name may have colons
+        if Path(folder := words[0][:end]).is_dir() and folder:
+            return _given(*_of_packed(Clips(folder), words[0][end + 1 :]), label)
     file, end, name = words[0].partition(".safetensors:")
     entries = read_tensors(Path(file + end.rstrip(":")))
     names = sorted({key.removesuffix("/frames") for key in entries})
@@ -307,18 +308,25 @@ def read_conditions(label, words):
     if name not in names:
         told = f"{len(names)} clips, such as {names[0]}" if names else "no conditions"
         raise UserError(f"--condition {words[0]}: the file has {told}; give FILE:NAME")
-    given = {"frame_condition": entries.get(f"{name}/frames")}
-    return given | {"label": entries[name].float() if name in entries else label}
+    return _given(entries.get(name), entries.get(f"{name}/frames"), label)
 
 
-def _packed_conditions(clips, name, label):
+def _given(of_clip, of_frames, label):
+    if of_clip is not None and label is not None:
+        raise UserError("--label and --condition exclude each other: the clip has a vector")
+    label = label if of_clip is None else torch.as_tensor(of_clip).float()
+    return {"label": label, "frame_condition": of_frames}
+
+
+def _of_packed(clips, name):
+    """The vector of a clip in a packed folder, and those of its frames; None without them."""
     if name not in clips.names:
         told = f"{len(clips)} clips, such as {clips.names[0]}"
         raise UserError(f"--condition: {clips.path} has {told}; give {clips.path}:NAME")
     clip = clips.names.index(name)
     rows = clips.frame_condition(clip, np.arange(clips.lengths[clip]))
-    given = {"frame_condition": torch.from_numpy(rows) if clips.frame_condition_dim else None}
-    return given | {"label": clips.condition(clip) if clips.num_labels else label}
+    of_frames = torch.from_numpy(rows) if clips.frame_condition_dim else None
+    return clips.condition(clip) if clips.num_labels else None, of_frames
 
 
 def read_training(path):

@@ -91,19 +91,18 @@ def relative_maps(maps):
 
 
 def correlations(clips):
-    """How alike two clips of figure 8 are that share their content, their motion, or neither: mean
-    correlations [2, 3], of their looks (the mean over time), and of their changes (the rest), each
-    less its mean over all clips. clips: uint8 [motions, contents, T, 3, H, W].
+    """How alike clips of figure 8 are: mean correlations [2, 2] of the looks (the mean over time)
+    of two that share their content, or nothing, and of the changes (the rest) of two that share
+    their motion, or nothing; less means over all clips, uint8 [motions, contents, T, 3, H, W].
     """
     motion, content = np.indices(clips.shape[:2]).reshape(2, -1)
-    same_motion, same_content = motion[:, None] == motion, content[:, None] == content
-    pairs = same_content & ~same_motion, same_motion & ~same_content, ~same_motion & ~same_content
+    same = np.stack([content[:, None] == content, motion[:, None] == motion])
     grey = clips.float().mean(dim=3).flatten(0, 1)  # [clips, T, H, W]
     looks, means = grey.mean(dim=1, keepdim=True), []
-    for x in (looks, grey - looks):
+    for x, pairs in ((looks, same[0] & ~same[1]), (grey - looks, same[1] & ~same[0])):
         unit = F.normalize((x - x.mean(dim=0)).flatten(1), dim=1)
         alike = (unit @ unit.t()).numpy()
-        means.append([alike[pair].mean() for pair in pairs])
+        means.append([alike[pairs].mean(), alike[~same.any(axis=0)].mean()])
     return np.array(means)
 
 

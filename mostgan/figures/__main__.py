@@ -61,8 +61,9 @@ def run(
     about = f"""Checkpoint {path.name} (sha256 {sha256_of(path / "model.safetensors")[:12]}):
         {config.resolution}², {config.motion_styles} motion styles of rank {config.rank}, motion
         anchors {config.motion_distance} frames apart. Rendered in float32 from seed {seed} on:
-        clips of {frames} frames, {speed:g} of the dataset's apart. With fewer than two motion
-        styles there are no figures 5 to 7, without stats.jsonl beside a checkpoint no curves."""
+        clips of {frames} frames, {speed:g} of the dataset's apart, label {label}, condition
+        {" ".join(condition) or None}. With fewer than two motion styles there are no figures 5, 6
+        and 7, without stats.jsonl beside a checkpoint no curves."""
     shown = {"step": exact(speed)} | checkpoint.read_conditions(label, condition)
     out.parent.mkdir(parents=True, exist_ok=True)
     with whole_folder(out) as folder:
@@ -92,8 +93,8 @@ def exhibits(generator, run, seed, frames, fps, shown):
             yield drawing.where_styles_act(pictures, layer, second)
     clips = torch.cat([window.cpu() for window in clips], dim=1)
     yield drawing.content_against_motion(clips.unflatten(0, (MOTIONS, CONTENTS)), second)
-    if stats := read_stats(run):
-        yield drawing.course(curves(stats))
+    if "loss_G" in (columns := curves(read_stats(run))):
+        yield drawing.course(columns)
 
 
 def main():

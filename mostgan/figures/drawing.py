@@ -63,8 +63,7 @@ def attention(layers, seconds):
     """Figure 6. layers: what was Seen in a clip, which takes so many seconds."""
     names = [f"{layer.block}² {layer.conv}" for layer in layers]
     means = torch.stack([layer.attention.mean(dim=1) for layer in layers])  # [layers, T, K]
-    K = means.shape[2]
-    figure = canvas(1.2 + 1.05 * len(layers))
+    K, figure = means.shape[2], canvas(1.2 + 1.05 * len(layers))
     axes = figure.subplots(len(layers), 4, sharex=True, sharey=True, squeeze=False)
     place = {"extent": (0, seconds, K - 0.5, -0.5), "aspect": "auto", "interpolation": "nearest"}
     for row, name, mean, layer in zip(axes, names, means, layers):
@@ -166,11 +165,11 @@ def content_against_motion(clips, second):
     beside = [f"{motion}\n{i * second:.2f} s" for motion in motions for i in chosen]
     picture = sheet(of_motions, C, contents, beside)[0]
     video = sheet(tiles.reshape(T, M * C, *tiles.shape[3:]), C, contents, motions, dpi=100)
-    words = f"""Look down a column: the same thing is shown throughout. Look along a row:
-        different things move alike, at the same times and in the same directions. The looks of two
-        clips of one content correlate by {values[0, 0]:.2f}, of clips that share nothing by
-        {values[0, 2]:.2f}; the changes of two clips of one motion by {values[1, 1]:.2f}, of clips
-        that share nothing by {values[1, 2]:.2f}. Looks are a clip's mean over time, in grey, and
+    words = f"""Look down a column: the same thing should be shown throughout. Look along a row:
+        different things should move alike, at the same times and in the same directions. The looks
+        of two clips of one content correlate by {values[0, 0]:.2f}, of clips that share nothing by
+        {values[0, 1]:.2f}; the changes of two clips of one motion by {values[1, 0]:.2f}, of clips
+        that share nothing by {values[1, 1]:.2f}. Looks are a clip's mean over time, in grey, and
         changes what is left without it; both less their mean over all clips."""
     return Exhibit("figure-8", "Figure 8: content against motion", words, [], picture, video)
 
@@ -191,4 +190,6 @@ def course(curves):
         draw apart without end, it wins, and ADA's p should rise. The scores say whether clips get
         better. Computed by train.py: means between two lines of stats.jsonl. Proxy scores are of a
         random network, and good only for comparing runs with one another."""
-    return Exhibit("curves", "The run: losses, scores and ADA's p", words, [], pixels(figure))
+    ends = [curves[name][1, [0, -1]] for names in panels for name in names]
+    tables = [table("of the run", ("first", "last"), sum(panels, []), ends)]
+    return Exhibit("curves", "The run: losses, scores and ADA's p", words, tables, pixels(figure))

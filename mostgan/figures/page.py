@@ -22,9 +22,8 @@ class Exhibit(NamedTuple):
 
 
 STYLE = """
-:root { color-scheme: light dark }
-body { margin: auto; padding: 1rem; max-width: 75rem; font: 1rem/1.5 system-ui, sans-serif;
-  overflow-wrap: anywhere }
+:root { color-scheme: light dark; overflow-wrap: anywhere }
+body { margin: auto; padding: 1rem; max-width: 75rem; font: 1rem/1.5 system-ui, sans-serif }
 figure { display: flex; flex-wrap: wrap; gap: 0 2rem; margin: 0 0 3rem }
 figure > * { flex: 1 1 20rem; min-width: 0 }
 img { display: block; width: 100%; margin-bottom: 1rem }

@@ -103,7 +103,8 @@ def read_stats(run):
     for text in path.read_text(errors="replace").splitlines() if path.exists() else ():
         with suppress(ValueError):
             line = json.loads(text)
-            values = line.values() if isinstance(line, dict) and line.get("frames") else ["none"]
+            is_line = isinstance(line, dict) and line.get("frames") is not None
+            values = line.values() if is_line else ["of no run"]
             if all(value is None or isinstance(value, (int, float)) for value in values):
                 lines.append(line)
     return lines

@@ -24,6 +24,7 @@ from kernels.reference import demodulation as demodulation
 from kernels.reference import lrelu as lrelu
 from kernels.reference import motion_modulation as motion_modulation
 from kernels.reference import normalize as normalize
+from kernels.reference import working_dtype as working_dtype
 
 # Ahead of the ops of the same names: `kernels.mostatt` is to be a function, not a module.
 try:
@@ -82,12 +83,6 @@ def _fir_by_op(x):
     if torch.compiler.is_exporting() or not _HAS_TRITON or _in_transform():
         return False
     return _by_op(x) or (x.is_cpu and torch.compiler.is_compiling())
-
-
-def working_dtype(x):
-    """The dtype in which convolutions of x run: autocast's where it is on, as PyTorch's own."""
-    kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
 def _op(registered):

@@ -28,11 +28,6 @@ def trains(x):
     return torch._C._functorch.maybe_current_level() is None
 
 
-def _working_dtype(x):
-    """The dtype in which convolutions of x run: autocast's where it is on, as PyTorch's own."""
-    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
-
-
 def _pixels(x):
     """Features [N, C, H, W] → [N, H·W, C]: a view of channels-last memory."""
     return x.permute(0, 2, 3, 1).flatten(1, 2)
@@ -148,7 +143,7 @@ class _ConvUp(torch.autograd.Function):
 def conv2d_per_frame(x, weight, up=1):
     if up == 1:
         return reference.conv2d_per_frame(x, weight, up)
-    dtype = _working_dtype(x)
+    dtype = reference.working_dtype(x)
     return _ConvUp.apply(x.to(dtype), weight.to(dtype))
 
 

@@ -32,6 +32,12 @@ def demod_bias_lrelu(x, demod, bias):
     return lrelu(torch.addcmul(bias[:, None, None], x, demod[:, :, None, None]))
 
 
+def working_dtype(x):
+    """The dtype in which convolutions of x run: autocast's where it is on, as PyTorch's own."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
 def fir_filter(x, gain, stride, padding, transposed, bias=None):
     """Filters every channel and keeps every stride-th pixel; or the transpose of that linear map.
     x: [N, C, H, W]; padding: zeros on every side; bias: [C], is added.

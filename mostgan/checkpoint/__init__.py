@@ -298,7 +298,7 @@ def read_conditions(label, words):
         raise UserError(f"--condition {' '.join(words)}: neither a file nor numbers")
     colons = [i for i, letter in enumerate(words[0]) if letter == ":"]
     for end in (*colons, len(words[0])):  # either name may have colons
-        if Path(folder := words[0][:end]).is_dir() and folder:
+        if (folder := words[0][:end]) and Path(folder).is_dir():
             return _given(*_of_packed(Clips(folder), words[0][end + 1 :]), label)
     file, end, name = words[0].partition(".safetensors:")
     entries = read_tensors(Path(file + end.rstrip(":")))

@@ -107,11 +107,10 @@ def correlations(clips):
 
 
 def curves(stats):
-    """What `read_stats` gives → {name: array [2, n] of thousands of frames and values}, NaN where
-    a value was not finite.
-    """
+    """Of `read_stats` → {name: [2, n], thousands of frames and values, NaN if not finite}."""
     columns = {}
     for line in stats:
-        for name, value in line.items():
-            columns.setdefault(name, []).append((line["frames"] / 1000, value))
+        numbers = (name for name in line if isinstance(line[name], int | float | None))
+        for name in numbers:
+            columns.setdefault(name, []).append((line["frames"] / 1000, line[name]))
     return {name: np.array(points, float).T for name, points in columns.items()}

@@ -11,6 +11,7 @@ torchrun --nproc_per_node=8 train.py --dataset sky       # the same run on eight
 import argparse
 import atexit
 import contextlib
+import copy
 import functools
 import gc
 import sys
@@ -31,7 +32,7 @@ from mostgan import augment, distributed, metrics
 from mostgan.checkpoint.training import Saver, State, load_state, start_from
 from mostgan.config import TrainConfig, train_preset
 from mostgan.data import batches
-from mostgan.device import choose_kernels, make_deterministic, pick_device
+from mostgan.device import choose_kernels, make_deterministic, pick_device, side_by_side
 from mostgan.discriminator import Discriminator
 from mostgan.draws import latents_of_piece, random_stream, transforms_of_piece
 from mostgan.loss import (
@@ -157,61 +158,72 @@ def steps(state, config, clips, device, stats, skips, backend="inductor"):
     autocast = functools.partial(
         torch.autocast, device.type, torch.bfloat16, enabled=config.precision == "bf16"
     )
-    pieces, share = own_pieces(config), 1 / config.batch_split
     draw_latents = functools.partial(latents_of_piece, config, clips, device)
     draw_transforms = functools.partial(transforms_of_piece, config, device)
-    with contextlib.closing(open_batches(config, clips, device, state.step)) as data:
-        for batch in data:
-            real, fakes = pieces_of(batch, config), []
+    pieces, share = own_pieces(config), 1 / config.batch_split
+    at_once = len(pieces) if device.type == "cpu" and not config.compile else 1
+    Gs, Ds = (with_twins(network, pieces, at_once > 1) for network in (G, D))
 
-            # The generator makes the discriminator take its clips for real ones, with motion styles
-            # that differ (paper 3.4).
-            total, w_mean = 0.0, 0.0
-            for piece in pieces:
-                rng = random_stream(config.seed, state.step, "G", piece)
-                latents, transforms = draw_latents(rng), draw_transforms(rng, state.ada_p)
-                with autocast():
-                    loss, adversarial, diverse, logits, made, w = of_generator(
-                        G, frozen(D), latents, transforms, config.diversity_weight
-                    )
-                (share * loss).backward(inputs=list(G.parameters()))
-                total = total + share * loss.detach()
-                w_mean = w_mean + share * w.detach().float().mean(dim=0)
-                fakes.append(made._replace(frames=made.frames.detach()))
-                stats.add(loss_G=adversarial, diversity=diverse, D_fake=logits)
-            left_out = optimize(state.adam_G, "G", total, stats, skips, w_mean)
+    # The generator makes the discriminator take its clips for real ones, with motion styles that
+    # differ (paper 3.4).
+    def generator_piece(piece, G, D):
+        rng = random_stream(config.seed, state.step, "G", piece)
+        latents, transforms = draw_latents(rng), draw_transforms(rng, state.ada_p)
+        with autocast():
+            loss, adversarial, diverse, logits, made, w = of_generator(
+                G, frozen(D), latents, transforms, config.diversity_weight
+            )
+        (share * loss).backward(inputs=list(G.parameters()))
+        seen = {"loss_G": adversarial, "diversity": diverse, "D_fake": logits}
+        made = made._replace(frames=made.frames.detach())
+        return seen, share * loss.detach(), share * w.detach().float().mean(dim=0), made
+
+    # The discriminator tells real clips from generated ones: fresh ones, or the generator step's.
+    def discriminator_piece(piece, G, D, real, made):
+        rng = random_stream(config.seed, state.step, "D", piece)
+        with autocast():
+            fake = made if config.shared_fakes else generate(G, draw_latents(rng))
+            transforms = [draw_transforms(rng, state.ada_p) for _ in ("real", "fake")]
+            loss, logits = of_discriminator(D, real, transforms[0], fake, transforms[1])
+        (share * loss).backward(inputs=list(D.parameters()))
+        sign = logits.detach().float().sign().mean()
+        return {"loss_D": loss, "D_real": logits}, share * loss.detach(), share * sign
+
+    # R1, lazily: every r1_interval steps and that many times as strong. In float32, for its
+    # gradients are small (a GPU's convolutions round to tf32, as is PyTorch's default).
+    def r1_piece(piece, D, real):
+        rng = random_stream(config.seed, state.step, "R1", piece)
+        penalty = of_r1(D, real, draw_transforms(rng, state.ada_p))
+        loss = share * config.r1_gamma / 2 * config.r1_interval * penalty
+        loss.backward(inputs=list(D.parameters()))
+        return {"r1": penalty}, loss.detach()
+
+    with (
+        contextlib.closing(open_batches(config, clips, device, state.step)) as data,
+        side_by_side(at_once) as each,
+    ):
+        for batch in data:
+            real = pieces_of(batch, config)
+
+            seen, losses, ws, made = zip(*each(generator_piece, pieces, Gs, Ds))
+            stats.add_pieces(seen)
+            add_gradients(Gs)
+            w_mean = sum(ws)
+            left_out = optimize(state.adam_G, "G", sum(losses), stats, skips, w_mean)
             update_w_avg(G.mapping.w_avg, w_mean, left_out)
 
-            # The discriminator tells real clips from generated ones: fresh ones, or the generator
-            # step's.
-            total, sign = 0.0, 0.0
-            for piece, real_clips, kept in zip(pieces, real, fakes):
-                rng = random_stream(config.seed, state.step, "D", piece)
-                with autocast():
-                    fake_clips = kept if config.shared_fakes else generate(G, draw_latents(rng))
-                    transforms = [draw_transforms(rng, state.ada_p) for _ in ("real", "fake")]
-                    loss, logits = of_discriminator(
-                        D, real_clips, transforms[0], fake_clips, transforms[1]
-                    )
-                (share * loss).backward(inputs=list(D.parameters()))
-                total = total + share * loss.detach()
-                sign = sign + share * logits.detach().float().sign().mean()
-                stats.add(loss_D=loss, D_real=logits)
-            optimize(state.adam_D, "D", total, stats, skips, sign)
+            seen, losses, signs = zip(*each(discriminator_piece, pieces, Gs, Ds, real, made))
+            stats.add_pieces(seen)
+            add_gradients(Ds)
+            sign = sum(signs)
+            optimize(state.adam_D, "D", sum(losses), stats, skips, sign)
             state.ada_sign = state.ada_sign + sign.nan_to_num(0.0)
 
-            # R1, lazily: every r1_interval steps and that many times as strong. In float32, for its
-            # gradients are small (a GPU's convolutions round to tf32, as is PyTorch's default).
             if config.r1_gamma and state.step % config.r1_interval == 0:
-                total = 0.0
-                for piece, real_clips in zip(pieces, real):
-                    rng = random_stream(config.seed, state.step, "R1", piece)
-                    penalty = of_r1(D, real_clips, draw_transforms(rng, state.ada_p))
-                    loss = share * config.r1_gamma / 2 * config.r1_interval * penalty
-                    loss.backward(inputs=list(D.parameters()))
-                    total = total + loss.detach()
-                    stats.add(r1=penalty)
-                optimize(state.adam_D, "R1", total, stats, skips)
+                seen, losses = zip(*each(r1_piece, pieces, Ds, real))
+                stats.add_pieces(seen)
+                add_gradients(Ds)
+                optimize(state.adam_D, "R1", sum(losses), stats, skips)
 
             state.step += 1
             state.frames += config.frames_per_step
@@ -259,6 +271,38 @@ def pieces_of(batch, config):
     whole = Clips(frames, batch.t, label, of_frames)
     parts = [[None] * config.batch_split if of is None else of.split(size) for of in whole]
     return [Clips(frames.flatten(0, 1), *rest) for frames, *rest in zip(*parts)]
+
+
+def tensors_of(network):
+    return [*network.parameters(), *network.buffers()]
+
+
+def with_twins(network, pieces, own):
+    """A network for each piece of the batch: the same one, or where each is to have its `own`, a
+    twin for every piece but the first, in the same memory but with gradients of its own.
+
+    Threads that built graphs on the same parameters would stand still now and then: in PyTorch 2.13
+    one holds a parameter's lock and waits for Python's while another holds that and waits for the
+    first (torch::autograd::impl::grad_accumulator and AutogradMeta::fw_grad).
+    """
+    if not own:
+        return [network for _ in pieces]
+    twins = [copy.deepcopy(network) for _ in pieces[1:]]
+    for twin in twins:
+        for copied, tensor in zip(tensors_of(twin), tensors_of(network)):
+            copied.data = tensor.data
+    return [network, *twins]
+
+
+@torch.no_grad()
+def add_gradients(networks):
+    """Adds the gradients of twins, in their order, to those of the first network."""
+    for twin in networks[1:]:
+        pairs = zip(networks[0].parameters(), twin.parameters())
+        of_both = [(first.grad, other.grad) for first, other in pairs if other.grad is not None]
+        if twin is not networks[0]:
+            torch._foreach_add_(*map(list, zip(*of_both)))
+            twin.zero_grad(set_to_none=True)
 
 
 def make_adam(module, lr, interval):

@@ -206,7 +206,9 @@ class TrainConfig:
     """length of the training, in thousands of real frames"""
     batch_clips: int = 64
     batch_split: int = 4
-    """pieces a batch is computed in, to fit memory; several processes share them"""
+    """pieces a batch is computed in, to fit memory; several processes share them, and on a CPU its
+    cores, side by side
+    """
     generator_lr: float = 0.0025
     discriminator_lr: float = 0.0025
     r1_gamma: float = 10.0
@@ -247,7 +249,7 @@ class TrainConfig:
     """TorchScript file for FVD; default a random network, whose scores are called proxy"""
     precision: str = "bf16"
     """bf16 (autocast with float32 master weights; on a CPU only quick where it has bf16
-    instructions, and there by one thread) or float32 (a GPU's convolutions in tf32)
+    instructions) or float32 (a GPU's convolutions in tf32)
     """
     compile: bool = True
     """torch.compile the G step, the D step and R1; the first step then takes minutes"""
@@ -337,7 +339,7 @@ def train_preset(preset: str, dataset: str) -> TrainConfig:
             dataset,
             augment="none",
             batch_clips=8,
-            batch_split=1,
+            batch_split=2,
             shared_fakes=True,
             generator_lr=0.003,
             discriminator_lr=0.003,
@@ -348,7 +350,7 @@ def train_preset(preset: str, dataset: str) -> TrainConfig:
             total_kframes=30,
             log_kframes=0.48,
             snapshot_kframes=6,
-            # With two threads, bf16's convolutions wait busily for each other.
+            # Not every CPU has bf16, and a run is to be the same on all.
             precision="float32",
             compile=False,
             workers=0,

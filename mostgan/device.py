@@ -53,8 +53,7 @@ def one_core_threads(most=None):
     Gives a function: submit(function, *arguments) → its future. Functions run in inference mode and
     under the caller's autocast. At the end what has not begun is dropped, and no thread is left.
     """
-    before = torch.get_num_threads()
-    count = min(usable_threads(), most or before)
+    count = min(usable_threads(), most or usable_threads())
     dtype, enabled = torch.get_autocast_dtype("cpu"), torch.is_autocast_enabled("cpu")
 
     def run(function, *arguments):
@@ -64,19 +63,42 @@ def one_core_threads(most=None):
         ):
             return function(*arguments)
 
-    pool = ThreadPoolExecutor(count, initializer=_use_one_openmp_thread)
-    try:
+    with _pool(count, 1) as pool:
         yield functools.partial(pool.submit, run)
+
+
+@contextlib.contextmanager
+def side_by_side(at_once):
+    """Gives a `map` of which `at_once` calls run at the same time, in threads that share the cores:
+    with as many as cores, nothing that they compute waits at a barrier. Results come in order.
+    """
+    count = min(usable_threads(), at_once)
+    if count == 1:
+        yield map
+        return
+    with _pool(count, usable_threads() // count) as pool:
+        yield pool.map
+
+
+@contextlib.contextmanager
+def _pool(count, openmp_threads):
+    """A pool of threads, each with so many of OpenMP's. At the end what has not begun is dropped,
+    and no thread is left.
+    """
+    before = torch.get_num_threads()
+    pool = ThreadPoolExecutor(count, initializer=_use_openmp_threads, initargs=(openmp_threads,))
+    try:
+        yield pool
     finally:
         pool.shutdown(cancel_futures=True)
-        # MKL's number of threads is the whole process's: until now it was one.
+        # MKL's number of threads is the whole process's: until now it was one of these.
         torch.set_num_threads(before)
 
 
-def _use_one_openmp_thread():
+def _use_openmp_threads(count):
     # A thread's first question sets its number to the process's, and would undo ours later.
     torch.get_num_threads()
-    torch.set_num_threads(1)
+    torch.set_num_threads(count)
 
 
 def in_order(submit, jobs, ahead):

@@ -37,6 +37,11 @@ class Stats:
         for name, value in values.items():
             self.values.setdefault(name, []).append(value.detach().float().mean())
 
+    def add_pieces(self, pieces):
+        """Dicts of values, one of each piece of a batch."""
+        for values in pieces:
+            self.add(**values)
+
     def add_count(self, **values):
         """Count what every process sees alike."""
         for name, value in values.items():

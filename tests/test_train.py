@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import threading
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from conftest import CPU, MODEL, make_config, options_of, run_program, stats_of
 
 import mostgan
 import train as training
+from mostgan import device
 from mostgan.config import DATASETS, ModelConfig, UserError, train_preset
 from mostgan.data import Clips
 from mostgan.draws import latents_of_piece, random_stream
@@ -81,6 +83,45 @@ def test_batch_split_gives_the_same_gradients(packed):
         of = [p.grad.flatten() for p in state.D.parameters() if p.grad is not None]
         gradients.append(torch.cat(of))
     assert (gradients[0] - gradients[1]).norm() < 1e-5 * gradients[0].norm()
+
+
+@pytest.mark.parametrize("threads", [2, 3, 4])
+def test_pieces_side_by_side_have_the_bits_of_one_after_the_other(packed, monkeypatch, threads):
+    """Whatever the number of threads that share four pieces."""
+    model = dataclasses.replace(MODEL, mbstd_group=1)
+    config = make_config(packed, batch_split=4, model=model)
+
+    def trained(count):
+        monkeypatch.setattr(device, "usable_threads", lambda: count)
+        state, _ = take_steps(config, packed, 4)
+        return [*state.G.parameters(), *state.D.parameters(), *state.ema.buffers()]
+
+    assert all(torch.equal(p, q) for p, q in zip(trained(1), trained(threads)))
+
+
+def test_twins_share_memory_but_no_parameter(packed):
+    """Nothing that two threads' graphs could wait for each other at."""
+    G = training.new_state(make_config(packed), CPU).G
+    first, *twins = training.with_twins(G, range(3), own=True)
+    assert first is G and len(twins) == 2
+    for twin in twins:
+        for mine, other in zip(training.tensors_of(G), training.tensors_of(twin)):
+            assert mine is not other and mine.data_ptr() == other.data_ptr()
+    assert training.with_twins(G, range(2), own=False) == [G, G]
+
+
+def test_pieces_really_run_side_by_side(monkeypatch):
+    """Each of two calls waits for the other, so that one after the other would never end."""
+    monkeypatch.setattr(device, "usable_threads", lambda: 2)
+    both, before = threading.Barrier(2), torch.get_num_threads()
+
+    def call(number):
+        both.wait(timeout=60)
+        return number, torch.get_num_threads()
+
+    with device.side_by_side(2) as each:
+        assert list(each(call, [5, 6])) == [(5, 1), (6, 1)]
+    assert torch.get_num_threads() == before
 
 
 def test_ema_halves_the_distance_in_a_half_life(packed):

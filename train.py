@@ -32,7 +32,13 @@ from mostgan import augment, distributed, metrics
 from mostgan.checkpoint.training import Saver, State, load_state, start_from
 from mostgan.config import TrainConfig, train_preset
 from mostgan.data import batches
-from mostgan.device import choose_kernels, make_deterministic, pick_device, side_by_side
+from mostgan.device import (
+    choose_kernels,
+    make_deterministic,
+    pick_device,
+    side_by_side,
+    usable_threads,
+)
 from mostgan.discriminator import Discriminator
 from mostgan.draws import latents_of_piece, random_stream, transforms_of_piece
 from mostgan.loss import (
@@ -156,17 +162,29 @@ def steps(state, config, clips, device, stats, skips, backend="inductor"):
         map(compiled, functions) if config.compile else functions
     )
     autocast = functools.partial(
-        torch.autocast, device.type, torch.bfloat16, enabled=config.precision == "bf16"
+        torch.autocast,
+        device.type,
+        torch.bfloat16,
+        enabled=config.precision == "bf16",
+        cache_enabled=device.type != "cpu",  # threads share the cache
     )
     draw_latents = functools.partial(latents_of_piece, config, clips, device)
     draw_transforms = functools.partial(transforms_of_piece, config, device)
     pieces, share = own_pieces(config), 1 / config.batch_split
-    at_once = len(pieces) if device.type == "cpu" and not config.compile else 1
-    Gs, Ds = (with_twins(network, pieces, at_once > 1) for network in (G, D))
+    # A GPU, or a compiled step, takes the pieces one after the other. The cores of a CPU take them
+    # side by side, each with a twin of the networks (see twin_of), whose gradients are then added.
+    at_once = min(usable_threads(), len(pieces))
+    if device.type != "cpu" or config.compile:
+        at_once = 1
+    Gs, Ds = (
+        [network, *(twin_of(network) if at_once > 1 else network for _ in pieces[1:])]
+        for network in (G, D)
+    )
 
-    # The generator makes the discriminator take its clips for real ones, with motion styles that
-    # differ (paper 3.4).
     def generator_piece(piece, G, D):
+        """The generator makes the discriminator take its clips for real ones, with motion styles
+        that differ (paper 3.4).
+        """
         rng = random_stream(config.seed, state.step, "G", piece)
         latents, transforms = draw_latents(rng), draw_transforms(rng, state.ada_p)
         with autocast():
@@ -178,8 +196,10 @@ def steps(state, config, clips, device, stats, skips, backend="inductor"):
         made = made._replace(frames=made.frames.detach())
         return seen, share * loss.detach(), share * w.detach().float().mean(dim=0), made
 
-    # The discriminator tells real clips from generated ones: fresh ones, or the generator step's.
     def discriminator_piece(piece, G, D, real, made):
+        """The discriminator tells real clips from generated ones: fresh ones, or those that the
+        generator step made.
+        """
         rng = random_stream(config.seed, state.step, "D", piece)
         with autocast():
             fake = made if config.shared_fakes else generate(G, draw_latents(rng))
@@ -189,40 +209,46 @@ def steps(state, config, clips, device, stats, skips, backend="inductor"):
         sign = logits.detach().float().sign().mean()
         return {"loss_D": loss, "D_real": logits}, share * loss.detach(), share * sign
 
-    # R1, lazily: every r1_interval steps and that many times as strong. In float32, for its
-    # gradients are small (a GPU's convolutions round to tf32, as is PyTorch's default).
     def r1_piece(piece, D, real):
+        """R1, lazily: every r1_interval steps and that many times as strong. In float32, for its
+        gradients are small (a GPU's convolutions round to tf32, as is PyTorch's default).
+        """
         rng = random_stream(config.seed, state.step, "R1", piece)
         penalty = of_r1(D, real, draw_transforms(rng, state.ada_p))
         loss = share * config.r1_gamma / 2 * config.r1_interval * penalty
         loss.backward(inputs=list(D.parameters()))
         return {"r1": penalty}, loss.detach()
 
+    def of_batch(function, trained, *inputs):
+        """A phase on every piece: adds their gradients in trained[0], notes what they show, and
+        returns the rest of their results, each as a tuple of the pieces'.
+        """
+        results = []
+        for seen, *result in map_pieces(function, pieces, *inputs):
+            stats.add(**seen)
+            results.append(result)
+        add_gradients(trained)
+        return zip(*results)
+
     with (
         contextlib.closing(open_batches(config, clips, device, state.step)) as data,
-        side_by_side(at_once) as each,
+        side_by_side(at_once) as map_pieces,
     ):
         for batch in data:
-            real = pieces_of(batch, config)
+            real, made = pieces_of(batch, config), None
 
-            seen, losses, ws, made = zip(*each(generator_piece, pieces, Gs, Ds))
-            stats.add_pieces(seen)
-            add_gradients(Gs)
+            losses, ws, made = of_batch(generator_piece, Gs, Gs, Ds)
             w_mean = sum(ws)
             left_out = optimize(state.adam_G, "G", sum(losses), stats, skips, w_mean)
             update_w_avg(G.mapping.w_avg, w_mean, left_out)
 
-            seen, losses, signs = zip(*each(discriminator_piece, pieces, Gs, Ds, real, made))
-            stats.add_pieces(seen)
-            add_gradients(Ds)
+            losses, signs = of_batch(discriminator_piece, Ds, Gs, Ds, real, made)
             sign = sum(signs)
             optimize(state.adam_D, "D", sum(losses), stats, skips, sign)
             state.ada_sign = state.ada_sign + sign.nan_to_num(0.0)
 
             if config.r1_gamma and state.step % config.r1_interval == 0:
-                seen, losses = zip(*each(r1_piece, pieces, Ds, real))
-                stats.add_pieces(seen)
-                add_gradients(Ds)
+                (losses,) = of_batch(r1_piece, Ds, Ds, real)
                 optimize(state.adam_D, "R1", sum(losses), stats, skips)
 
             state.step += 1
@@ -273,36 +299,30 @@ def pieces_of(batch, config):
     return [Clips(frames.flatten(0, 1), *rest) for frames, *rest in zip(*parts)]
 
 
-def tensors_of(network):
-    return [*network.parameters(), *network.buffers()]
+def twin_of(network):
+    """The network once more, in the same memory, with parameters and gradients of its own; for as
+    long as nobody gives the parameters other memory.
 
-
-def with_twins(network, pieces, own):
-    """A network for each piece of the batch: the same one, or where each is to have its `own`, a
-    twin for every piece but the first, in the same memory but with gradients of its own.
-
-    Threads that built graphs on the same parameters would stand still now and then: in PyTorch 2.13
-    one holds a parameter's lock and waits for Python's while another holds that and waits for the
-    first (torch::autograd::impl::grad_accumulator and AutogradMeta::fw_grad).
+    Threads that build graphs on the same parameters stand still now and then: in PyTorch 2.13 one
+    holds a parameter's lock and waits for Python's, while another holds that and waits for the
+    first (torch::autograd::impl::grad_accumulator, AutogradMeta::fw_grad).
     """
-    if not own:
-        return [network for _ in pieces]
-    twins = [copy.deepcopy(network) for _ in pieces[1:]]
-    for twin in twins:
-        for copied, tensor in zip(tensors_of(twin), tensors_of(network)):
-            copied.data = tensor.data
-    return [network, *twins]
+    same_memory = {id(p): torch.nn.Parameter(p.detach()) for p in network.parameters()}
+    same_memory |= {id(buffer): buffer.detach() for buffer in network.buffers()}
+    return copy.deepcopy(network, same_memory)
 
 
 @torch.no_grad()
 def add_gradients(networks):
     """Adds the gradients of twins, in their order, to those of the first network."""
-    for twin in networks[1:]:
-        pairs = zip(networks[0].parameters(), twin.parameters())
-        of_both = [(first.grad, other.grad) for first, other in pairs if other.grad is not None]
-        if twin is not networks[0]:
-            torch._foreach_add_(*map(list, zip(*of_both)))
-            twin.zero_grad(set_to_none=True)
+    first, *others = networks
+    for twin in others:
+        if twin is first:  # its pieces' gradients have added up by themselves
+            continue
+        pairs = zip(first.parameters(), twin.parameters())
+        pairs = [(mine.grad, other.grad) for mine, other in pairs if other.grad is not None]
+        torch._foreach_add_([mine for mine, _ in pairs], [other for _, other in pairs])
+        twin.zero_grad(set_to_none=True)
 
 
 def make_adam(module, lr, interval):

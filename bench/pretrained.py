@@ -32,7 +32,10 @@ from mostgan.program import run_program  # noqa: E402
 from mostgan.progress import read_stats  # noqa: E402
 
 CLIPS = 512  # more than `--dataset sky` makes: D sees each of them some two hundred times
-TRAINING = "--preset tiny --dataset sky --motion-distance 32 --precision bf16 --snapshot-kframes 10"
+TRAINING = (
+    "--preset tiny --dataset sky --motion-distance 32 --precision bf16 --snapshot-kframes 10 "
+    "--batch-split 1"
+)
 # Up to how many thousand frames a stage goes, and what it changes. The preset's rates and γ make
 # pictures soon; a weaker R1 then sharpens them, twice, and lower rates let them settle. The odd
 # numbers are those of a run that was steered by its pictures, which this repeats. From the third

@@ -16,10 +16,14 @@ if sys.platform == "win32":
     print("error: MoStGAN-V runs on Linux and macOS; on Windows, run it in WSL", file=sys.stderr)
     sys.exit(2)
 
-# OpenMP reads it when PyTorch is loaded: what imports that before this package goes without. Its
-# threads sleep at a barrier: waiting busily they take the cores from the one that all wait for,
-# wherever other processes are busy.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# OpenMP reads these when PyTorch is loaded: what imports that before this package goes without. Its
+# threads wait busily at a barrier for a moment, and then sleep. Without the sleep they take the
+# cores from the one that all wait for, wherever other processes are busy; without that moment a
+# training step whose every operation two threads share takes a third longer. Only GNU's library
+# knows it, which PyTorch's packages bring.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ["OMP_WAIT_POLICY"] = "passive"
+    os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 from mostgan.config import ModelConfig, TrainConfig, UserError  # noqa: E402
 

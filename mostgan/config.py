@@ -206,8 +206,8 @@ class TrainConfig:
     """length of the training, in thousands of real frames"""
     batch_clips: int = 64
     batch_split: int = 4
-    """pieces a batch is computed in, to fit memory; several processes share them, and on a CPU its
-    cores, side by side
+    """pieces a batch is computed in, to fit memory; several processes share them, and on a CPU,
+    eagerly, as many run at once as cores
     """
     generator_lr: float = 0.0025
     discriminator_lr: float = 0.0025
@@ -296,7 +296,7 @@ class TrainConfig:
         if piece % min(group, piece):
             raise UserError(
                 f"a piece of the batch has {piece} clips (batch_clips / batch_split), but must "
-                f"have a multiple of mbstd_group {group}"
+                f"have a multiple of mbstd_group {group}: choose another batch_clips or batch_split"
             )
         check_one_of(self, "augment", "bgc", "bgc_noro", "easy", "none")
         check_one_of(self, "precision", "bf16", "float32")
@@ -339,7 +339,7 @@ def train_preset(preset: str, dataset: str) -> TrainConfig:
             dataset,
             augment="none",
             batch_clips=8,
-            batch_split=2,
+            batch_split=2,  # a piece for each of two cores
             shared_fakes=True,
             generator_lr=0.003,
             discriminator_lr=0.003,
@@ -350,7 +350,7 @@ def train_preset(preset: str, dataset: str) -> TrainConfig:
             total_kframes=30,
             log_kframes=0.48,
             snapshot_kframes=6,
-            # Not every CPU has bf16, and a run is to be the same on all.
+            # Not every CPU is quick in bf16.
             precision="float32",
             compile=False,
             workers=0,

@@ -53,7 +53,7 @@ def one_core_threads(most=None):
     Gives a function: submit(function, *arguments) → its future. Functions run in inference mode and
     under the caller's autocast. At the end what has not begun is dropped, and no thread is left.
     """
-    count = min(usable_threads(), most or usable_threads())
+    count = min(usable_threads(), most) if most else usable_threads()
     dtype, enabled = torch.get_autocast_dtype("cpu"), torch.is_autocast_enabled("cpu")
 
     def run(function, *arguments):
@@ -69,14 +69,14 @@ def one_core_threads(most=None):
 
 @contextlib.contextmanager
 def side_by_side(at_once):
-    """Gives a `map` of which `at_once` calls run at the same time, in threads that share the cores:
-    with as many as cores, nothing that they compute waits at a barrier. Results come in order.
+    """Gives a `map` of which `at_once` calls run at the same time, each in a thread with its share
+    of the cores: with as many as cores, nothing that they compute waits at a barrier. Results come
+    in order.
     """
-    count = min(usable_threads(), at_once)
-    if count == 1:
+    if at_once == 1:
         yield map
         return
-    with _pool(count, usable_threads() // count) as pool:
+    with _pool(at_once, usable_threads() // at_once) as pool:
         yield pool.map
 
 
@@ -91,7 +91,7 @@ def _pool(count, openmp_threads):
         yield pool
     finally:
         pool.shutdown(cancel_futures=True)
-        # MKL's number of threads is the whole process's: until now it was one of these.
+        # What threads start with is the whole process's, and until now it was theirs.
         torch.set_num_threads(before)
 
 

@@ -37,11 +37,6 @@ class Stats:
         for name, value in values.items():
             self.values.setdefault(name, []).append(value.detach().float().mean())
 
-    def add_pieces(self, pieces):
-        """Dicts of values, one of each piece of a batch."""
-        for values in pieces:
-            self.add(**values)
-
     def add_count(self, **values):
         """Count what every process sees alike."""
         for name, value in values.items():
@@ -257,9 +252,9 @@ def print_start(config, clips, run, device, state):
         f"{config.model.frames_per_clip}"
     )
     if config.preset == "tiny":
-        # Measured on two cores: from 91 frames a second with AVX-512 to 25 without.
+        # Measured on two cores: from 91 frames a second with AVX-512 to 36 without.
         left = config.total_kframes - state.frames / 1000
-        minutes = f"{left / 5.1:.0f} to {left / 1.5:.0f}" if left > 5 else "less than two"
+        minutes = f"{left / 5.1:.0f} to {left / 2.15:.0f}" if left > 5 else "less than two"
         distributed.say(
             f"the tiny preset takes {minutes} minutes for this on two cores; Ctrl-C saves and stops"
         )

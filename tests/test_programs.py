@@ -94,13 +94,19 @@ def test_windows_is_told_of_wsl():
     assert done.returncode == 2 and "WSL" in done.stderr and done.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize("chosen, expected", [(None, "passive"), ("active", "active")])
-def test_threads_sleep_at_barriers_unless_the_environment_says_else(chosen, expected, monkeypatch):
-    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
-    if chosen:
-        monkeypatch.setenv("OMP_WAIT_POLICY", chosen)
-    script = "import os, mostgan; print(os.environ['OMP_WAIT_POLICY'])"
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True)
+@pytest.mark.parametrize(
+    "chosen, expected",
+    [
+        ({}, "passive 3000"),
+        ({"OMP_WAIT_POLICY": "active"}, "active None"),
+        ({"GOMP_SPINCOUNT": "7"}, "passive 7"),
+    ],
+)
+def test_threads_wait_a_moment_unless_the_environment_says_how(chosen, expected):
+    names = "OMP_WAIT_POLICY", "GOMP_SPINCOUNT"
+    env = {name: value for name, value in os.environ.items() if name not in names} | chosen
+    script = f"import os, mostgan; print(*map(os.environ.get, {names}))"
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=env, capture_output=True)
     assert done.stdout.decode().strip() == expected
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -85,43 +86,72 @@ def test_batch_split_gives_the_same_gradients(packed):
     assert (gradients[0] - gradients[1]).norm() < 1e-5 * gradients[0].norm()
 
 
+def use_threads(monkeypatch, count):
+    for module in (training, device):
+        monkeypatch.setattr(module, "usable_threads", lambda: count)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
 @pytest.mark.parametrize("threads", [2, 3, 4])
-def test_pieces_side_by_side_have_the_bits_of_one_after_the_other(packed, monkeypatch, threads):
-    """Whatever the number of threads that share four pieces."""
+def test_pieces_side_by_side_have_the_bits_of_one_after_the_other(
+    packed, monkeypatch, threads, precision
+):
     model = dataclasses.replace(MODEL, mbstd_group=1)
-    config = make_config(packed, batch_split=4, model=model)
+    config = make_config(packed, batch_split=4, model=model, precision=precision)
+    objective = training.generator_objective
 
     def trained(count):
-        monkeypatch.setattr(device, "usable_threads", lambda: count)
+        use_threads(monkeypatch, count)
+        at_work = set()
+        monkeypatch.setattr(
+            training,
+            "generator_objective",
+            lambda *args: at_work.add(threading.current_thread()) or objective(*args),
+        )
         state, _ = take_steps(config, packed, 4)
+        assert (threading.main_thread() in at_work) == (count == 1)
         return [*state.G.parameters(), *state.D.parameters(), *state.ema.buffers()]
 
     assert all(torch.equal(p, q) for p, q in zip(trained(1), trained(threads)))
 
 
-def test_twins_share_memory_but_no_parameter(packed):
+def test_a_piece_that_fails_ends_training_and_its_threads(packed, monkeypatch):
+    use_threads(monkeypatch, 2)
+
+    def fails(*args):
+        raise RuntimeError("no more of this")
+
+    monkeypatch.setattr(training, "r1_objective", fails)
+    before = threading.active_count()
+    with pytest.raises(RuntimeError, match="no more of this"):
+        take_steps(make_config(packed), packed, 1)
+    assert threading.active_count() == before
+
+
+def test_a_twin_shares_memory_but_no_parameter(packed):
     """Nothing that two threads' graphs could wait for each other at."""
     G = training.new_state(make_config(packed), CPU).G
-    first, *twins = training.with_twins(G, range(3), own=True)
-    assert first is G and len(twins) == 2
-    for twin in twins:
-        for mine, other in zip(training.tensors_of(G), training.tensors_of(twin)):
-            assert mine is not other and mine.data_ptr() == other.data_ptr()
-    assert training.with_twins(G, range(2), own=False) == [G, G]
+    twin = training.twin_of(G)
+    pairs = list(zip(G.state_dict(keep_vars=True).items(), twin.state_dict(keep_vars=True).items()))
+    assert len(pairs) > 50
+    for (name, mine), (same_name, other) in pairs:
+        assert name == same_name and mine is not other and mine.data_ptr() == other.data_ptr()
+        assert mine.requires_grad == other.requires_grad
 
 
-def test_pieces_really_run_side_by_side(monkeypatch):
+def test_calls_really_run_side_by_side(monkeypatch):
     """Each of two calls waits for the other, so that one after the other would never end."""
-    monkeypatch.setattr(device, "usable_threads", lambda: 2)
+    use_threads(monkeypatch, 4)
     both, before = threading.Barrier(2), torch.get_num_threads()
 
     def call(number):
         both.wait(timeout=60)
         return number, torch.get_num_threads()
 
-    with device.side_by_side(2) as each:
-        assert list(each(call, [5, 6])) == [(5, 1), (6, 1)]
-    assert torch.get_num_threads() == before
+    with device.side_by_side(2) as map_pieces:
+        assert list(map_pieces(call, [5, 6])) == [(5, 2), (6, 2)]  # two of four cores each
+    with ThreadPoolExecutor(1) as later:
+        assert later.submit(torch.get_num_threads).result() == before
 
 
 def test_ema_halves_the_distance_in_a_half_life(packed):

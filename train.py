@@ -11,7 +11,6 @@ torchrun --nproc_per_node=8 train.py --dataset sky       # the same run on eight
 import argparse
 import atexit
 import contextlib
-import copy
 import functools
 import gc
 import sys
@@ -32,17 +31,10 @@ from mostgan import augment, distributed, metrics
 from mostgan.checkpoint.training import Saver, State, load_state, start_from
 from mostgan.config import TrainConfig, train_preset
 from mostgan.data import batches
-from mostgan.device import (
-    choose_kernels,
-    make_deterministic,
-    pick_device,
-    side_by_side,
-    usable_threads,
-)
+from mostgan.device import choose_kernels, make_deterministic, pick_device
 from mostgan.discriminator import Discriminator
 from mostgan.draws import latents_of_piece, random_stream, transforms_of_piece
 from mostgan.loss import (
-    Clips,
     discriminator_objective,
     frozen,
     generated,
@@ -50,6 +42,7 @@ from mostgan.loss import (
     r1_objective,
 )
 from mostgan.model import Generator
+from mostgan.pieces import each_piece, pieces_of
 from mostgan.prepare import open_data
 from mostgan.program import need, run_program
 from mostgan.progress import (
@@ -170,16 +163,7 @@ def steps(state, config, clips, device, stats, skips, backend="inductor"):
     )
     draw_latents = functools.partial(latents_of_piece, config, clips, device)
     draw_transforms = functools.partial(transforms_of_piece, config, device)
-    pieces, share = own_pieces(config), 1 / config.batch_split
-    # A GPU, or a compiled step, takes the pieces one after the other. The cores of a CPU take them
-    # side by side, each with a twin of the networks (see twin_of), whose gradients are then added.
-    at_once = min(usable_threads(), len(pieces))
-    if device.type != "cpu" or config.compile:
-        at_once = 1
-    Gs, Ds = (
-        [network, *(twin_of(network) if at_once > 1 else network for _ in pieces[1:])]
-        for network in (G, D)
-    )
+    share = 1 / config.batch_split  # of a piece in the batch's losses and means
 
     def generator_piece(piece, G, D):
         """The generator makes the discriminator take its clips for real ones, with motion styles
@@ -209,7 +193,7 @@ def steps(state, config, clips, device, stats, skips, backend="inductor"):
         sign = logits.detach().float().sign().mean()
         return {"loss_D": loss, "D_real": logits}, share * loss.detach(), share * sign
 
-    def r1_piece(piece, D, real):
+    def r1_piece(piece, G, D, real):
         """R1, lazily: every r1_interval steps and that many times as strong. In float32, for its
         gradients are small (a GPU's convolutions round to tf32, as is PyTorch's default).
         """
@@ -219,36 +203,25 @@ def steps(state, config, clips, device, stats, skips, backend="inductor"):
         loss.backward(inputs=list(D.parameters()))
         return {"r1": penalty}, loss.detach()
 
-    def of_batch(function, trained, *inputs):
-        """A phase on every piece: adds their gradients in trained[0], notes what they show, and
-        returns the rest of their results, each as a tuple of the pieces'.
-        """
-        results = []
-        for seen, *result in map_pieces(function, pieces, *inputs):
-            stats.add(**seen)
-            results.append(result)
-        add_gradients(trained)
-        return zip(*results)
-
     with (
         contextlib.closing(open_batches(config, clips, device, state.step)) as data,
-        side_by_side(at_once) as map_pieces,
+        each_piece(config, device, (G, D), stats) as on_pieces,
     ):
         for batch in data:
             real, made = pieces_of(batch, config), None
 
-            losses, ws, made = of_batch(generator_piece, Gs, Gs, Ds)
+            losses, ws, made = on_pieces(generator_piece)
             w_mean = sum(ws)
             left_out = optimize(state.adam_G, "G", sum(losses), stats, skips, w_mean)
             update_w_avg(G.mapping.w_avg, w_mean, left_out)
 
-            losses, signs = of_batch(discriminator_piece, Ds, Gs, Ds, real, made)
+            losses, signs = on_pieces(discriminator_piece, real, made)
             sign = sum(signs)
             optimize(state.adam_D, "D", sum(losses), stats, skips, sign)
             state.ada_sign = state.ada_sign + sign.nan_to_num(0.0)
 
             if config.r1_gamma and state.step % config.r1_interval == 0:
-                (losses,) = of_batch(r1_piece, Ds, Ds, real)
+                (losses,) = on_pieces(r1_piece, real)
                 optimize(state.adam_D, "R1", sum(losses), stats, skips)
 
             state.step += 1
@@ -280,49 +253,6 @@ def open_batches(config, clips, device, step):
         rank=rank,
         world=world,
     )
-
-
-def own_pieces(config):
-    """The pieces of the batch that are this process's, by number in the whole batch."""
-    count = config.batch_split // distributed.size()
-    return range(distributed.rank() * count, (distributed.rank() + 1) * count)
-
-
-def pieces_of(batch, config):
-    """This process's share of a batch of real clips, in pieces: a list of Clips."""
-    frames, model = batch.frames.float() / 127.5 - 1, config.model
-    size = config.batch_clips // config.batch_split
-    label = batch.label if model.num_labels else None
-    of_frames = batch.frame_condition if model.frame_condition_dim else None
-    whole = Clips(frames, batch.t, label, of_frames)
-    parts = [[None] * config.batch_split if of is None else of.split(size) for of in whole]
-    return [Clips(frames.flatten(0, 1), *rest) for frames, *rest in zip(*parts)]
-
-
-def twin_of(network):
-    """The network once more, in the same memory, with parameters and gradients of its own; for as
-    long as nobody gives the parameters other memory.
-
-    Threads that build graphs on the same parameters stand still now and then: in PyTorch 2.13 one
-    holds a parameter's lock and waits for Python's, while another holds that and waits for the
-    first (torch::autograd::impl::grad_accumulator, AutogradMeta::fw_grad).
-    """
-    same_memory = {id(p): torch.nn.Parameter(p.detach()) for p in network.parameters()}
-    same_memory |= {id(buffer): buffer.detach() for buffer in network.buffers()}
-    return copy.deepcopy(network, same_memory)
-
-
-@torch.no_grad()
-def add_gradients(networks):
-    """Adds the gradients of twins, in their order, to those of the first network."""
-    first, *others = networks
-    for twin in others:
-        if twin is first:  # its pieces' gradients have added up by themselves
-            continue
-        pairs = zip(first.parameters(), twin.parameters())
-        pairs = [(mine.grad, other.grad) for mine, other in pairs if other.grad is not None]
-        torch._foreach_add_([mine for mine, _ in pairs], [other for _, other in pairs])
-        twin.zero_grad(set_to_none=True)
 
 
 def make_adam(module, lr, interval):

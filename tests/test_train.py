@@ -12,7 +12,7 @@ from conftest import CPU, MODEL, make_config, options_of, run_program, stats_of
 
 import mostgan
 import train as training
-from mostgan import device
+from mostgan import device, pieces
 from mostgan.config import DATASETS, ModelConfig, UserError, train_preset
 from mostgan.data import Clips
 from mostgan.draws import latents_of_piece, random_stream
@@ -87,7 +87,7 @@ def test_batch_split_gives_the_same_gradients(packed):
 
 
 def use_threads(monkeypatch, count):
-    for module in (training, device):
+    for module in (pieces, device):
         monkeypatch.setattr(module, "usable_threads", lambda: count)
 
 
@@ -131,7 +131,7 @@ def test_a_piece_that_fails_ends_training_and_its_threads(packed, monkeypatch):
 def test_a_twin_shares_memory_but_no_parameter(packed):
     """Nothing that two threads' graphs could wait for each other at."""
     G = training.new_state(make_config(packed), CPU).G
-    twin = training.twin_of(G)
+    twin = pieces.twin_of(G)
     pairs = list(zip(G.state_dict(keep_vars=True).items(), twin.state_dict(keep_vars=True).items()))
     assert len(pairs) > 50
     for (name, mine), (same_name, other) in pairs:

@@ -258,6 +258,22 @@ def test_the_number_of_rows_is_checked_in_films_that_are_cut(src):
             pack(src, changed(film__frames=counted(44)), **options)
 
 
+def test_a_film_that_is_cut_off_keeps_the_rows_of_what_is_left(src):
+    """One film of many that was not downloaded to its end must not end the rest."""
+    made.write_video(src / "film.mkv", made.numbered(40, 16, 16), options={"g": "1"})
+    (src / "film.mp4").unlink()
+    whole = (src / "film.mkv").read_bytes()
+    (src / "film.mkv").write_bytes(whole[: len(whole) * 6 // 10])
+    index, clips = pack(src, ENTRIES)
+    assert made.notes_on(index, "damaged", "film.mkv")
+    length = clips.lengths[clips.names.index("film.mkv")]
+    assert 10 < length < 40
+    rows = clips.frame_condition(clips.names.index("film.mkv"), np.arange(length))
+    assert np.array_equal(rows, counted(length))
+    with pytest.raises(UserError, match="5 rows, but film.mkv has"):  # too few all the same
+        pack(src, changed(film__frames=counted(5)), "other")
+
+
 def test_what_is_no_file_of_conditions(src):
     (src.parent / "c.safetensors").write_text("film,1\n" * 9)
     for path in ("c.safetensors", "nothing", "src"):

@@ -80,7 +80,8 @@ class Conditions:
 
     def place(self, source, rows, settings):
         """Tells each row, a clip of this source, its entry, and how far apart its frames lie in it.
-        Raises UserError where the entry is of another number of frames.
+        Raises UserError where the entry is of another number of frames, unless the source is
+        damaged and has fewer.
         """
         if not rows:
             return
@@ -97,7 +98,8 @@ class Conditions:
             ends = math.ceil((count / rate - ROUNDING) * fps)
             spare = MIN_FRAMES if settings.clip_length else 1
             has = count if 0 <= ends - end < spare else round(end * rate / fps)
-        if count != has:
+        cut_off = count > has and any(row["damaged"] for row in rows)  # what is left is in time
+        if count != has and not cut_off:
             key, name = printable(source.condition + OF_FRAMES), printable(source.name)
             raise UserError(
                 f"{self.told}: {key} has {count} rows, but {name} has {has} frames, at its usual "

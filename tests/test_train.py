@@ -91,8 +91,7 @@ def use_threads(monkeypatch, count):
         monkeypatch.setattr(module, "usable_threads", lambda: count)
 
 
-@pytest.mark.parametrize("precision", ["float32", "bf16"])
-@pytest.mark.parametrize("threads", [2, 3, 4])
+@pytest.mark.parametrize("threads, precision", [(2, "float32"), (3, "bf16"), (4, "float32")])
 def test_pieces_side_by_side_have_the_bits_of_one_after_the_other(
     packed, monkeypatch, threads, precision
 ):

@@ -35,7 +35,7 @@ from mostgan.config import UserError
 from mostgan.device import choose_kernels, has_bf16, peak_memory_mb, pick_device, to_host
 from mostgan.files import sha256_of
 from mostgan.program import run_program
-from mostgan.rendering import exact, loop_step, render
+from mostgan.rendering import exact, loop_step, read_conditions, render
 from mostgan.video import VideoWriter, grid
 
 DEFAULT_FPS = 25.0  # of a checkpoint that does not know its data's
@@ -227,7 +227,7 @@ def what_clips_show(options, rows, columns, rate):
         seed=content,
         clips=rows * columns,
         motion_seed=motion,
-        **checkpoint.read_conditions(options.label, options.condition),
+        **read_conditions(options.label, options.condition),
         psi=options.psi,
         content_frames=exact(options.content_seconds) * exact(rate),
         style_gain=parse_gains(options.motion_style),

@@ -114,7 +114,7 @@ class MotionCodes(nn.Module):
         """Noise rows [G, J, C] → codes u, float64 [G, J − 20, C]: unpadded convolutions, leaky ReLU
         without gain.
 
-        As a matrix product of the windows: PyTorch's own convolution in float64 takes twice as long.
+        As matrix products of windows: PyTorch's convolution in float64 takes twice as long.
         """
         u = noise.double()
         for weight, bias in ((self.conv0, self.conv0_bias), (self.conv1, self.conv1_bias)):

@@ -6,16 +6,20 @@ content is fixed or a function of t too. So any stretch of it can be rendered al
 backwards or in a circle.
 """
 
+import contextlib
 import itertools
 import math
 from fractions import Fraction
 from numbers import Integral
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
+from mostgan.checkpoint import read_tensors
 from mostgan.config import UserError
+from mostgan.data import Clips
 from mostgan.device import in_order, memory_bytes, one_core_threads
 from mostgan.motion import condition_at, content_latent, motion_noise
 
@@ -277,6 +281,52 @@ def clip_seeds(seed, motion_seed, clips):
         if not 0 <= s < 2**63:
             raise UserError(f"seed {s}: a seed must be 0 or more, and less than 2⁶³")
     return seeds, motion_seeds
+
+
+def read_conditions(label, words):
+    """--label and --condition of a program → the conditions that `render` takes, a dict.
+
+    label: a class, or None; words: FOLDER:NAME, the conditions of clip NAME of a packed folder, at
+    its frames; or FILE:NAME, those in a file as prepare takes it (of one clip: FILE), a row for
+    each frame; or the numbers of a clip's vector, or nothing. UserError if they are none of these.
+    """
+    if not words:
+        return {"label": label}
+    with contextlib.suppress(ValueError):
+        return {"label": [float(number) for number in words]}
+    if len(words) > 1 or not words[0]:
+        raise UserError(f"--condition {' '.join(words)}: neither a file nor numbers")
+    colons = [i for i, letter in enumerate(words[0]) if letter == ":"]
+    for end in (*colons, len(words[0])):  # either name may have colons
+        if (folder := words[0][:end]) and Path(folder).is_dir():
+            return _given(*_of_packed(Clips(folder), words[0][end + 1 :]), label)
+    file, end, name = words[0].partition(".safetensors:")
+    entries = read_tensors(Path(file + end.rstrip(":")))
+    names = sorted({key.removesuffix("/frames") for key in entries})
+    if not name and len(names) == 1:
+        (name,) = names
+    if name not in names:
+        told = f"{len(names)} clips, such as {names[0]}" if names else "no conditions"
+        raise UserError(f"--condition {words[0]}: the file has {told}; give FILE:NAME")
+    return _given(entries.get(name), entries.get(f"{name}/frames"), label)
+
+
+def _given(of_clip, of_frames, label):
+    if of_clip is not None and label is not None:
+        raise UserError("--label and --condition exclude each other: the clip has a vector")
+    label = label if of_clip is None else torch.as_tensor(of_clip).float()
+    return {"label": label, "frame_condition": of_frames}
+
+
+def _of_packed(clips, name):
+    """The vector of a clip in a packed folder, and those of its frames; None without them."""
+    if name not in clips.names:
+        told = f"{len(clips)} clips, such as {clips.names[0]}"
+        raise UserError(f"--condition: {clips.path} has {told}; give {clips.path}:NAME")
+    clip = clips.names.index(name)
+    rows = clips.frame_condition(clip, np.arange(clips.lengths[clip]))
+    of_frames = torch.from_numpy(rows) if clips.frame_condition_dim else None
+    return clips.condition(clip) if clips.num_labels else None, of_frames
 
 
 def conditions(config, label, clips, device):

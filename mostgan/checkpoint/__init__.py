@@ -9,7 +9,6 @@ for, discriminator.safetensors, last_generator.safetensors (not averaged) and
 class_means.safetensors.
 """
 
-import contextlib
 import dataclasses
 import json
 import math
@@ -20,13 +19,10 @@ import uuid
 from importlib import import_module
 from pathlib import Path
 
-import numpy as np
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from mostgan.config import ModelConfig, UserError
-from mostgan.data import Clips
 from mostgan.discriminator import Discriminator
 from mostgan.files import read_json, sha256_of, write_whole
 from mostgan.model import Generator
@@ -37,7 +33,6 @@ __all__ = [
     "load",
     "load_discriminator",
     "load_state",
-    "read_conditions",
     "read_tensors",
     "read_training",
     "save",
@@ -281,52 +276,6 @@ def read_tensors(path):
         return load_file(path)
     except (OSError, SafetensorError) as error:
         raise UserError(f"cannot read {path}: {error}") from None
-
-
-def read_conditions(label, words):
-    """--label and --condition of a program → the conditions that `render` takes, a dict.
-
-    label: a class, or None; words: FOLDER:NAME, the conditions of clip NAME of a packed folder, at
-    its frames; or FILE:NAME, those in a file as prepare takes it (of one clip: FILE), a row for
-    each frame; or the numbers of a clip's vector, or nothing. UserError if they are none of these.
-    """
-    if not words:
-        return {"label": label}
-    with contextlib.suppress(ValueError):
-        return {"label": [float(number) for number in words]}
-    if len(words) > 1 or not words[0]:
-        raise UserError(f"--condition {' '.join(words)}: neither a file nor numbers")
-    colons = [i for i, letter in enumerate(words[0]) if letter == ":"]
-    for end in (*colons, len(words[0])):  # either name may have colons
-        if (folder := words[0][:end]) and Path(folder).is_dir():
-            return _given(*_of_packed(Clips(folder), words[0][end + 1 :]), label)
-    file, end, name = words[0].partition(".safetensors:")
-    entries = read_tensors(Path(file + end.rstrip(":")))
-    names = sorted({key.removesuffix("/frames") for key in entries})
-    if not name and len(names) == 1:
-        (name,) = names
-    if name not in names:
-        told = f"{len(names)} clips, such as {names[0]}" if names else "no conditions"
-        raise UserError(f"--condition {words[0]}: the file has {told}; give FILE:NAME")
-    return _given(entries.get(name), entries.get(f"{name}/frames"), label)
-
-
-def _given(of_clip, of_frames, label):
-    if of_clip is not None and label is not None:
-        raise UserError("--label and --condition exclude each other: the clip has a vector")
-    label = label if of_clip is None else torch.as_tensor(of_clip).float()
-    return {"label": label, "frame_condition": of_frames}
-
-
-def _of_packed(clips, name):
-    """The vector of a clip in a packed folder, and those of its frames; None without them."""
-    if name not in clips.names:
-        told = f"{len(clips)} clips, such as {clips.names[0]}"
-        raise UserError(f"--condition: {clips.path} has {told}; give {clips.path}:NAME")
-    clip = clips.names.index(name)
-    rows = clips.frame_condition(clip, np.arange(clips.lengths[clip]))
-    of_frames = torch.from_numpy(rows) if clips.frame_condition_dim else None
-    return clips.condition(clip) if clips.num_labels else None, of_frames
 
 
 def read_training(path):

@@ -18,7 +18,7 @@ from mostgan.figures.page import page, section
 from mostgan.files import sha256_of, whole_folder, write_whole
 from mostgan.program import need, run_program
 from mostgan.progress import read_stats
-from mostgan.rendering import exact, render
+from mostgan.rendering import exact, read_conditions, render
 
 CLIPS = 4  # that figure 5 is of
 CONTENTS, MOTIONS = 4, 3  # that figure 8 shows
@@ -64,7 +64,7 @@ def run(
         clips of {frames} frames, {speed:g} of the dataset's apart, label {label}, condition
         {" ".join(condition) or None}. With fewer than two motion styles there are no figures 5, 6
         and 7, without stats.jsonl beside a checkpoint no curves."""
-    shown = {"step": exact(speed)} | checkpoint.read_conditions(label, condition)
+    shown = {"step": exact(speed)} | read_conditions(label, condition)
     out.parent.mkdir(parents=True, exist_ok=True)
     with whole_folder(out) as folder:
         sections = []

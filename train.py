@@ -139,7 +139,7 @@ def train(config: TrainConfig, out: Path | None = None, resume: Resume | None = 
         board.close()
     bar.close()
     saver.last(state)
-    print_end(state, run, saver.saved, total)
+    print_end(state, run, saver.saved, total, clips)
 
 
 def steps(state, config, clips, device, stats, skips, backend="inductor"):

@@ -121,7 +121,7 @@ class Clips:
         file = self.path / "labels.safetensors"
         try:
             labels = safetensors.numpy.load_file(file)["labels"]
-        except (OSError, SafetensorError, KeyError):
+        except (OSError, SafetensorError, KeyError, TypeError):
             labels = None
         if labels is None or labels.shape != (len(self), self.num_labels):
             raise UserError(f"{file} is damaged; prepare {self.path} again")
@@ -156,7 +156,7 @@ class Clips:
                 rows = np.memmap(opened, np.float32, "r", begin).reshape(-1, E)
             if len(rows) != self.lengths.sum():
                 raise ValueError("it is cut off")
-        except (OSError, ValueError):
+        except (OSError, ValueError, OverflowError):
             raise UserError(f"{file} is damaged; prepare {self.path} again") from None
         first = self.lengths[:clip].sum()
         return condition_at(rows[first : first + self.lengths[clip]], t)

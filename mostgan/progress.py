@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import time
 from contextlib import suppress
 
@@ -260,16 +261,18 @@ def print_start(config, clips, run, device, state):
         )
 
 
-def print_end(state, run, saved, total):
+def print_end(state, run, saved, total, clips):
     thousands = state.frames / 1000
     if state.frames < total:
         again = distributed.resume_command(run)
         distributed.say(f"stopped and saved at {thousands:.1f} k frames; go on with: {again}")
         return
-    rate = state.frames / max(state.seconds, 1e-9)
+    rate, of_clip, config = state.frames / max(state.seconds, 1e-9), "", state.ema.config
+    if config.num_labels + config.frame_condition_dim:
+        of_clip = f" --condition {shlex.quote(f'{clips.path}:{clips.names[0]}')}"
     distributed.say(
         f"{thousands:.1f} k frames in {state.seconds / 60:.1f} min, {rate:.0f} frames/s; grids are "
-        f"in {run}\nsample with: python sample.py --checkpoint {saved} --frames 1024"
+        f"in {run}\nsample with: python sample.py --checkpoint {saved} --frames 1024{of_clip}"
     )
 
 

@@ -296,19 +296,29 @@ def read_conditions(label, words):
         return {"label": [float(number) for number in words]}
     if len(words) > 1 or not words[0]:
         raise UserError(f"--condition {' '.join(words)}: neither a file nor numbers")
-    colons = [i for i, letter in enumerate(words[0]) if letter == ":"]
-    for end in (*colons, len(words[0])):  # either name may have colons
-        if (folder := words[0][:end]) and Path(folder).is_dir():
-            return _given(*_of_packed(Clips(folder), words[0][end + 1 :]), label)
-    file, end, name = words[0].partition(".safetensors:")
-    entries = read_tensors(Path(file + end.rstrip(":")))
+    # Either name may have colons.
+    ends = [i for i, letter in enumerate(words[0] + ":") if letter == ":" and words[0][:i]]
+    there = [end for end in ends if Path(words[0][:end]).exists()]
+    if not there:
+        raise UserError(f"--condition {words[0]}: there is no such file or folder")
+    path, name = Path(words[0][: there[-1]]), words[0][there[-1] + 1 :]
+    if path.is_dir():
+        return _given(*_of_packed(Clips(path), name), label)
+    entries = read_tensors(path)
     names = sorted({key.removesuffix("/frames") for key in entries})
     if not name and len(names) == 1:
         (name,) = names
     if name not in names:
-        told = f"{len(names)} clips, such as {names[0]}" if names else "no conditions"
-        raise UserError(f"--condition {words[0]}: the file has {told}; give FILE:NAME")
+        raise UserError(_no_clip(path, name, names))
     return _given(entries.get(name), entries.get(f"{name}/frames"), label)
+
+
+def _no_clip(path, name, names):
+    """What is wrong with a --condition whose clip, `name`, is not among those that a file has."""
+    if not names:
+        return f"--condition: {path} has no conditions"
+    asked = f"has no clip {name}" if name else f"has {len(names)} clips"
+    return f"--condition: {path} {asked}; give one, such as {path}:{names[0]}"
 
 
 def _given(of_clip, of_frames, label):
@@ -321,8 +331,7 @@ def _given(of_clip, of_frames, label):
 def _of_packed(clips, name):
     """The vector of a clip in a packed folder, and those of its frames; None without them."""
     if name not in clips.names:
-        told = f"{len(clips)} clips, such as {clips.names[0]}"
-        raise UserError(f"--condition: {clips.path} has {told}; give {clips.path}:NAME")
+        raise UserError(_no_clip(clips.path, name, clips.names))
     clip = clips.names.index(name)
     rows = clips.frame_condition(clip, np.arange(clips.lengths[clip]))
     of_frames = torch.from_numpy(rows) if clips.frame_condition_dim else None
@@ -336,18 +345,23 @@ def conditions(config, label, clips, device):
     C = config.num_labels
     if label is None and not C:
         return None
+    told = f"a class from 0 to {C - 1}, or a vector of {C} finite numbers"
+    told = f"the model is conditional: give --label or --condition, {told}"
+    if label is None:
+        raise UserError(told)
     if not C:
-        raise UserError(f"label is {label}, but the model was trained without labels: leave it out")
-    wanted = torch.as_tensor([] if label is None else label)
+        what = "a label" if np.ndim(label) == 0 else "a vector of the clip"
+        raise UserError(f"{what} is given, but the model was trained without: leave it out")
+    wanted = torch.as_tensor(label)
     is_vector = wanted.is_floating_point() or wanted.ndim == 2
-    if is_vector and wanted.shape in ((C,), (clips, C)) and wanted.isfinite().all():
+    if is_vector and not wanted.isfinite().all():
+        raise UserError(told)
+    if is_vector and wanted.shape in ((C,), (clips, C)):
         return wanted.to(device, torch.float32).expand(clips, C)
     whole = not is_vector and wanted.dtype != torch.bool and wanted.shape in ((), (1,), (clips,))
     if not whole or not ((0 <= wanted) & (wanted < C)).all():
-        raise UserError(
-            f"the model is conditional: give a label from 0 to {C - 1}, or a vector of {C} "
-            f"numbers, not {label}"
-        )
+        what = f"the shape {list(wanted.shape)}" if is_vector else label
+        raise UserError(f"{told}, not {what}")
     return torch.eye(C, device=device)[wanted.reshape(-1)].expand(clips, C)
 
 
@@ -360,14 +374,16 @@ def frame_conditions(config, given, clips):
         return None
     if not E:
         raise UserError("the model was trained without frame conditions: leave them out")
-    told = f"the model takes a condition of {E} numbers at every frame: give rows [n, {E}] of them"
+    told = f"the model takes {E} numbers at every frame: give --condition with rows [n, {E}]"
     if given is None:
         raise UserError(told)
     given = given if isinstance(given, (list, tuple)) else [given] * clips
     rows = [torch.as_tensor(of_clip, dtype=torch.float32).cpu().numpy() for of_clip in given]
     for of_clip in rows:
-        if of_clip.shape != (len(of_clip), E) or not (len(of_clip) and np.isfinite(of_clip).all()):
-            raise UserError(f"{told}, finite, not of the shape {list(of_clip.shape)}")
+        if of_clip.ndim != 2 or of_clip.shape[1] != E or not len(of_clip):
+            raise UserError(f"{told} of them, not of the shape {list(of_clip.shape)}")
+        if not np.isfinite(of_clip).all():
+            raise UserError(f"{told} of finite numbers")
     if len(rows) != clips:
         raise UserError(f"{told}, or a list with such rows for each of {clips} clips")
     return rows

@@ -248,9 +248,10 @@ def read_config(run):
 def with_data(config, clips):
     """The configuration with what the data decides: the sizes of conditions, and the frame rate."""
     if config.conditional and not clips.num_labels + clips.frame_condition_dim:
+        other = "" if config.start_from else ", or leave out --conditional"
         raise UserError(
-            f"--conditional needs labels or conditions, but {clips.path} has none: leave it out, "
-            "or prepare the clips with --labels or --conditions"
+            f"a conditional model needs labels or conditions, but {clips.path} has none: prepare "
+            f"the clips with --labels or --conditions{other}"
         )
     model = dataclasses.replace(
         config.model,

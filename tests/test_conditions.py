@@ -3,8 +3,10 @@ samples.
 """
 
 import dataclasses
+import importlib
 import itertools
 
+import av
 import made_clips as made
 import numpy as np
 import pytest
@@ -142,6 +144,7 @@ def test_a_loop_goes_through_the_rows_once_and_has_no_seam():
         (3, None, "3 numbers at every frame"),
         (2, ROWS, r"shape \[12, 3\]"),
         (3, ROWS[0], r"shape \[3\]"),
+        (3, ROWS[0, 0], r"shape \[\]"),
         (3, ROWS[:0], r"shape \[0, 3\]"),
         (3, ROWS * np.nan, "finite"),
         (3, [ROWS, ROWS], "each of 1 clips"),
@@ -241,6 +244,14 @@ BAD = {
     "one row less": (changed(film__frames=counted(39)), "39 rows, but film.mp4 has 40 frames"),
     "one row more": (changed(pictures__frames=counted(8)), "8 rows, but pictures has 7"),
     "nothing": ({}, "holds no conditions"),
+    "a row for each frame, without its axis": (
+        changed(film__frames=np.arange(40, dtype=np.float32)),
+        r"vectors of .*NAME/frames \[n, E\]",
+    ),
+    "none has both": (
+        {"film": ENTRIES["film"], "pictures/frames": ENTRIES["pictures/frames"]},
+        "no clip has both",
+    ),
 }
 
 
@@ -252,8 +263,8 @@ def test_bad_files_are_named_in_one_line(src, name):
     assert "\n" not in str(caught.value) and "c.safetensors" in str(caught.value)
 
 
-def test_the_number_of_rows_is_checked_in_films_that_are_cut(src):
-    for options in ({"clip_length": 16}, {"clip_length": 16, "fps": 50.0}):
+def test_the_number_of_rows_is_checked_in_films_that_are_cut_and_resampled(src):
+    for options in ({"clip_length": 16}, {"clip_length": 16, "fps": 50.0}, {"fps": 2.0}):
         with pytest.raises(UserError, match="44 rows, but film.mp4 has 40"):
             pack(src, changed(film__frames=counted(44)), **options)
 
@@ -272,6 +283,64 @@ def test_a_film_that_is_cut_off_keeps_the_rows_of_what_is_left(src):
     assert np.array_equal(rows, counted(length))
     with pytest.raises(UserError, match="5 rows, but film.mkv has"):  # too few all the same
         pack(src, changed(film__frames=counted(5)), "other")
+    # The break is in a last clip that is too short, and left out.
+    each = (int(length) - 1) // 2
+    _, clips = pack(src, ENTRIES, "cut", clip_length=each)
+    assert clips.names[:2] == ["film.mkv#0", "film.mkv#1"]
+    assert np.array_equal(clips.frame_condition(1, np.arange(each)), counted(each, each))
+
+
+@pytest.mark.parametrize("clip_length", [None, 16])
+@pytest.mark.parametrize("counts", ["from the start", "from what can be read"])
+def test_a_film_that_is_damaged_at_its_beginning_keeps_the_rows_of_the_rest(
+    src, clip_length, counts
+):
+    file = src / "film.mp4"
+    made.write_video(file, made.numbered(40, 64, 64), options={"g": "10", "bf": "0"})
+    with av.open(str(file)) as film:
+        first = next(film.demux(video=0))
+    data = bytearray(file.read_bytes())
+    data[first.pos : first.pos + first.size] = bytes(first.size)
+    file.write_bytes(data)
+    rows = counted(40) if counts == "from the start" else counted(30, 10)
+    _, clips = pack(src, changed(film__frames=rows), clip_length=clip_length)
+    k = np.arange(min(30, clip_length or 30))
+    shown = np.round((made.levels(clips, 0) - made.FIRST) / made.STEP)
+    assert np.array_equal(shown, 10 + k)
+    assert np.array_equal(clips.frame_condition(0, k), counted(len(k), 10))
+
+
+def test_entries_of_both_kinds_may_be_spelled_differently(src):
+    entries = {key.replace("film/", "FILM.mp4/"): rows for key, rows in ENTRIES.items()}
+    _, clips = pack(src, entries)
+    assert clips.names == ["film.mp4", "pictures"]
+    assert np.array_equal(clips.frame_condition(0, [3]), counted(1, 3))
+
+
+def test_names_that_differ_in_their_suffix_alone_find_their_clips(src):
+    made.write_video(src / "film.mkv", made.numbered(40, 16, 16))
+    _, clips = pack(src, {"film.mp4": np.ones(2), "film.mkv": np.zeros(2)})
+    assert [clips.condition(i)[0] for i in range(2)] == [0, 1]  # film.mkv comes first
+    with pytest.raises(UserError, match="several entries for film.mp4, which differ"):
+        (src / "film.mkv").unlink()
+        pack(src, {"film": np.ones(2), "film.MP4": np.zeros(2)}, "other")
+
+
+def test_a_file_that_changes_while_films_are_packed(src, monkeypatch):
+    """Clips of one and an index of the other must not be mixed."""
+    packing = importlib.import_module("mostgan.prepare.pack")
+    judge = packing._judge
+
+    def replaced(*args):
+        save_file(changed(film=ENTRIES["film"] + 1), src.parent / "c.safetensors")
+        judge(*args)
+
+    monkeypatch.setattr(packing, "_judge", replaced)
+    with pytest.raises(UserError, match="c.safetensors has changed since packing began"):
+        pack(src, ENTRIES)
+    monkeypatch.undo()
+    _, clips = pack(src, changed(film=ENTRIES["film"] + 1))
+    assert clips.condition(0).tolist() == [1.5, 0, 3]
 
 
 def test_what_is_no_file_of_conditions(src):
@@ -300,10 +369,14 @@ def test_other_conditions_are_another_data_set(src):
 def test_a_damaged_file_of_frame_conditions_is_named(src):
     _, clips = pack(src, ENTRIES)
     file = clips.path / "frame_conditions.safetensors"
-    file.write_bytes(file.read_bytes()[:-8])
-    with pytest.raises(UserError, match="frame_conditions.safetensors is damaged"):
-        clips.frame_condition(0, [0])
-    assert any(file.name in line for line in prepare.check(clips.path))
+    whole = file.read_bytes()
+    for damaged in (whole[:-8], whole[4:], b""):
+        file.write_bytes(damaged)
+        with pytest.raises(UserError, match="frame_conditions.safetensors is damaged"):
+            clips.frame_condition(0, [0])
+        assert any(file.name in line for line in prepare.check(clips.path))
+    pack(src, ENTRIES)  # as the message says
+    assert file.read_bytes() == whole and prepare.check(clips.path) == []
     file.unlink()
     with pytest.raises(UserError, match="is missing"):
         Clips(clips.path)
@@ -477,12 +550,12 @@ def test_sample_takes_the_conditions_of_a_clip_in_a_file(tmp_path):
         sampled("both", f"{packed}:a.npy#1", label=0)
     assert not np.array_equal(of_file, frames)
     for text, word in (
-        (f"{packed}:b", "2 clips, such as a.npy#0"),
-        (f"{packed}", "give .*packed:NAME"),
+        (f"{packed}:b", "has no clip b; give one, such as .*packed:a.npy#0"),
+        (f"{packed}", "has 2 clips; give one"),
         ("", "neither a file nor numbers"),
-        (f"{tmp_path}/two.safetensors", "2 clips, such as a; give FILE:NAME"),
-        (f"{tmp_path}/one.safetensors:c", "1 clips, such as a"),
-        (f"{tmp_path}/none.safetensors:c", "cannot read"),
+        (f"{tmp_path}/two.safetensors", "has 2 clips; give one, such as .*two.safetensors:a"),
+        (f"{tmp_path}/one.safetensors:c", "has no clip c; give one, such as"),
+        (f"{tmp_path}/none.safetensors:c", "there is no such file or folder"),
     ):
         with pytest.raises(UserError, match=word):
             sampled("bad", text)

@@ -485,10 +485,14 @@ def test_check_names_every_damaged_and_missing_file(whole, tmp_path, capfd):
 
 
 def test_the_same_command_mends_what_check_complains_of(whole, tmp_path):
-    """`--check` names a file; who removes it and gives the command again has all of it again."""
+    """`--check` names files; who gives the command again has all of them again."""
     shutil.copytree(whole / "dst", tmp_path / "dst")
-    gone = sorted((tmp_path / "dst").glob("*.safetensors"))[2]
+    flipped, cut, gone, *_ = sorted((tmp_path / "dst").glob("*.safetensors"))
+    data = flipped.read_bytes()
+    flipped.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    cut.write_bytes(cut.read_bytes()[:-1])
     gone.unlink()
+    (tmp_path / "dst" / "preview.png").write_bytes(b"")
     made.pack(whole / "src", tmp_path / "dst", 32, clip_length=12)
     assert prepare.check(tmp_path / "dst") == [] and files_of(tmp_path / "dst") == files_of(
         whole / "dst"

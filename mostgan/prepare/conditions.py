@@ -18,6 +18,7 @@ from mostgan.prepare.labels import leave_out, match
 from mostgan.prepare.reading import printable
 
 OF_FRAMES = "/frames"  # NAME/frames holds the vectors of NAME's frames
+FORM = f"an entry is NAME [C], a clip's vector, or NAME{OF_FRAMES} [n, E], those of its frames"
 FLOATS = ("F64", "F32", "F16")
 LABELS, FRAME_CONDITIONS = "labels.safetensors", "frame_conditions.safetensors"
 
@@ -44,6 +45,7 @@ class Conditions:
             ) from None
         if not shapes:
             raise UserError(f"{self.told} holds no conditions")
+        self.digest = sha256_of(self.path)
         self.of_clips = {key: shape for key, shape in shapes.items() if len(shape) == 1}
         of_frames = {key: shape for key, shape in shapes.items() if len(shape) == 2}
         self.size, self.frame_size = self._size_of(self.of_clips), self._size_of(of_frames)
@@ -53,64 +55,74 @@ class Conditions:
         sizes = {shape[-1]: printable(key) for key, shape in shapes.items()}
         if len(sizes) > 1:
             (a, of_a), (b, of_b) = list(sizes.items())[:2]
-            told = f"{of_a} has vectors of {a} numbers, {of_b} of {b}"
-            raise UserError(f"{self.told}: {told}, but all must have as many")
+            told = f"{of_a} has vectors of {a} numbers, {of_b} of {b}, but all must have as many"
+            raise UserError(f"{self.told}: {told}; {FORM}")
         return next(iter(sizes), 0)
 
     def meaning(self):
         """What the index holds of them: as label_sources returns it."""
-        return {
-            "size": self.size,
-            "frame_size": self.frame_size,
-            "conditions": sha256_of(self.path),
-        }
+        return {"size": self.size, "frame_size": self.frame_size, "conditions": self.digest}
 
     def give(self, sources, notes):
-        """Tells each source its entry's name; returns those that have all that the others have."""
+        """Tells each source its entries' names; returns those that have all that the others have.
+        UserError where none has.
+        """
         usable = [source for source in sources if not source.problem]
-        rows = [(name, name) for name in self.of_clips | self.of_frames]
-        found = match(usable, rows, self.path, notes) if usable else {}
-        wanted = [entries for entries in (self.of_clips, self.of_frames) if entries]
-        for index, name in found.items():
-            if all(name in entries for entries in wanted):
-                usable[index].condition = name
+        found = []
+        for entries in (self.of_clips, self.of_frames):
+            rows = [(name, name) for name in entries]
+            found.append(match(usable, rows, self.path, notes) if rows and usable else {})
+        wanted = [names for names, size in zip(found, (self.size, self.frame_size)) if size]
+        for index, source in enumerate(usable):
+            if all(index in names for names in wanted):
+                source.condition = tuple(names.get(index) for names in found)
         without = [source for source in usable if source.condition is None]
+        if usable and len(without) == len(usable):
+            raise UserError(f"{self.told}: no clip has both a vector and those of its frames")
         leave_out(usable, without, f"no condition in {self.told}", notes)
         return [source for source in sources if source.problem or source.condition is not None]
 
-    def place(self, source, rows, settings):
-        """Tells each row, a clip of this source, its entry, and how far apart its frames lie in it.
-        Raises UserError where the entry is of another number of frames, unless the source is
-        damaged and has fewer.
+    def place(self, source, rows, settings, broken):
+        """Tells each row, a clip of this source, its entries, and where its frames lie in them.
+        Raises UserError where there are more or fewer vectors than frames, unless the source is
+        broken: damaged or cut off, so that it has fewer frames than it had.
         """
         if not rows:
             return
         fps = source.fps(settings)
         rate = fps if source.kind in ("folder", "array") else source.timing.fps
         for row in rows:
-            row |= {"condition": source.condition, "step": rate / fps}
+            row |= {"condition": source.condition, "step": rate / fps, "missing": 0}
         if not self.frame_size:
             return
-        count = self.of_frames[source.condition][0]
-        length, end = source.timing.length, rows[-1]["start"] + rows[-1]["frames"]
-        has = round(length * source.timing.fps) if length is not None else None
-        if has is None:  # only what was read tells, but for a last clip that was too short
-            ends = math.ceil((count / rate - ROUNDING) * fps)
-            spare = MIN_FRAMES if settings.clip_length else 1
-            has = count if 0 <= ends - end < spare else round(end * rate / fps)
-        cut_off = count > has and any(row["damaged"] for row in rows)  # what is left is in time
-        if count != has and not cut_off:
-            key, name = printable(source.condition + OF_FRAMES), printable(source.name)
+        name = source.condition[1]
+        count = self.of_frames[name][0]
+        # Vectors count from damaged frames before the first that can be read, or from that one.
+        before = round(source.timing.missing * rate)
+        has = {
+            first: _frames_of(source, rows, settings, rate, count - first) for first in (before, 0)
+        }
+        missing = next((first for first in has if has[first] == count - first), before)
+        if has[missing] != count - missing and not (broken and has[missing] < count - missing):
+            about = "" if source.timing.length is not None else "about "
             raise UserError(
-                f"{self.told}: {key} has {count} rows, but {name} has {has} frames, at its usual "
-                f"rate of {source.timing.fps:g} frames/s"
+                f"{self.told}: {printable(name + OF_FRAMES)} has {count} rows, but "
+                f"{printable(source.name)} has {about}{has[missing] + missing} frames, at its "
+                f"usual rate of {source.timing.fps:g} frames/s"
             )
+        for row in rows:
+            row["missing"] = missing
 
     def write(self, dst, rows):
-        """Writes the conditions of the clips, in their order: {name of the file: its SHA-256}."""
+        """Writes the conditions of the clips, in their order: {name of the file: its SHA-256}.
+        UserError where they are not those that were read at first.
+        """
+        if not self.path.is_file() or sha256_of(self.path) != self.digest:
+            told = f"{self.told} has changed since packing began"
+            raise UserError(f"{told}; the same command takes it anew, and keeps the clips")
         with safe_open(self.path, "numpy") as file:
             if self.size:
-                labels = [file.get_tensor(row["condition"]) for row in rows]
+                labels = [file.get_tensor(row["condition"][0]) for row in rows]
                 data = safetensors.numpy.save({"labels": np.array(labels, np.float32)})
                 write_whole(dst / LABELS, data)
             if self.frame_size:
@@ -128,13 +140,25 @@ def _checked(file, key, told):
     name, right = printable(key), len(shape) == 1 or len(shape) == 2 and key.endswith(OF_FRAMES)
     if not right or 0 in shape:
         told += f": {name} has the shape {shape}"
-        raise UserError(f"{told}, but an entry is NAME [C] or NAME{OF_FRAMES} [n, E]")
+        raise UserError(f"{told}; {FORM}")
     if kind not in FLOATS:
         raise UserError(f"{told}: {name} is {kind}, but must be one of {', '.join(FLOATS)}")
     with np.errstate(over="ignore"):
         if not np.isfinite(file.get_tensor(key).astype(np.float32)).all():
             raise UserError(f"{told}: {name} holds numbers that are not finite")
     return shape
+
+
+def _frames_of(source, rows, settings, rate, expected):
+    """How many frames a source has, at its usual rate. Where only what was read tells, and that
+    does not contradict it, the expected number.
+    """
+    if source.timing.length is not None:
+        return round(source.timing.length * source.timing.fps)
+    fps, end = source.fps(settings), rows[-1]["start"] + rows[-1]["frames"]
+    ends = math.ceil((expected / rate - ROUNDING) * fps)
+    spare = MIN_FRAMES if settings.clip_length else 1  # a last clip may have been too short
+    return expected if 0 <= ends - end < spare else round(end * rate / fps)
 
 
 def _header(shape):
@@ -149,7 +173,8 @@ def _of_clip(file, row):
     """The vectors of a packed clip's frames: those of the moments at which they are on screen."""
     from mostgan.motion import condition_at  # not above: it brings PyTorch, see pack._write_preview
 
-    whole = file.get_slice(row["condition"] + OF_FRAMES)
-    t, count = (row["start"] + np.arange(row["frames"])) * row["step"], whole.get_shape()[0]
+    whole = file.get_slice(row["condition"][1] + OF_FRAMES)
+    t = row["missing"] + (row["start"] + np.arange(row["frames"])) * row["step"]
+    count = whole.get_shape()[0]
     first, stop = min(int(t[0]), count - 1), min(int(t[-1]) + 2, count)
     return condition_at(whole[first:stop].astype(np.float32), t - first)

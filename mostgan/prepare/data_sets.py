@@ -10,11 +10,11 @@ import shutil
 from pathlib import Path
 
 from mostgan.config import UserError
-from mostgan.files import read_json, sha256_of
+from mostgan.files import read_json
 from mostgan.prepare import archives
 from mostgan.prepare.conditions import Conditions
 from mostgan.prepare.labels import label_sources
-from mostgan.prepare.pack import RAW_UP_TO, checksum_of, locked, pack, pack_here
+from mostgan.prepare.pack import RAW_UP_TO, checksum_of, locked, pack, pack_here, wrong_files
 from mostgan.prepare.reading import Settings, natural, printable, stem
 from mostgan.prepare.sources import Notes, find_sources
 
@@ -146,24 +146,15 @@ def check(path):
     from mostgan.data import Clips, read_index  # not above: see pack._write_preview
 
     path = Path(path)
-    index, wrong = read_index(path), []
+    index = read_index(path)
     if index.get("checksum") != checksum_of(index):
         return [f"{path / 'index.json'} is damaged; prepare {path} again"]
-    columns, files = index["clips"], index["files"]
-    sums = dict(zip(columns["file"], columns["sha256"])) | files
-    names = dict(zip(columns["file"], columns["name"]))
-    for file, digest in sums.items():
-        clip = f", which holds {names[file]}," if file in names else ""
-        try:
-            if sha256_of(path / file) != digest:
-                wrong.append(f"{path / file}{clip} is damaged")
-        except FileNotFoundError:
-            wrong.append(f"{path / file}{clip} is missing")
-        except OSError as error:
-            wrong.append(f"{path / file}{clip} cannot be read: {error.strerror}")
+    names = dict(zip(index["clips"]["file"], index["clips"]["name"]))
+    clips = {file: f", which holds {name}," for file, name in names.items()}
+    wrong = wrong_files(path, index)
     if not wrong:
         Clips(path)
-    return wrong
+    return [f"{path / file}{clips.get(file, '')} {what}" for file, what in wrong.items()]
 
 
 # ------------------------------------------------------------------------ opening whatever there is

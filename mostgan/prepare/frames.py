@@ -33,13 +33,14 @@ class Timing:
 
     start: when its first frame is shown. length: None where only reading it all would tell. gap:
     the longest distance between two frames from which decoding can start; None where nothing can be
-    searched for.
+    searched for. missing: what is before `start`, and damaged.
     """
 
     fps: float
     start: float = 0.0
     length: float | None = None
     gap: float | None = None
+    missing: float = 0.0
 
 
 def usual_rate(times, stated=None, rounding=ROUNDING):

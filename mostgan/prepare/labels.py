@@ -6,8 +6,10 @@ ways: with or without suffix, with backslashes, in other case, below other folde
 """
 
 import csv
+import functools
 import json
 import os
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -156,60 +158,74 @@ def _numbers(cells):
 
 def match(sources, rows, where, notes):
     """{index of source: its value} of rows (name, value), by the way of comparing names that finds
-    most clips. UserError where none does.
+    most clips: as they are, or else without suffixes, folders and case. A clip that several rows
+    name, with different values, has none. UserError where no clip has one.
     """
-    own = [{key: number for key in _keys_of(source)} for number, source in enumerate(sources)]
-    own = [(key, number) for keys in own for key, number in keys.items()]
-    best, best_rows = {}, set()
-    depth = max(key.count("/") for key, _ in own) + 1
-    row_depth = max(name.replace("\\", "/").count("/") for name, _ in rows) + 1
-    for lower in (False, True):
-        for dropped in range(max(depth, row_depth)):
-            for from_row in (True,) if dropped == 0 else (True, False):
-                ours = _unique(
-                    (_shorten(key, 0 if from_row else dropped, lower), number)
-                    for key, number in own
-                )
-                found, used = _look_up(rows, ours, dropped if from_row else 0, lower)
-                if len(found) > len(best):
-                    best, best_rows = found, used
+    whole = {_composed(source.name): number for number, source in enumerate(sources)}
+    best, best_rows, differ = _look_up(rows, whole, _composed)
+    own = [(key, number) for number, source in enumerate(sources) for key in _names_of(source)]
+    for of_row, of_own in _ways(max(_depth(name) for name, _ in (*own, *rows))):
         if len(best) == len(sources):
             break
+        ours = _unique((of_own(name), number) for name, number in own)
+        looked = _look_up(rows, ours, of_row)
+        if len(looked[0]) > len(best) or not best and len(looked[2]) > len(differ):
+            best, best_rows, differ = looked
+    told, twice = printable(str(where)), [sources[index].name for index in sorted(differ)]
+    if twice and not best:
+        raise UserError(f"{told} has several entries for {printable(twice[0])}, which differ")
     if not best:
         example = f"a clip is {printable(sources[0].name)}, an entry is {printable(rows[0][0])}"
-        raise UserError(
-            f"{printable(str(where))} has no entry for any of {len(sources)} clips: {example}"
-        )
+        raise UserError(f"{told} has no entry for any of {len(sources)} clips: {example}")
+    if twice:
+        notes.add(f"clips with several entries in {told}", "they differ", *twice)
     others = [name for number, (name, _) in enumerate(rows) if number not in best_rows]
     if others:
-        names = ", ".join(printable(name) for name in others[:SHOWN])
-        notes.add(
-            f"entries of {printable(str(where))} that match no clip", f"such as {names}", *others
-        )
+        names = ", ".join(printable(name) or "one without a name" for name in others[:SHOWN])
+        notes.add(f"entries of {told} that match no clip", f"such as {names}", *others)
     return best
 
 
-def _keys_of(source):
+def _ways(depth):
+    """Yields the ways of comparing names without their suffixes, as what is compared of a row's and
+    of a source's: all; without up to so many of the first folders, of either; in any case.
+    """
+    for lower in (False, True):
+        whole = functools.partial(_key, lower=lower)
+        yield whole, whole
+        for dropped in range(1, depth + 1):
+            yield functools.partial(_key, dropped=dropped, lower=lower), whole
+            yield whole, functools.partial(_key, dropped=dropped, lower=lower)
+
+
+def _depth(name):
+    return name.replace("\\", "/").count("/")
+
+
+def _names_of(source):
     """Names that a table may have for a source: its own, and where it is a folder, those of its
     pictures and their folder.
     """
-    yield _bare(source.name)
+    names = {source.name}
     if source.kind == "folder":
         inside = source.name if "/" in source.files[0] else ""
-        yield "/".join(filter(None, (inside, _bare(os.path.basename(source.files[0])))))
+        names.add("/".join(filter(None, (inside, os.path.basename(source.files[0])))))
+    return names
 
 
-def _bare(name):
-    """A name without the suffix of a video, a picture or an array."""
-    name = name.replace("\\", "/").removeprefix("./").strip("/")
-    return os.path.splitext(name)[0] if suffix(name) in VIDEOS | STILLS | {".npy"} else name
-
-
-def _shorten(name, dropped, lower):
-    """A name without so many of its first folders, or None if it has no more than those."""
-    parts = name.split("/")
-    name = "/".join(parts[dropped:]) or None
+def _key(name, dropped=0, lower=False):
+    """A name without the suffix of a video, a picture or an array, and without so many of its first
+    folders; None if it has no more than those.
+    """
+    name = _composed(name).replace("\\", "/").removeprefix("./").strip("/")
+    name = os.path.splitext(name)[0] if suffix(name) in VIDEOS | STILLS | {".npy"} else name
+    name = "/".join(name.split("/")[dropped:]) or None
     return name.lower() if lower and name else name
+
+
+def _composed(name):
+    """A name with é as one letter: some file systems have it as e and an accent."""
+    return unicodedata.normalize("NFC", name)
 
 
 def _unique(pairs):
@@ -221,22 +237,22 @@ def _unique(pairs):
     return {key: value for key, value in found.items() if key not in twice}
 
 
-def _look_up(rows, ours, dropped, lower):
-    """({index of source: label}, the numbers of the rows that name a source). A frame's row counts
-    for its folder.
+def _look_up(rows, ours, key_of):
+    """({index of source: label}, the numbers of the rows that name a source, the sources whose rows
+    differ), by the key of a row's name. A frame's row counts for its folder.
     """
     found, used, differ = {}, set(), set()
     for number, (name, label) in enumerate(rows):
-        bare = _bare(name)
-        source = ours.get(_shorten(bare, dropped, lower))
+        source = ours.get(key_of(name))
         if source is None and suffix(name) in STILLS:
-            source = ours.get(_shorten(os.path.dirname(bare), dropped, lower))
+            source = ours.get(key_of(os.path.dirname(name.replace("\\", "/"))))
         if source is None:
             continue
         used.add(number)
         if found.setdefault(source, label) != label:
             differ.add(source)
-    return {source: label for source, label in found.items() if source not in differ}, used
+    found = {source: label for source, label in found.items() if source not in differ}
+    return found, used, differ
 
 
 # ---------------------------------------------------------------------------------- what they mean

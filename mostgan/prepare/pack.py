@@ -235,11 +235,30 @@ def _finished(dst, made_from, plan):
             told = f"{printable(str(dst))} exists already and holds clips of another source"
             told += " or with other settings"
             raise UserError(f"{told}; remove it or choose another place")
-        if {*index["clips"]["file"], *index["files"]} <= set(os.listdir(dst)):
+        wrong = wrong_files(dst, index)
+        if not wrong:
             return index
-        write_whole(dst / "plan.json", json.dumps(plan))  # some were removed: it is unfinished
+        write_whole(dst / "plan.json", json.dumps(plan))  # it is unfinished, without these files
         os.unlink(dst / "index.json")
+        for file in wrong:
+            (dst / file).unlink(missing_ok=True)
     return None
+
+
+def wrong_files(dst, index):
+    """{name of a file: what is wrong with it} of those that a packed folder's index lists. Reads
+    every byte.
+    """
+    wrong, columns = {}, index["clips"]
+    for file, digest in (dict(zip(columns["file"], columns["sha256"])) | index["files"]).items():
+        try:
+            if sha256_of(dst / file) != digest:
+                wrong[file] = "is damaged"
+        except FileNotFoundError:
+            wrong[file] = "is missing"
+        except OSError as error:
+            wrong[file] = f"cannot be read: {error.strerror}"
+    return wrong
 
 
 def _take_up(dst, plan):
@@ -275,7 +294,8 @@ def _make_all(pool, sources, dst, settings, notes, conditions):
         rows.sort(key=lambda row: row["start"])
         _tell(source, rows, lost, notes)
         if conditions:
-            conditions.place(source, rows, settings)
+            broken = bool(lost) or any(row["damaged"] for row in rows)
+            conditions.place(source, rows, settings, broken)
     return [row for rows, _ in made for row in rows]
 
 

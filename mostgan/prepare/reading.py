@@ -49,7 +49,8 @@ class Source:
     files: list[str]  # names in the root
     problem: str | None = None  # why it cannot be used
     label: int | list[float] | None = None
-    condition: str | None = None  # its name in a file of conditions
+    # Names of its vector and of its frames' in a file of conditions; each None without them.
+    condition: tuple | None = None
     mask: "Source | None" = None  # white where a face is (FaceForensics)
     # Told by look:
     timing: Timing | None = None
@@ -71,7 +72,8 @@ class Source:
         try:
             root = archives.open_root(self.root)
             if self.kind == "video":
-                searched = settings.clip_length is not None and os.path.isdir(self.root)
+                searched = settings.clip_length is not None or self.condition is not None
+                searched = searched and os.path.isdir(self.root)
                 file = root.video(self.files[0])
                 self.timing, self.pixel_aspect = videos.video_timing(file, searched)
             elif self.kind == "animation":

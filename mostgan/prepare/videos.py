@@ -156,6 +156,7 @@ def video_timing(file, searched):
         except av.FFmpegError:
             packets = []  # it is cut off early: what can be decoded will show
         times = [packet_time(packet) for packet in packets]
+        meant = [t for t, packet in zip(times, packets) if t is not None and not packet.is_discard]
         keys = [time for time, packet in zip(times, packets) if packet.is_keyframe]
     whole = len(packets) < LOOK
     rate = usual_rate(times if whole else times[:-16], stated)  # the last ones may be out of order
@@ -166,14 +167,15 @@ def video_timing(file, searched):
         if first is None:
             reason = next(iter(errors.values()), "it is empty")
             raise ValueError(f"no frame of it can be read ({reason})")
-        timing = Timing(rate, first.time)
+        missing = max(0.0, first.time - min(meant)) if errors and meant else 0.0
+        timing = Timing(rate, first.time, missing=missing)
         if not searched or container.format.name in UNSEEKABLE or not keys or None in times:
             return timing, aspect
         end = max(times) + 1 / rate if whole else _end(container, stream)
         if end is None or not 0 < end - first.time < LONGEST_FILM:
             return timing, aspect
         gap = float(np.diff(sorted(keys), append=max(times)).max())
-        return Timing(rate, first.time, end - first.time, gap), aspect
+        return Timing(rate, first.time, end - first.time, gap, missing), aspect
 
 
 def _end(container, stream):

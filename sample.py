@@ -12,6 +12,7 @@ python sample.py --condition words.safetensors:clip7    # as the conditions of c
 """
 
 import dataclasses
+import itertools
 import json
 import re
 import signal
@@ -50,7 +51,7 @@ class Options:
     """
     out: Path | None = None
     """.mp4, .gif, .webp, .npy, or no suffix for a folder of PNGs; default
-    samples/<run>-seed<seed>.mp4
+    samples/<run>-seed<seed>.mp4, with a number where that is there
     """
     force: bool = False
     """write over a file that is there"""
@@ -113,8 +114,8 @@ def sample(options: Options):
     path = checkpoint.find(options.checkpoint)
     if options.checkpoint is None and path == checkpoint.BUILT_IN:
         print(
-            "no run in runs/: this is the small model that comes with MoStGAN-V, trained on its "
-            "built-in sky; train your own with: python train.py --dataset sky"
+            "no run in runs/ with a checkpoint: this is the small model that comes with MoStGAN-V, "
+            "trained on its built-in sky; train your own with: python train.py --dataset sky"
         )
     rate = checkpoint.read_config(path).fps or DEFAULT_FPS
     rows, columns = parse_grid(options.grid)
@@ -154,6 +155,9 @@ def open_video(options, path, fps):
     of_run = path.name.startswith("checkpoint-")
     name = path.parent.name if of_run else path.name
     out = options.out or Path("samples", f"{name}-seed{options.seed}.mp4")
+    numbers = itertools.count(2)
+    while options.out is None and out.exists() and not options.force:
+        out = Path("samples", f"{name}-seed{options.seed}-{next(numbers)}.mp4")
     video = VideoWriter(out, fps, options.crf, describe(options, path, fps))
     for file in (out, video.sidecar):
         if file is not None and file.exists() and not options.force:
@@ -213,7 +217,8 @@ def way_through_time(options, rate):
     for name in ("fps", "loop", "content_seconds"):
         value = getattr(options, name)
         if value is not None and not 0 < value < 1e9:
-            raise UserError(f"--{name.replace('_', '-')} is {value}, but must be more than 0")
+            told = "more than 0, and less than 10⁹"
+            raise UserError(f"--{name.replace('_', '-')} is {value}, but must be {told}")
     fps = exact(rate if options.fps is None else options.fps)
     loop = None if options.loop is None else max(1, round(exact(options.loop) * fps))
     frames = options.frames if options.frames is not None else loop or 256

@@ -17,7 +17,7 @@ many trainings show four times in five.
 import json
 import math
 import os
-import signal
+import shutil
 import statistics
 import subprocess
 import sys
@@ -34,10 +34,10 @@ import tyro
 # Before this folder, whose kernels.py is not the package `kernels`.
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from bench.timing import describe, write  # noqa: E402
+from bench.timing import describe, frames_trained, write  # noqa: E402
 from mostgan.config import UserError, train_preset  # noqa: E402
 from mostgan.files import read_json, write_whole  # noqa: E402
-from mostgan.prepare.data_sets import source_fingerprint  # noqa: E402
+from mostgan.prepare.data_sets import open_data, source_fingerprint  # noqa: E402
 from mostgan.program import cores, need, run_program  # noqa: E402
 from mostgan.progress import read_stats  # noqa: E402
 
@@ -225,7 +225,10 @@ class Runner:
         finally:
             self.places.put(place)
         if status:
-            raise UserError(f"a run failed: read the end of {log}")
+            said = [
+                line for line in Path(log).read_text().splitlines() if "error: " in line.lower()
+            ]
+            raise UserError(f"a run failed, see {log}: {''.join(said[-1:])}")
 
     def stop(self):
         """Has every program that runs save its state and end, and starts no other."""
@@ -238,17 +241,18 @@ class Runner:
 def quiet_rate(run, plan, row):
     """Frames per second of a row's training, alone on the machine, measured once."""
     folder, total = plan.folder(row, "timing"), TIMED * plan.step_kframes()
-    if not finished(folder, total):
+    if not (finished(folder, total) and read_stats(folder)):
+        shutil.rmtree(folder, ignore_errors=True)  # a part of it alone would be another rate
         arguments = [*plan.train_options(row), "--total-kframes", total, "--log-kframes", total / 2]
-        start = ["--resume", folder] if (folder / "config.json").exists() else ["--out", folder]
-        run(["train.py", *arguments, *start], folder.with_suffix(".log"))
+        run(["train.py", *arguments, "--out", folder], folder.with_suffix(".log"))
+        if not finished(folder, total):
+            raise UserError(f"{folder.name} has stopped early; the same command goes on")
     return read_stats(folder)[-1]["frames_per_second"]
 
 
 def finished(folder, kframes):
     """Whether the run in a folder has come to its end."""
-    lines = read_stats(folder)
-    return bool(lines) and lines[-1]["frames"] >= 1000 * kframes
+    return frames_trained(folder) >= round(1000 * kframes)
 
 
 def train_and_score(run, plan, row, seed):
@@ -257,7 +261,7 @@ def train_and_score(run, plan, row, seed):
     log, total = folder.with_suffix(".log"), f"{plan.kframes:g}"
     detector = plan.detector.stem if plan.detector else "proxy"
     scores = folder / f"scores-{total}k-{plan.clips}-{detector}.json"
-    if not scores.exists():
+    if not read_json(scores).get("results"):
         if finished(folder, plan.kframes + plan.step_kframes()):
             raise UserError(
                 f"{folder.name} was trained for longer than {total} k frames: score it at its "
@@ -332,20 +336,25 @@ def markdown(result):
         cells = [row["name"]]
         for name in shown:
             values = of_runs(row, name)
-            std = f" ± {statistics.stdev(values):.2g}" if len(values) > 1 else ""
-            cells.append(f"{statistics.mean(values):.3g}{std}")
+            std = f" ± {rounded(statistics.stdev(values), 2)}" if len(values) > 1 else ""
+            cells.append(rounded(statistics.mean(values), 3) + std)
         test = "the reference" if row["default"] else "too few trainings"
         if "p" in row:
             test = f"{'yes' if row['differs'] else 'no'} (p = {row['p']:.2g})"
-        cells += [str(len(row["scores"])), f"{row['minutes']:.0f}", test]
+        cells += [str(len(row["scores"])), rounded(row["minutes"], 2), test]
         if result["columns"]:
             cells.append(row["paper"] or "–")
         lines.append("| " + " | ".join(cells) + " |")
     if result["visible_difference"] is not None:
-        seen = f"{result['visible_difference']:.2g}"
+        seen = rounded(result["visible_difference"], 2)
         told = f"So many trainings show a difference of {seen} in {shown[0]}, 4 times in 5"
         lines += ["", f"{told}, if all rows deviate alike."]
     return "\n".join(lines)
+
+
+def rounded(number, count):
+    """A number with so many digits that count, and without an exponent."""
+    return f"{float(f'{number:.{count}g}'):,.15g}"
 
 
 # ------------------------------------------------------------------------------------- command line
@@ -368,7 +377,8 @@ def ablate(
 
     Args:
         table: 2, 3, 4, 5, 6, 7, where or precision.
-        data: clips to train on and to score against, as train.py takes them.
+        data: clips to train on and to score against, as train.py takes them; what is not packed
+            yet is packed first.
         preset: size preset: tiny or paper256.
         kframes: length of each training, in thousands of frames; a longer one goes on from a
             shorter one.
@@ -379,8 +389,9 @@ def ablate(
         jobs: runs side by side; default one on each GPU, or on each core.
         work: the folder of the runs, of these data and this preset alone; default
             runs/ablations/PRESET-DATA-DIGITS.
-        out: the JSON file; default table-TABLE.json in the folder of the runs. The table is
-            printed, and written beside it as .md.
+        out: the JSON file; default table-TABLE-KFRAMESk.json in the folder of the runs, with the
+            numbers of the rows where they are chosen. The table is printed, and written beside it
+            as .md.
     """
     need("scipy", "dev")
     if table not in TABLES:
@@ -396,9 +407,11 @@ def ablate(
     if out is not None and (out.suffix != ".json" or out.is_dir()):
         raise UserError(f"--out {out}: the result is one JSON file, so name one, NAME.json")
     numbers = sorted({chosen.default, *rows}) if rows else range(len(chosen.rows))
+    open_data(data, "sky", train_preset(preset, "sky").model.resolution)
     digits = source_fingerprint(data.resolve())
     work = work or Path("runs", "ablations", f"{preset}-{data.resolve().name}-{digits}")
-    out = out or work / f"table-{table}.json"
+    of_rows = "".join(f"-{number}" for number in numbers) if rows else ""
+    out = out or work / f"table-{table}{of_rows and '-rows' + of_rows}-{kframes:g}k.json"
     for folder in (work, out.parent):
         folder.mkdir(parents=True, exist_ok=True)
     of = {"data": digits, "preset": preset}
@@ -456,7 +469,6 @@ def train_all(plan, rows, seeds, jobs):
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does
     run_program(
         lambda: tyro.cli(ablate, description=__doc__), "interrupted; the same command goes on"
     )

@@ -21,7 +21,7 @@ import tyro
 # Before this folder, whose kernels.py is not the package `kernels`.
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from bench.timing import describe  # noqa: E402
+from bench.timing import describe, frames_trained  # noqa: E402
 from mostgan import checkpoint  # noqa: E402
 from mostgan.checkpoint import BUILT_IN, write_json, write_tensors  # noqa: E402
 from mostgan.config import UserError  # noqa: E402
@@ -29,7 +29,6 @@ from mostgan.files import read_json, whole_folder  # noqa: E402
 from mostgan.prepare import pack_sky  # noqa: E402
 from mostgan.prepare.sky import VERSION  # noqa: E402
 from mostgan.program import run_program  # noqa: E402
-from mostgan.progress import read_stats  # noqa: E402
 
 CLIPS = 512  # more than `--dataset sky` makes: D sees each of them some two hundred times
 TRAINING = (
@@ -74,7 +73,7 @@ def train(run, clips, kframes):
     what was started when.
     """
     for end, changes in STAGES:
-        end, begin = min(end, kframes), trained(run)
+        end, begin = min(end, kframes), frames_trained(run) / 1000
         if begin >= end:
             continue
         started = {"from kframes": begin, "commit": describe(torch.device("cpu"))["commit"]}
@@ -82,15 +81,10 @@ def train(run, clips, kframes):
             file.write(json.dumps(started | {"options": changes}) + "\n")
         new = [TRAINING, "--data", clips, "--out", run]
         start = ["--resume", run] if (run / "config.json").exists() else new
-        program("train.py", *start, changes, "--total-kframes", f"{end:g}")
-        if trained(run) < end:  # a signal stopped it, for which train.py saves and ends well
+        program("train.py", *start, changes, "--total-kframes", str(end))
+        # A signal stopped it, for which train.py saves and ends well.
+        if frames_trained(run) < round(1000 * end):
             raise KeyboardInterrupt
-
-
-def trained(run):
-    """How many thousand frames a run was trained for."""
-    stats = read_stats(run)
-    return stats[-1]["frames"] / 1000 if stats else 0
 
 
 def read_lines(path):
@@ -106,7 +100,14 @@ def program(*words):
     for word in words:
         command += [str(word)] if isinstance(word, Path) else word.split()
     print(" ".join(command), flush=True)
-    if subprocess.run(command, cwd=ROOT).returncode:
+    child = subprocess.Popen(command, cwd=ROOT)
+    try:
+        status = child.wait()
+    except KeyboardInterrupt:  # it saves what it has
+        child.terminate()
+        child.wait()
+        raise
+    if status:
         raise UserError("the command above failed")
 
 

@@ -19,7 +19,7 @@ from unittest.mock import MagicMock
 
 import torch
 
-from mostgan.files import write_whole
+from mostgan.files import read_json, write_whole
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -48,6 +48,12 @@ def seconds(run, device, repeats, warmups=1):
         synchronize(device)
         times.append(time.perf_counter() - started)
     return statistics.median(times[warmups:])
+
+
+def frames_trained(run):
+    """The real frames that the newest checkpoint of a run was trained on; 0 without one."""
+    saved = sorted(run.glob("checkpoint-*/training.json"))
+    return read_json(saved[-1]).get("frames", 0) if saved else 0
 
 
 def write(path, result):

@@ -282,10 +282,21 @@ class TrainConfig:
             "keep_checkpoints",
             "skip_limit",
         ):
-            if not getattr(self, name) > 0:
+            if not 0 < getattr(self, name) < math.inf:
                 raise UserError(f"{name} is {getattr(self, name)}, but must be more than 0")
-        for name, least in (("eval_every", 0), ("eval_clips", 2), ("eval_frames", 2)):
-            if getattr(self, name) < least:
+        for name, least in (
+            ("seed", 0),
+            ("total_kframes", 0.001),
+            ("r1_gamma", 0),
+            ("diversity_weight", 0),
+            ("ema_rampup", 0),
+            ("ada_target", -1),
+            ("eval_every", 0),
+            ("eval_clips", 2),
+            ("eval_frames", 2),
+            ("workers", 0),
+        ):
+            if not least <= getattr(self, name) < 2**63:
                 raise UserError(f"{name} is {getattr(self, name)}, but must be at least {least}")
         if self.batch_clips % self.batch_split:
             raise UserError(

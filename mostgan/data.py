@@ -291,6 +291,17 @@ class Batch(NamedTuple):
     frame_condition: torch.Tensor  # float32 [B, T, frame_condition_dim]
 
 
+def usable_clips(clips, num_frames):
+    """The clips that have so many frames, by number: int64 [n]. UserError where none has."""
+    usable = np.flatnonzero(clips.lengths >= num_frames)
+    if not len(usable):
+        longest = clips.lengths.max()
+        raise UserError(
+            f"{clips.path}: no clip has {num_frames} frames (the longest has {longest})"
+        )
+    return usable
+
+
 class _Batches:
     """Batch number k by index: the pure function that threads or workers evaluate ahead."""
 
@@ -298,22 +309,10 @@ class _Batches:
         self, clips, batch_size, num_frames, seed, mirror, max_num_frames, sampling, rank, world
     ):
         self.clips, self.batch_size, self.num_frames = clips, batch_size, num_frames
-        self.seed, self.mirror, self.max_num_frames, self.sampling = (
-            seed,
-            mirror,
-            max_num_frames,
-            sampling,
-        )
-        self.rank, self.world = rank, world
-        self.usable = np.flatnonzero(clips.lengths >= num_frames)
-        self.reading = (
-            None  # [workers, 2]: each worker process's id and the clip that it is reading
-        )
-        if not len(self.usable):
-            longest = clips.lengths.max()
-            raise UserError(
-                f"{clips.path}: no clip has {num_frames} frames (the longest has {longest})"
-            )
+        self.seed, self.mirror, self.sampling = seed, mirror, sampling
+        self.max_num_frames, self.rank, self.world = max_num_frames, rank, world
+        self.usable = usable_clips(clips, num_frames)
+        self.reading = None  # [workers, 2]: a worker process's id and the clip that it is reading
 
     def __getitem__(self, k):
         clips, samples, orders = self.clips, [], {}

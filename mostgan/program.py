@@ -3,6 +3,7 @@
 import contextlib
 import math
 import os
+import signal
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,6 +20,7 @@ def run_program(work, interrupted="interrupted"):
     """
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends a program as Ctrl-C does
     try:
         status = work() or 0
         sys.stdout.flush()
@@ -30,12 +32,13 @@ def run_program(work, interrupted="interrupted"):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 1
     except OSError as error:
-        told = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        told = error.strerror or str(error)
+        told = f"{error.filename}: {told}" if error.filename else told
         status = _say(f"error: {told}", 2)
     except Exception as error:
-        if not _is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
-        status = _say("error: the GPU's memory is too small: choose fewer clips at once", 2)
+        status = _say("error: there is too little memory: choose fewer clips at once", 2)
     if status:
         sys.exit(status)
 
@@ -46,10 +49,13 @@ def _say(text, status):
     return status
 
 
-def _is_out_of_memory(error):
-    """Whether it is PyTorch's error for that; a program without PyTorch does not import it here."""
+def is_out_of_memory(error):
+    """Whether it is one of the errors for that: Python's, or PyTorch's on a GPU or on a CPU. (A
+    program without PyTorch does not import it here.)
+    """
     torch = sys.modules.get("torch")
-    return torch is not None and isinstance(error, torch.OutOfMemoryError)
+    of_gpu = torch is not None and isinstance(error, torch.OutOfMemoryError)
+    return of_gpu or isinstance(error, MemoryError) or "can't allocate memory" in str(error)
 
 
 def need(package, extra):

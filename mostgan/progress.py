@@ -12,7 +12,7 @@ import torch
 import kernels
 from mostgan import distributed
 from mostgan.config import UserError
-from mostgan.device import peak_memory_mb
+from mostgan.device import has_bf16, peak_memory_mb
 from mostgan.files import write_whole
 from mostgan.rendering import render
 from mostgan.video import VideoWriter, film_strips, grid, write_png
@@ -230,6 +230,11 @@ def print_start(config, clips, run, device, state):
         f"{run}: preset {config.preset}, {config.model.resolution}², on {where}, "
         f"{config.precision}, {compiled}, kernels: {kernels.chosen(device)}"
     )
+    if config.precision == "bf16" and not has_bf16(device):
+        distributed.say(
+            "warning: this processor has no instructions for bf16, which is slow without: better "
+            "go on with --precision float32"
+        )
     shortest, longest = clips.lengths.min(), clips.lengths.max()
     distributed.say(
         f"data: {clips.path}, {len(clips)} clips of {shortest} to {longest} frames, "

@@ -23,6 +23,7 @@ from mostgan.data import Clips
 from mostgan.device import in_order, memory_bytes, one_core_threads
 from mostgan.motion import condition_at, content_latent, motion_noise
 
+LARGEST = 10**6  # of a truncation or a gain: no use is near
 FARTHEST = 10**8  # frames from 0, either way: so far float64 tells phases apart to eight digits
 # What a CPU's thread makes at once: one large frame of each clip, for a larger batch would leave
 # the core's caches; of small ones several, lest threads wait for Python rather than compute.
@@ -350,8 +351,8 @@ def conditions(config, label, clips, device):
     if label is None:
         raise UserError(told)
     if not C:
-        what = "a label" if np.ndim(label) == 0 else "a vector of the clip"
-        raise UserError(f"{what} is given, but the model was trained without: leave it out")
+        what = f"label is {label}" if np.ndim(label) == 0 else "the clip has a vector"
+        raise UserError(f"{what}, but the model was trained without labels: leave it out")
     wanted = torch.as_tensor(label)
     is_vector = wanted.is_floating_point() or wanted.ndim == 2
     if is_vector and not wanted.isfinite().all():
@@ -449,10 +450,9 @@ def gains(config, style_gain, device):
             if config.motion_styles:
                 have = f"has styles 0 to {config.motion_styles - 1}"
             raise UserError(f"motion style {style}: the model {have}")
-        if not math.isfinite(value):
-            raise UserError(
-                f"motion style {style}: its gain is {value}, but must be a finite number"
-            )
+        if not abs(value) <= LARGEST:
+            told = f"must be from -{LARGEST:,} to {LARGEST:,}"
+            raise UserError(f"motion style {style}: its gain is {value}, but {told}")
         gain[style] = value
     return gain
 
@@ -495,8 +495,8 @@ def check_render(start, step, frames, clips, psi, window, loop, content_frames):
             "a step of no time shows one frame for ever: the speed must not be 0, nor may "
             "content_frames"
         )
-    if not math.isfinite(psi):
-        raise UserError(f"psi is {psi}, but must be a finite number")
+    if not abs(psi) <= LARGEST:
+        raise UserError(f"psi is {psi}, but must be from -{LARGEST:,} to {LARGEST:,}")
     last = start if loop is not None else start + (frames - 1) * step
     if max(abs(start), abs(last)) > FARTHEST:
         raise UserError(

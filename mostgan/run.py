@@ -12,11 +12,11 @@ import signal
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-
 from mostgan import checkpoint, distributed
 from mostgan.config import ModelConfig, TrainConfig, UserError
+from mostgan.data import usable_clips
 from mostgan.files import read_json, write_whole
+from mostgan.program import is_out_of_memory
 
 # What weights, random streams and the loader's position depend on, and the presets, which chose all
 # else at the start.
@@ -259,6 +259,7 @@ def with_data(config, clips):
         frame_condition_dim=clips.frame_condition_dim if config.conditional else 0,
         fps=config.model.fps or clips.fps,
     )
+    usable_clips(clips, model.frames_per_clip)  # complains now, before there is a folder
     return dataclasses.replace(config, model=model)
 
 
@@ -321,12 +322,14 @@ class StopSignal:
 
 @contextlib.contextmanager
 def memory_advice(config, run):
-    """Turns running out of GPU memory into a UserError that names the next larger batch_split that
-    is possible.
+    """Turns running out of memory into a UserError that names the next larger batch_split that is
+    possible.
     """
     try:
         yield
-    except torch.OutOfMemoryError:
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
         clips, group, processes = config.batch_clips, config.model.mbstd_group, distributed.size()
         again = f"no larger --batch-split is possible than {config.batch_split}: "
         again += "start with a smaller model"
@@ -336,4 +339,4 @@ def memory_advice(config, run):
                 again = f"go on with: {distributed.resume_command(run)} --batch-split {split}"
                 break
         piece = clips // config.batch_split
-        raise UserError(f"out of GPU memory with {piece} clips at a time; {again}") from None
+        raise UserError(f"out of memory with {piece} clips at a time; {again}") from None

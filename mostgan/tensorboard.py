@@ -4,6 +4,7 @@ pip install 'mostgan[tensorboard]' && tensorboard --logdir runs
 """
 
 import io
+import math
 
 from PIL import Image
 
@@ -16,31 +17,29 @@ class Board:
     stats.jsonl.
 
     done: the frames that the run goes on from. Events of later ones, which it makes anew, are taken
-    back; and where a run had no events before, the lines of its stats.jsonl become the first. On
-    the disk when a method returns. An error of the disk is said by `say`, and ends the events, not
-    the training.
+    back, and so are those that its stats.jsonl has not or has otherwise; the lines without events,
+    of a time without TensorBoard, become events. On the disk when a method returns. An error of the
+    disk is said by `say`, and ends the events, not the training.
     """
 
     def __init__(self, run, done, say=print):
         from torch.utils.tensorboard import SummaryWriter
 
         folder, self.say = run / "tensorboard", say
-        is_new = not any(folder.glob("events*"))
+        is_new, lines = not any(folder.glob("events*")), read_stats(run)
+        agree = 0 if is_new else agreement(lines, events_of(folder), done)
         # TensorBoard forgets what it has read of this step and later ones.
-        self.writer = SummaryWriter(str(folder), purge_step=None if is_new else done + 1)
-        for line in read_stats(run) if is_new else ():
-            self.add_line(line)
+        self.writer = SummaryWriter(str(folder), purge_step=None if is_new else agree + 1)
+        for line in lines:
+            if line["frames"] > agree:
+                self.add_line(line)
 
     def add_line(self, line):
         """Adds the values of a line of stats.jsonl, a dict."""
-        values = dict(line)
-        step = values.pop("frames")
 
         def write():
-            for name, value in values.items():
-                # A mean without a finite value is NaN, and in the file null.
-                if value is not None and value == value:
-                    self.writer.add_scalar(name, value, step)
+            for name, value in _values(line).items():
+                self.writer.add_scalar(name, value, line["frames"])
 
         self._try(write)
 
@@ -69,6 +68,40 @@ class Board:
     def close(self):
         if self.writer is not None:
             self.writer.close()
+
+
+def events_of(folder):
+    """{step: {name: value}} of the events in a folder."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events, values = EventAccumulator(str(folder), {"scalars": 0, "images": 1}).Reload(), {}
+    for name in events.Tags()["scalars"]:
+        for event in events.Scalars(name):
+            values.setdefault(event.step, {})[name] = event.value
+    return values
+
+
+def agreement(lines, events, done):
+    """Up to which step, `done` at most, the lines of stats.jsonl and the events agree."""
+    expected = {line["frames"]: _values(line) for line in lines}
+    for step in sorted(expected.keys() | events.keys()):
+        told, there = expected.get(step, {}), events.get(step, {})
+        same = told.keys() == there.keys()
+        same = same and all(math.isclose(told[name], there[name], rel_tol=1e-6) for name in told)
+        if step > done or not same:
+            return step - 1
+    return done
+
+
+def _values(line):
+    """What is shown of a line: its numbers. A mean without a finite value is NaN, and in the file
+    null.
+    """
+    return {
+        name: value
+        for name, value in line.items()
+        if name != "frames" and value is not None and value == value
+    }
 
 
 def gif_summary(name, frames, fps):

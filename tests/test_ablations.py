@@ -130,7 +130,9 @@ def test_what_is_done_is_not_done_again(tmp_path, monkeypatch):
             folder.mkdir(exist_ok=True)
             (folder / "config.json").write_text("{}")
             frames = 2000 if len(calls) > 1 else 1000  # a signal stops the first one early
-            (folder / "stats.jsonl").write_text(json.dumps({"frames": frames}) + "\n")
+            (folder / "checkpoint-000001").mkdir(exist_ok=True)
+            saved = folder / "checkpoint-000001" / "training.json"
+            saved.write_text(json.dumps({"frames": frames}))
         else:
             words[words.index("--out") + 1].write_text('{"results": {"proxy_fvd16": {"mean": 5}}}')
 
@@ -143,9 +145,67 @@ def test_what_is_done_is_not_done_again(tmp_path, monkeypatch):
     assert calls[0][calls[0].index("--seed") + 1] == 0
     with pytest.raises(UserError, match="was trained for longer than 1 k frames"):
         ablations.train_and_score(run, plan._replace(kframes=1), first, 0)
+    for damaged in ("{", '{"results": {}}'):  # is made again
+        next(plan.folder(first, 0).glob("scores-2k-8-*")).write_text(damaged)
+        assert ablations.train_and_score(run, plan, first, 0) == {"proxy_fvd16": 5}
     # Other clips are another score of the same training.
     ablations.train_and_score(run, plan._replace(clips=4), first, 0)
     assert calls[-1][0] == "-m" and calls[-1][calls[-1].index("--clips") + 1] == 4
+
+
+def test_half_a_timing_is_made_anew(tmp_path):
+    plan, row, calls = (
+        ablations.Plan(tmp_path, "tiny", 2, 8, None, tmp_path),
+        ablations.Row("a", ""),
+        [],
+    )
+    folder = plan.folder(row, "timing")
+
+    def run(words, log):
+        assert not folder.exists() and "--out" in words
+        calls.append(words)
+        (folder / "checkpoint-1").mkdir(parents=True)
+        frames = 24 * ablations.TIMED // (1 if len(calls) > 1 else 2)  # a signal stops the first
+        (folder / "checkpoint-1" / "training.json").write_text(json.dumps({"frames": frames}))
+        (folder / "stats.jsonl").write_text('{"frames": 1, "frames_per_second": 7}\n')
+
+    with pytest.raises(UserError, match="stopped early"):
+        ablations.quiet_rate(run, plan, row)
+    for _ in range(2):
+        assert ablations.quiet_rate(run, plan, row) == 7
+    assert len(calls) == 2
+    (folder / "stats.jsonl").write_text("")
+    assert ablations.quiet_rate(run, plan, row) == 7 and len(calls) == 3
+
+
+def test_a_run_that_fails_says_why(tmp_path):
+    with pytest.raises(UserError, match="a run failed, see .*log: error: no such thing"):
+        ablations.Runner(1)(
+            ["-c", "import sys; sys.exit('error: no such thing')"], tmp_path / "log"
+        )
+
+
+@pytest.mark.parametrize(
+    "number, count, text",
+    [
+        (257.4, 2, "260"),
+        (8512.0, 3, "8,510"),
+        (0.0123, 2, "0.012"),
+        (35.52, 3, "35.5"),
+        (9.0, 2, "9"),
+    ],
+)
+def test_numbers_of_a_table_have_no_exponent(number, count, text):
+    assert ablations.rounded(number, count) == text
+
+
+@pytest.mark.parametrize("wrong", [dict(preset="tinny"), dict(data="file")])
+def test_a_slip_claims_no_folder(tmp_path, wrong):
+    (tmp_path / "file").write_text("no clips")
+    data = tmp_path / wrong.pop("data", "file")
+    with pytest.raises(UserError):
+        ablations.ablate("5", data, work=tmp_path / "work", **wrong)
+    assert not (tmp_path / "work").exists()
 
 
 def test_nothing_is_started_after_a_stop(tmp_path):

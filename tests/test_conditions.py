@@ -5,12 +5,14 @@ samples.
 import dataclasses
 import importlib
 import itertools
+import shlex
 
 import av
 import made_clips as made
 import numpy as np
 import pytest
 import torch
+import tyro
 from conftest import CPU, MODEL, make_config, same_bits, tensors_of
 from safetensors.numpy import save_file
 from test_model import frames_of, make
@@ -563,6 +565,13 @@ def test_sample_takes_the_conditions_of_a_clip_in_a_file(tmp_path):
         sampled("bad", "x", "y")
     with pytest.raises(UserError, match="2 numbers at every frame"):
         sampled("bad", "0.5", "-1")
+
+
+def test_the_command_that_a_training_ends_with_samples_its_model(packed, tmp_path, quiet, capsys):
+    training.train(config_of(packed), tmp_path / "run")
+    words = shlex.split(capsys.readouterr().out.split("sample with: python sample.py")[1])
+    words[words.index("--frames") + 1] = "2"
+    assert sample.sample(tyro.cli(sample.Options, args=[*words, "--out", f"{tmp_path}/a.npy"]))
 
 
 def test_an_export_is_refused(tmp_path):

@@ -375,7 +375,7 @@ def test_figures_of_a_model_with_conditions_are_of_those_of_a_clip_in_a_file(
     assert (tmp_path / "out" / "figure-5.png").exists()
     for words, error in (
         (["--condition", f"{file}:b"], "the model is conditional"),
-        (["--condition", str(file)], "2 clips, such as a; give FILE:NAME"),
+        (["--condition", str(file)], f"has 2 clips; give one, such as {file}:a"),
         (["--condition", "1"], "2 numbers at every frame"),
         (["--label", "0"], "2 numbers at every frame"),
     ):

@@ -1,8 +1,12 @@
 """The model that comes with the package: what it is, who uses it, and the program that makes it."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import av
@@ -66,6 +70,26 @@ def test_what_is_published_is_the_average_in_bf16(tmp_path, monkeypatch):
     assert about["starts"] == starts
 
 
+def test_what_is_interrupted_saves_before_it_ends(tmp_path, monkeypatch):
+    """A terminal's Ctrl-C reaches the training too; a signal to this program alone is handed on."""
+    (tmp_path / "slow.py").write_text(
+        "import signal, time, pathlib\n"
+        "signal.signal(signal.SIGTERM, lambda *_: (time.sleep(1), pathlib.Path('saved').touch()))\n"
+        "pathlib.Path('begun').touch(); signal.pause()\n"
+    )
+    monkeypatch.setattr(pretrained, "ROOT", tmp_path)
+
+    def interrupt():
+        while not (tmp_path / "begun").exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt).start()
+    with pytest.raises(KeyboardInterrupt):
+        pretrained.program("slow.py")
+    assert (tmp_path / "saved").exists()
+
+
 def test_it_is_trained_stage_after_stage_from_where_it_is(tmp_path, monkeypatch):
     run, asked = tmp_path / "run", []
 
@@ -75,8 +99,11 @@ def test_it_is_trained_stage_after_stage_from_where_it_is(tmp_path, monkeypatch)
         run.mkdir(exist_ok=True)
         (run / "config.json").touch()
         kframes = 60 if len(asked) == 1 else float(words[-1])
-        with open(run / "stats.jsonl", "a") as file:
-            file.write(json.dumps({"frames": 1000 * kframes}) + "\n")
+        saved = run / f"checkpoint-{len(asked)}"
+        saved.mkdir()
+        (saved / "training.json").write_text(json.dumps({"frames": 1000 * kframes}))
+        # Killed between a line and its checkpoint, a run goes on from the checkpoint.
+        (run / "stats.jsonl").write_text(json.dumps({"frames": 1000 * kframes + 500}) + "\n")
 
     monkeypatch.setattr(pretrained, "program", program)
     with pytest.raises(KeyboardInterrupt):

@@ -257,14 +257,23 @@ def test_too_many_in_a_row_stop_the_run_with_a_diagnosis(packed, tmp_path, monke
     assert f"last good checkpoint, {tmp_path / 'run' / 'checkpoint-00000'}" in text
 
 
-def test_out_of_memory_names_the_batch_split_to_use(packed, tmp_path, monkeypatch):
-    broken_training(monkeypatch, "generator", [2], torch.OutOfMemoryError("CUDA out of memory"))
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"),
+        MemoryError(),
+    ],
+    ids=["GPU", "CPU", "Python"],
+)
+def test_out_of_memory_names_the_batch_split_to_use(packed, tmp_path, monkeypatch, error):
+    broken_training(monkeypatch, "generator", [2], error)
     config = make_config(
         packed, 4, batch_clips=12, batch_split=1, model=dataclasses.replace(MODEL, mbstd_group=3)
     )
     with pytest.raises(UserError, match=r"12 clips at a time; go on with: .*run --batch-split 2$"):
         training.train(config, tmp_path / "run")
-    broken_training(monkeypatch, "generator", [2], torch.OutOfMemoryError("CUDA out of memory"))
+    broken_training(monkeypatch, "generator", [2], error)
     with pytest.raises(UserError, match="no larger --batch-split"):
         training.train(dataclasses.replace(config, batch_split=12), tmp_path / "other")
 

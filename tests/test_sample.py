@@ -77,8 +77,15 @@ def test_defaults(run, tmp_path, monkeypatch, capsys):
     assert "256 frames of 1 clip" in printed and all(
         word in printed for word in ("ms/frame", "rendering", "transfer", "encoding")
     )
+    # The same command again takes another name; one that is given must be free, or forced.
+    before = out.read_bytes()
+    assert program.sample(program.Options(run, frames=4))
+    assert len(frames_in(Path("samples", f"{run.name}-seed0-2.mp4"))) == 4
     with pytest.raises(UserError, match="--force"):
-        program.sample(program.Options(run))
+        program.sample(program.Options(run, out))
+    assert out.read_bytes() == before
+    assert program.sample(program.Options(run, frames=4, force=True))
+    assert len(frames_in(out)) == 4
 
 
 def test_pieces_joined_are_the_whole(sample):

@@ -62,6 +62,25 @@ def test_a_run_that_had_no_events_gets_those_of_its_past(packed, tmp_path, quiet
     assert len(assert_as_recorded(tmp_path / "run")) == 3
 
 
+def test_steps_without_tensorboard_are_made_up_for(packed, tmp_path, quiet):
+    run = tmp_path / "run"
+    training.train(make_config(packed, 2, tensorboard=True), run)
+    training.train(make_config(packed, 4), resume=training.what_to_resume(None, run))
+    resumed(run, packed, 5)
+    assert len(assert_as_recorded(run)) == 5
+
+
+def test_events_of_another_course_are_taken_back(packed, tmp_path, quiet):
+    """Steps 3 and 4 with TensorBoard, and then again without, and otherwise."""
+    run, often = tmp_path / "run", {"snapshot_kframes": 0.024, "keep_checkpoints": 9}
+    training.train(make_config(packed, 4, tensorboard=True, **often), run)
+    (run / "checkpoint-000004").rename(tmp_path / "gone")
+    again = make_config(packed, 4, diversity_weight=5.0, **often)
+    training.train(again, resume=training.what_to_resume(None, run))
+    resumed(run, packed, 5, diversity_weight=5.0, **often)
+    assert len(assert_as_recorded(run)) == 5
+
+
 def test_grids_are_pictures_and_move(tmp_path):
     clips = torch.randint(256, (16, 5, 3, 32, 32), dtype=torch.uint8)
     board = Board(tmp_path, 0)

@@ -233,14 +233,14 @@ def find(path=None):
     """
     if path is None:
         return newest_of_all() or BUILT_IN
-    path = Path(path)
-    if path.is_file():
+    named = path = Path(path)
+    if path.is_file() and path.suffix in (".safetensors", ".json"):
         path = path.parent
     if (path / "model.safetensors").exists():
         return path
     if not path.is_dir() or not _checkpoints(path, "model.safetensors"):
         raise UserError(
-            f"{path} is neither a checkpoint (a folder with model.safetensors) nor a run with one"
+            f"{named} is neither a checkpoint (a folder with model.safetensors) nor a run with one"
         )
     return _checkpoints(path, "model.safetensors")[-1]
 

@@ -83,9 +83,9 @@ def exhibits(generator, run, seed, frames, fps, shown):
     motions = [seed + m for m in range(MOTIONS) for _ in range(CONTENTS)]
     # First, since it checks all that was asked for.
     clips = render(generator, contents, 0, frames, len(contents), motion_seed=motions, **shown)
-    second = float(shown["step"]) / fps
-    pictures, layers = watch(generator, seed, frames, **shown)
+    second, columns = float(shown["step"]) / fps, curves(read_stats(run))
     if generator.config.motion_styles > 1:
+        pictures, layers = watch(generator, seed, frames, **shown)
         others = [watch(generator, seed + i, frames, **shown)[1] for i in range(1, CLIPS)]
         yield drawing.similarity([layers, *others])
         yield drawing.attention(layers, frames * second)
@@ -93,7 +93,7 @@ def exhibits(generator, run, seed, frames, fps, shown):
             yield drawing.where_styles_act(pictures, layer, second)
     clips = torch.cat([window.cpu() for window in clips], dim=1)
     yield drawing.content_against_motion(clips.unflatten(0, (MOTIONS, CONTENTS)), second)
-    if "loss_G" in (columns := curves(read_stats(run))):
+    if "loss_G" in columns:
         yield drawing.course(columns)
 
 

@@ -50,7 +50,7 @@ def similarity(clips):
         told.append(f"{others.mean():.2f} at {name} ({others.min():.2f} to {others.max():.2f})")
     figure.colorbar(image, ax=axes, location="bottom", aspect=40, label="mean cosine")
     words = f"""Look off the diagonal: dark squares are styles at right angles to one another,
-        which change the weights in different ways; light ones would be styles that do the same. The
+        which change the weights in different ways; pink ones would be styles that do the same. The
         mean cosine of two styles is {", ".join(told)}. Computed between the
         modulations M (Eq. 1) of two styles, as vectors of I·3·3 numbers, in the first convolution
         with motion styles of each block; mean over {len(clips)} clips."""
@@ -67,7 +67,8 @@ def attention(layers, seconds):
     axes = figure.subplots(len(layers), 4, sharex=True, sharey=True, squeeze=False)
     place = {"extent": (0, seconds, K - 0.5, -0.5), "aspect": "auto", "interpolation": "nearest"}
     for row, name, mean, layer in zip(axes, names, means, layers):
-        row[0].imshow(mean.t().numpy(), vmin=0, vmax=float(means.max()), **place)
+        # Styles that are attended to alike are to look alike: no less than twice that is brightest.
+        row[0].imshow(mean.t().numpy(), vmin=0, vmax=max(2 / K, float(means.max())), **place)
         row[0].set(title=f"{name}: mean", ylabel="style", yticks=range(0, K, -(-K // 4)))
         order = layer.attention.std(dim=0).sum(dim=1).argsort(descending=True).tolist()
         for ax, o in zip(row[1:], (order[0], order[len(order) // 2], order[-1])):
@@ -81,8 +82,8 @@ def attention(layers, seconds):
     words = f"""Look along a row: where the colour changes, filters turn to that style, or away
         from it, as the clip goes on. Equal attention would be {1 / K:.3f}; a style with far more
         is the one that the layer has settled on. Computed as the softmax A of the scores (Eq. 2)
-        in one clip. Left: the mean over all filters; then the filters whose attention changes
-        most, as the median does, and least."""
+        in one clip. Left: the mean over all filters; then, in a scale of their own, the filters
+        whose attention changes most, as the median does, and least."""
     tables = [
         table("mean over filters and time, of each style", range(K), names, means.mean(dim=1)),
         table("its standard deviation over time", range(K), names, means.std(dim=1)),

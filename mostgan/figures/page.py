@@ -77,6 +77,6 @@ def section(exhibit, folder, fps):
 def table(title, columns, names, values):
     """Numbers as text: a line of the title, one of the columns, one of each name and its values."""
     lines = [["", *map(str, columns)]]
-    lines += [[str(name), *(f"{v:.3f}" for v in of)] for name, of in zip(names, values)]
+    lines += [[str(name), *(f"{v:.3g}" for v in of)] for name, of in zip(names, values)]
     widths = [max(map(len, column)) + 2 for column in zip(*lines)]
     return "\n".join([title, *("".join(map(str.rjust, line, widths)) for line in lines)])

@@ -33,10 +33,11 @@ from tqdm import tqdm
 import kernels
 from mostgan import checkpoint
 from mostgan.config import UserError
+from mostgan.data import read_conditions
 from mostgan.device import choose_kernels, has_bf16, peak_memory_mb, pick_device, to_host
 from mostgan.files import sha256_of
 from mostgan.program import run_program
-from mostgan.rendering import exact, loop_step, read_conditions, render
+from mostgan.rendering import exact, loop_step, render
 from mostgan.video import VideoWriter, grid
 
 DEFAULT_FPS = 25.0  # of a checkpoint that does not know its data's
@@ -305,9 +306,12 @@ def parse_gains(texts):
     for text in texts:
         match = re.fullmatch(r"(\d+)=([-+.\de]+)", text)
         try:
-            gains[int(match[1])] = float(match[2])
+            style, gain = int(match[1]), float(match[2])
         except (TypeError, ValueError):
             raise UserError(f"--motion-style {text}: write k=GAIN, such as 3=0 or 0=1.5") from None
+        if style in gains:
+            raise UserError(f"--motion-style {text}: style {style} has the gain {gains[style]:g}")
+        gains[style] = gain
     return gains
 
 

@@ -45,6 +45,7 @@ from bench.timing import copy_rate, describe, matmul_rate, seconds, write
 from mostgan.config import ModelConfig, train_preset
 from mostgan.device import choose_kernels, peak_memory_mb, pick_device, to_host
 from mostgan.model import Generator
+from mostgan.program import run_program
 from mostgan.rendering import render as render_video
 
 GFLOP_PER_FRAME, MB_PER_FRAME = 30.8, 100
@@ -320,4 +321,4 @@ def show(row):
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

@@ -36,6 +36,7 @@ import train as training
 from mostgan.config import train_preset
 from mostgan.data import Batch
 from mostgan.device import choose_kernels, peak_memory_mb, pick_device
+from mostgan.program import run_program
 from mostgan.progress import Skips, Stats
 
 GFLOP_PER_FRAME = {"paper256": 618}
@@ -231,4 +232,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

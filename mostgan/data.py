@@ -1,5 +1,5 @@
-"""Packed clips → batches of frames and times: opening, frame sampling (spec §8), an endless
-reproducible loader.
+"""Packed clips → batches of frames and times: opening, conditions of a clip by its name, frame
+sampling (spec §8), an endless reproducible loader.
 
 Sample number i of a run is a pure function of (seed, i), so a run resumed at batch k goes on
 exactly as if it had never stopped. Of `world` processes, each takes its part of every batch, in the
@@ -7,6 +7,7 @@ order of their ranks: together they make the run that one process would make wit
 times as large.
 """
 
+import contextlib
 import functools
 import io
 import itertools
@@ -24,6 +25,7 @@ from typing import NamedTuple
 
 import numpy as np
 import safetensors.numpy
+import safetensors.torch
 import torch
 from PIL import Image
 from safetensors import SafetensorError
@@ -215,6 +217,67 @@ def decode_jpeg(data):
     """The bytes of a JPEG → uint8 [3, H, W], by Pillow, as the other codebases of the field do."""
     image = Image.open(io.BytesIO(data), formats=["JPEG"])
     return np.asarray(image if image.mode == "RGB" else image.convert("RGB")).transpose(2, 0, 1)
+
+
+# ------------------------------------------------------------------------------ conditions by name
+
+
+def read_conditions(label, words):
+    """--label and --condition of a program → the conditions that `render` takes, a dict.
+
+    label: a class, or None; words: FOLDER:NAME, the conditions of clip NAME of a packed folder, at
+    its frames; or FILE:NAME, those in a file as prepare takes it (of one clip: FILE), a row for
+    each frame; or the numbers of a clip's vector, or nothing. UserError if they are none of these.
+    """
+    if not words:
+        return {"label": label}
+    with contextlib.suppress(ValueError):
+        return {"label": [float(number) for number in words]}
+    if len(words) > 1 or not words[0]:
+        raise UserError(f"--condition {' '.join(words)}: neither a file nor numbers")
+    # Either name may have colons.
+    ends = [i for i, letter in enumerate(words[0] + ":") if letter == ":" and words[0][:i]]
+    there = [end for end in ends if Path(words[0][:end]).exists()]
+    if not there:
+        raise UserError(f"--condition {words[0]}: there is no such file or folder")
+    path, name = Path(words[0][: there[-1]]), words[0][there[-1] + 1 :]
+    if path.is_dir():
+        return _given(*_of_packed(Clips(path), name), label)
+    try:
+        entries = safetensors.torch.load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"cannot read {path}: {error}") from None
+    names = sorted({key.removesuffix("/frames") for key in entries})
+    if not name and len(names) == 1:
+        (name,) = names
+    if name not in names:
+        raise UserError(_no_clip(path, name, names))
+    return _given(entries.get(name), entries.get(f"{name}/frames"), label)
+
+
+def _no_clip(path, name, names):
+    """What is wrong with a --condition whose clip, `name`, is not among those that a file has."""
+    if not names:
+        return f"--condition: {path} has no conditions"
+    asked = f"has no clip {name}" if name else f"has {len(names)} clips"
+    return f"--condition: {path} {asked}; give one, such as {path}:{names[0]}"
+
+
+def _given(of_clip, of_frames, label):
+    if of_clip is not None and label is not None:
+        raise UserError("--label and --condition exclude each other: the clip has a vector")
+    label = label if of_clip is None else torch.as_tensor(of_clip).float()
+    return {"label": label, "frame_condition": of_frames}
+
+
+def _of_packed(clips, name):
+    """The vector of a clip in a packed folder, and those of its frames; None without them."""
+    if name not in clips.names:
+        raise UserError(_no_clip(clips.path, name, clips.names))
+    clip = clips.names.index(name)
+    rows = clips.frame_condition(clip, np.arange(clips.lengths[clip]))
+    of_frames = torch.from_numpy(rows) if clips.frame_condition_dim else None
+    return clips.condition(clip) if clips.num_labels else None, of_frames
 
 
 # ----------------------------------------------------------------------------------- frame sampling

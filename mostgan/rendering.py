@@ -6,20 +6,16 @@ content is fixed or a function of t too. So any stretch of it can be rendered al
 backwards or in a circle.
 """
 
-import contextlib
 import itertools
 import math
 from fractions import Fraction
 from numbers import Integral
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from mostgan.checkpoint import read_tensors
 from mostgan.config import UserError
-from mostgan.data import Clips
 from mostgan.device import in_order, memory_bytes, one_core_threads
 from mostgan.motion import condition_at, content_latent, motion_noise
 
@@ -282,61 +278,6 @@ def clip_seeds(seed, motion_seed, clips):
         if not 0 <= s < 2**63:
             raise UserError(f"seed {s}: a seed must be 0 or more, and less than 2⁶³")
     return seeds, motion_seeds
-
-
-def read_conditions(label, words):
-    """--label and --condition of a program → the conditions that `render` takes, a dict.
-
-    label: a class, or None; words: FOLDER:NAME, the conditions of clip NAME of a packed folder, at
-    its frames; or FILE:NAME, those in a file as prepare takes it (of one clip: FILE), a row for
-    each frame; or the numbers of a clip's vector, or nothing. UserError if they are none of these.
-    """
-    if not words:
-        return {"label": label}
-    with contextlib.suppress(ValueError):
-        return {"label": [float(number) for number in words]}
-    if len(words) > 1 or not words[0]:
-        raise UserError(f"--condition {' '.join(words)}: neither a file nor numbers")
-    # Either name may have colons.
-    ends = [i for i, letter in enumerate(words[0] + ":") if letter == ":" and words[0][:i]]
-    there = [end for end in ends if Path(words[0][:end]).exists()]
-    if not there:
-        raise UserError(f"--condition {words[0]}: there is no such file or folder")
-    path, name = Path(words[0][: there[-1]]), words[0][there[-1] + 1 :]
-    if path.is_dir():
-        return _given(*_of_packed(Clips(path), name), label)
-    entries = read_tensors(path)
-    names = sorted({key.removesuffix("/frames") for key in entries})
-    if not name and len(names) == 1:
-        (name,) = names
-    if name not in names:
-        raise UserError(_no_clip(path, name, names))
-    return _given(entries.get(name), entries.get(f"{name}/frames"), label)
-
-
-def _no_clip(path, name, names):
-    """What is wrong with a --condition whose clip, `name`, is not among those that a file has."""
-    if not names:
-        return f"--condition: {path} has no conditions"
-    asked = f"has no clip {name}" if name else f"has {len(names)} clips"
-    return f"--condition: {path} {asked}; give one, such as {path}:{names[0]}"
-
-
-def _given(of_clip, of_frames, label):
-    if of_clip is not None and label is not None:
-        raise UserError("--label and --condition exclude each other: the clip has a vector")
-    label = label if of_clip is None else torch.as_tensor(of_clip).float()
-    return {"label": label, "frame_condition": of_frames}
-
-
-def _of_packed(clips, name):
-    """The vector of a clip in a packed folder, and those of its frames; None without them."""
-    if name not in clips.names:
-        raise UserError(_no_clip(clips.path, name, clips.names))
-    clip = clips.names.index(name)
-    rows = clips.frame_condition(clip, np.arange(clips.lengths[clip]))
-    of_frames = torch.from_numpy(rows) if clips.frame_condition_dim else None
-    return clips.condition(clip) if clips.num_labels else None, of_frames
 
 
 def conditions(config, label, clips, device):

@@ -58,6 +58,7 @@ BAD = [
     ("sample --checkpoint PACKED", "neither a checkpoint"),
     ("sample --checkpoint text.txt", "text.txt is neither a checkpoint"),
     ("sample --psi 1e39", "psi"),
+    ("sample --motion-style 0=0 0=2", "style 0 has the gain 0"),
     ("sample --motion-style 0=1e39", "gain"),
     ("prepare nowhere out --resolution 32", "nowhere"),
     ("prepare text.txt out --resolution 32", "text.txt"),

@@ -12,13 +12,14 @@ import tyro
 
 from mostgan import checkpoint
 from mostgan.config import UserError
+from mostgan.data import read_conditions
 from mostgan.device import choose_kernels, pick_device
 from mostgan.figures import curves, watch
 from mostgan.figures.page import page, section
 from mostgan.files import sha256_of, whole_folder, write_whole
 from mostgan.program import need, run_program
 from mostgan.progress import read_stats
-from mostgan.rendering import exact, read_conditions, render
+from mostgan.rendering import exact, render
 
 CLIPS = 4  # that figure 5 is of
 CONTENTS, MOTIONS = 4, 3  # that figure 8 shows

@@ -146,7 +146,7 @@ def where_styles_act(frames, layer, second):
         there: there, filters that attend to it are active. A grey style acts less than the average;
         if one is orange everywhere, attention has settled on it. Tints go from the mean of the
         styles, grey, to the most that a style does, which stands beside it: they say where, not how
-        much. Computed as
+        much, and nothing where that is near 0. Computed as
         Σ A[o,κ] |x[o]| / Σ |x[o]| over the channels o of the block's last convolution
         ({layer.conv}; x are its features), less the mean over the styles κ, in parts of the style's
         largest value in the clip, enlarged to the frame."""

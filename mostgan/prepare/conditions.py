@@ -84,34 +84,36 @@ class Conditions:
 
     def place(self, source, rows, settings, broken):
         """Tells each row, a clip of this source, its entries, and where its frames lie in them.
-        Raises UserError where there are more or fewer vectors than frames, unless the source is
-        broken: damaged or cut off, so that it has fewer frames than it had.
+        broken: whether the source is damaged or cut off. Raises UserError as `_before` does.
         """
         if not rows:
             return
         fps = source.fps(settings)
         rate = fps if source.kind in ("folder", "array") else source.timing.fps
+        before = self._before(source, rows, settings, rate, broken) if self.frame_size else 0
         for row in rows:
-            row |= {"condition": source.condition, "step": rate / fps, "missing": 0}
-        if not self.frame_size:
-            return
+            row |= {"condition": source.condition, "step": rate / fps, "before": before}
+
+    def _before(self, source, rows, settings, rate, broken):
+        """How many vectors belong to damaged frames at a source's beginning, before the first that
+        can be read: none where vectors count from that one. UserError where there are more or fewer
+        than frames; but a broken source may have lost some at its end.
+        """
         name = source.condition[1]
-        count = self.of_frames[name][0]
-        # Vectors count from damaged frames before the first that can be read, or from that one.
-        before = round(source.timing.missing * rate)
-        has = {
-            first: _frames_of(source, rows, settings, rate, count - first) for first in (before, 0)
-        }
-        missing = next((first for first in has if has[first] == count - first), before)
-        if has[missing] != count - missing and not (broken and has[missing] < count - missing):
-            about = "" if source.timing.length is not None else "about "
-            raise UserError(
-                f"{self.told}: {printable(name + OF_FRAMES)} has {count} rows, but "
-                f"{printable(source.name)} has {about}{has[missing] + missing} frames, at its "
-                f"usual rate of {source.timing.fps:g} frames/s"
-            )
-        for row in rows:
-            row["missing"] = missing
+        count, has = self.of_frames[name][0], {}
+        for before in (round(source.timing.missing * rate), 0):
+            has[before] = before + _frames_of(source, rows, settings, rate, count - before)
+            if has[before] == count:
+                return before
+        before = next(iter(has))
+        if broken and has[before] < count:
+            return before
+        about = "" if source.timing.length is not None else "about "
+        raise UserError(
+            f"{self.told}: {printable(name + OF_FRAMES)} has {count} rows, but "
+            f"{printable(source.name)} has {about}{has[before]} frames, at its usual rate of "
+            f"{source.timing.fps:g} frames/s"
+        )
 
     def write(self, dst, rows):
         """Writes the conditions of the clips, in their order: {name of the file: its SHA-256}.
@@ -174,7 +176,7 @@ def _of_clip(file, row):
     from mostgan.motion import condition_at  # not above: it brings PyTorch, see pack._write_preview
 
     whole = file.get_slice(row["condition"][1] + OF_FRAMES)
-    t = row["missing"] + (row["start"] + np.arange(row["frames"])) * row["step"]
+    t = row["before"] + (row["start"] + np.arange(row["frames"])) * row["step"]
     count = whole.get_shape()[0]
     first, stop = min(int(t[0]), count - 1), min(int(t[-1]) + 2, count)
     return condition_at(whole[first:stop].astype(np.float32), t - first)

@@ -1,8 +1,10 @@
 """Bad input of every program: one line that says what is wrong, status 2, nothing left behind."""
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from functools import partial
 
 import pytest
@@ -13,6 +15,7 @@ import train
 from mostgan import program
 from mostgan.checkpoint import __main__ as checkpoint
 from mostgan.figures import __main__ as figures
+from mostgan.files import whole_folder
 from mostgan.metrics import __main__ as metrics
 from mostgan.prepare import __main__ as prepare
 from mostgan.program import cores, run_program
@@ -88,6 +91,22 @@ def test_bad_input_is_one_clear_line(packed, tmp_path, monkeypatch, capsys, comm
     assert ended.value.code == 2, error
     assert words in error and error.count("\n") == 1 and "Traceback" not in error
     assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]
+
+
+def test_the_end_of_a_job_is_an_interruption(tmp_path, capsys):
+    """So that what was begun is tidied up."""
+    before = signal.getsignal(signal.SIGTERM)
+
+    def work():
+        with whole_folder(tmp_path / "figures"):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(5)
+
+    with pytest.raises(SystemExit) as ended:
+        run_program(work, "interrupted; nothing was written")
+    signal.signal(signal.SIGTERM, before)
+    assert ended.value.code == 130 and list(tmp_path.iterdir()) == []
+    assert capsys.readouterr().err == "interrupted; nothing was written\n"
 
 
 def test_names_that_a_terminal_cannot_print_end_no_program(packed, tmp_path):

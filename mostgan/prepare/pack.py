@@ -235,6 +235,7 @@ def _finished(dst, made_from, plan):
             told = f"{printable(str(dst))} exists already and holds clips of another source"
             told += " or with other settings"
             raise UserError(f"{told}; remove it or choose another place")
+        print(f"checking {printable(str(dst))}, which was finished before", file=sys.stderr)
         wrong = wrong_files(dst, index)
         if not wrong:
             return index

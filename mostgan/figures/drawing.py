@@ -67,7 +67,7 @@ def attention(layers, seconds):
     axes = figure.subplots(len(layers), 4, sharex=True, sharey=True, squeeze=False)
     place = {"extent": (0, seconds, K - 0.5, -0.5), "aspect": "auto", "interpolation": "nearest"}
     for row, name, mean, layer in zip(axes, names, means, layers):
-        # Styles that are attended to alike are to look alike: no less than twice that is brightest.
+        # At least to twice the equal attention, so that this is no bright colour.
         row[0].imshow(mean.t().numpy(), vmin=0, vmax=max(2 / K, float(means.max())), **place)
         row[0].set(title=f"{name}: mean", ylabel="style", yticks=range(0, K, -(-K // 4)))
         order = layer.attention.std(dim=0).sum(dim=1).argsort(descending=True).tolist()
@@ -146,10 +146,9 @@ def where_styles_act(frames, layer, second):
         there: there, filters that attend to it are active. A grey style acts less than the average;
         if one is orange everywhere, attention has settled on it. Tints go from the mean of the
         styles, grey, to the most that a style does, which stands beside it: they say where, not how
-        much, and nothing where that is near 0. Computed as
-        Σ A[o,κ] |x[o]| / Σ |x[o]| over the channels o of the block's last convolution
-        ({layer.conv}; x are its features), less the mean over the styles κ, in parts of the style's
-        largest value in the clip, enlarged to the frame."""
+        much, and nothing where that is near 0. Computed as Σ A[o,κ] |x[o]| / Σ |x[o]| over the
+        channels o of the block's last convolution ({layer.conv}; x are its features), less the mean
+        over the styles κ, in parts of the style's largest value in the clip, enlarged."""
     values = zip(layer.maps.mean(dim=(0, 2, 3)), layer.maps.std(dim=(0, 2, 3)), largest)
     tables = [table("of each style", ("mean", "std", "largest"), range(K), values)]
     title = f"Figure 7: where each style acts, block {block}²"

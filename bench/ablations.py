@@ -40,6 +40,7 @@ from mostgan.files import read_json, write_whole  # noqa: E402
 from mostgan.prepare.data_sets import open_data, source_fingerprint  # noqa: E402
 from mostgan.program import cores, need, run_program  # noqa: E402
 from mostgan.progress import read_stats  # noqa: E402
+from mostgan.run import lock  # noqa: E402
 
 TIMED = 64  # steps that a row's speed is measured over: its second half has R1 in its share
 
@@ -212,7 +213,8 @@ class Runner:
         """Runs `python words`, its output added to the file `log`. UserError where it fails."""
         place = self.places.get()
         try:
-            with open(log, "a") as output:
+            with open(log, "ab") as output:
+                begun = output.tell()
                 command = [sys.executable, *map(str, words)]
                 options = dict(cwd=ROOT, env=os.environ | place, stdout=output, stderr=output)
                 with self.lock:
@@ -225,10 +227,9 @@ class Runner:
         finally:
             self.places.put(place)
         if status:
-            said = [
-                line for line in Path(log).read_text().splitlines() if "error: " in line.lower()
-            ]
-            raise UserError(f"a run failed, see {log}: {''.join(said[-1:])}")
+            lines = Path(log).read_bytes()[begun:].decode(errors="replace").splitlines()
+            said = [line for line in lines if "error: " in line.lower()] or [f"status {status}"]
+            raise UserError(f"a run failed, see {log}: {said[-1]}")
 
     def stop(self):
         """Has every program that runs save its state and end, and starts no other."""
@@ -354,7 +355,7 @@ def markdown(result):
 
 def rounded(number, count):
     """A number with so many digits that count, and without an exponent."""
-    return f"{float(f'{number:.{count}g}'):,.15g}"
+    return f"{float(f'{number:.{count}g}'):,.12f}".rstrip("0").rstrip(".")
 
 
 # ------------------------------------------------------------------------------------- command line
@@ -417,6 +418,7 @@ def ablate(
     of = {"data": digits, "preset": preset}
     if (before := read_json(work / "of.json") or of) != of:
         raise UserError(f"{work} has runs of other clips or another preset {before}: name another")
+    lock(work, "--work")
     write_whole(work / "of.json", json.dumps(of) + "\n")
     detector = detector and detector.resolve()  # programs run in the checkout
     plan = Plan(data.resolve(), preset, kframes, clips, detector, work.resolve())

@@ -30,6 +30,7 @@ from mostgan.prepare import pack_sky  # noqa: E402
 from mostgan.prepare.sky import VERSION  # noqa: E402
 from mostgan.program import run_program  # noqa: E402
 
+PATIENCE = 5  # seconds for a program to end by itself
 CLIPS = 512  # more than `--dataset sky` makes: D sees each of them some two hundred times
 TRAINING = (
     "--preset tiny --dataset sky --motion-distance 32 --precision bf16 --snapshot-kframes 10 "
@@ -103,9 +104,12 @@ def program(*words):
     child = subprocess.Popen(command, cwd=ROOT)
     try:
         status = child.wait()
-    except KeyboardInterrupt:  # it saves what it has
-        child.terminate()
-        child.wait()
+    except KeyboardInterrupt:  # which a terminal sends to the child, too: it saves what it has
+        try:
+            child.wait(PATIENCE)
+        except subprocess.TimeoutExpired:
+            child.terminate()
+            child.wait()
         raise
     if status:
         raise UserError("the command above failed")

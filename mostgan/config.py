@@ -282,8 +282,10 @@ class TrainConfig:
             "keep_checkpoints",
             "skip_limit",
         ):
-            if not 0 < getattr(self, name) < math.inf:
-                raise UserError(f"{name} is {getattr(self, name)}, but must be more than 0")
+            never = name in ("ada_kclips", "log_kframes", "snapshot_kframes", "save_minutes")
+            value, told = getattr(self, name), "more than 0" if never else "finite and more than 0"
+            if not 0 < value or (value == math.inf and not never):
+                raise UserError(f"{name} is {value}, but must be {told}")
         for name, least in (
             ("seed", 0),
             ("total_kframes", 0.001),
@@ -297,7 +299,8 @@ class TrainConfig:
             ("workers", 0),
         ):
             if not least <= getattr(self, name) < 2**63:
-                raise UserError(f"{name} is {getattr(self, name)}, but must be at least {least}")
+                told = f"must be at least {least}, and less than 2⁶³"
+                raise UserError(f"{name} is {getattr(self, name)}, but {told}")
         if self.batch_clips % self.batch_split:
             raise UserError(
                 f"batch_clips is {self.batch_clips}, not a multiple of batch_split "

@@ -178,8 +178,9 @@ class Clips:
         try:
             read_clip(file, indices, length, self._coding, out)
         except (OSError, ValueError, SyntaxError) as error:
-            text = f"{file} ({self.names[clip]}) is damaged ({error}); prepare {self.path} again"
-            raise UserError(" ".join(text.split())) from None
+            text = f"{file} ({self.names[clip]}) is damaged ({error})"
+            again = f"remove it, and prepare {self.path} again"
+            raise UserError(" ".join(f"{text}; {again}".split())) from None
         return out
 
 

@@ -38,7 +38,7 @@ def run_program(work, interrupted="interrupted"):
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        status = _say("error: there is too little memory: choose fewer clips at once", 2)
+        status = _say("error: there is too little memory for this", 2)
     if status:
         sys.exit(status)
 

@@ -12,9 +12,12 @@ import signal
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+
 from mostgan import checkpoint, distributed
 from mostgan.config import ModelConfig, TrainConfig, UserError
 from mostgan.data import usable_clips
+from mostgan.device import usable_threads
 from mostgan.files import read_json, write_whole
 from mostgan.program import is_out_of_memory
 
@@ -209,9 +212,9 @@ def _write_config(run, config, clips):
     write_whole(run / "config.json", json.dumps(described, indent=2) + "\n")
 
 
-def lock(run):
-    """Keep other processes from training in a run folder until this one ends. UserError if one does
-    already.
+def lock(run, option="--out"):
+    """Keep other processes from training in a folder until this one ends. UserError if one does
+    already; option: that names another folder.
     """
     handle = os.open(run / ".lock", os.O_CREAT | os.O_WRONLY, 0o644)  # stays open
     try:
@@ -219,7 +222,7 @@ def lock(run):
         fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise UserError(
-            f"another process is training in {run}: stop it, or choose another --out"
+            f"another process is training in {run}: stop it, or choose another {option}"
         ) from None
     except OSError:
         pass  # a file system without locks
@@ -323,7 +326,7 @@ class StopSignal:
 @contextlib.contextmanager
 def memory_advice(config, run):
     """Turns running out of memory into a UserError that names the next larger batch_split that is
-    possible.
+    possible; or on a CPU, where pieces run side by side, to take one after the other.
     """
     try:
         yield
@@ -338,5 +341,8 @@ def memory_advice(config, run):
             if clips % split == 0 == split % processes and piece % min(group, piece) == 0:
                 again = f"go on with: {distributed.resume_command(run)} --batch-split {split}"
                 break
-        piece = clips // config.batch_split
-        raise UserError(f"out of memory with {piece} clips at a time; {again}") from None
+        told = f"{clips // config.batch_split} clips at a time"
+        if config.batch_split > 1 and usable_threads() > 1 and not torch.cuda.is_available():
+            told += " in each of several threads"
+            again = f"go on with one: OMP_NUM_THREADS=1 {distributed.resume_command(run)}"
+        raise UserError(f"out of memory with {told}; {again}") from None

@@ -5,11 +5,15 @@ pip install 'mostgan[tensorboard]' && tensorboard --logdir runs
 
 import io
 import math
+import os
+from contextlib import suppress
 
 from PIL import Image
 
 from mostgan.progress import read_stats
 from mostgan.video import film_strips, grid
+
+LARGE = 1000  # bytes of an event: that of a number has some sixty
 
 
 class Board:
@@ -71,14 +75,33 @@ class Board:
 
 
 def events_of(folder):
-    """{step: {name: value}} of the events in a folder."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events, values = EventAccumulator(str(folder), {"scalars": 0, "images": 1}).Reload(), {}
-    for name in events.Tags()["scalars"]:
-        for event in events.Scalars(name):
-            values.setdefault(event.step, {})[name] = event.value
+    """{step: {name: value}} of the events in a folder, without those that were taken back."""
+    values = {}
+    for file in sorted(folder.glob("events*")):
+        for event in small_events(file):
+            if event.HasField("session_log"):
+                values = {step: of for step, of in values.items() if step < event.step}
+            for value in event.summary.value:
+                if value.HasField("simple_value"):
+                    values.setdefault(event.step, {})[value.tag] = value.simple_value
     return values
+
+
+def small_events(path):
+    """Yields the events in a file, but for pictures: their bytes, gigabytes in a long run, are not
+    read. A record is the length of its data, a checksum of that, the data, and a checksum of them.
+    """
+    from google.protobuf.message import DecodeError
+    from tensorboard.compat.proto.event_pb2 import Event
+
+    # Where it is damaged, what follows is as if it was not there.
+    with suppress(DecodeError, OSError, OverflowError), open(path, "rb") as file:
+        while len(head := file.read(12)) == 12:
+            size = int.from_bytes(head[:8], "little")
+            if size > LARGE:
+                file.seek(size + 4, os.SEEK_CUR)
+            elif len(data := file.read(size + 4)) == size + 4:
+                yield Event.FromString(data[:size])
 
 
 def agreement(lines, events, done):

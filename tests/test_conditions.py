@@ -377,7 +377,7 @@ def test_a_damaged_file_of_frame_conditions_is_named(src):
         with pytest.raises(UserError, match="frame_conditions.safetensors is damaged"):
             clips.frame_condition(0, [0])
         assert any(file.name in line for line in prepare.check(clips.path))
-    pack(src, ENTRIES)  # as the message says
+    pack(src, ENTRIES)
     assert file.read_bytes() == whole and prepare.check(clips.path) == []
     file.unlink()
     with pytest.raises(UserError, match="is missing"):

@@ -484,15 +484,37 @@ def test_check_names_every_damaged_and_missing_file(whole, tmp_path, capfd):
     assert len(prepare.check(tmp_path / "dst")) == 3
 
 
-def test_the_same_command_mends_what_check_complains_of(whole, tmp_path):
-    """`--check` names files; who gives the command again has all of them again."""
+def test_the_same_command_mends_what_check_complains_of(whole, tmp_path, monkeypatch):
+    """`--check` names files; who removes them and gives the command again has all of them again, as
+    of those that are cut off. Interrupted meanwhile, it still does.
+    """
     shutil.copytree(whole / "dst", tmp_path / "dst")
-    flipped, cut, gone, *_ = sorted((tmp_path / "dst").glob("*.safetensors"))
-    data = flipped.read_bytes()
-    flipped.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    cut, gone, *_ = sorted((tmp_path / "dst").glob("*.safetensors"))
     cut.write_bytes(cut.read_bytes()[:-1])
     gone.unlink()
     (tmp_path / "dst" / "preview.png").write_bytes(b"")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(files.Path, "unlink", interrupted)
+        made.pack(whole / "src", tmp_path / "dst", 32, clip_length=12)
+    assert len(prepare.check(tmp_path / "dst")) == 3
+    made.pack(whole / "src", tmp_path / "dst", 32, clip_length=12)
+    assert prepare.check(tmp_path / "dst") == [] and files_of(tmp_path / "dst") == files_of(
+        whole / "dst"
+    )
+
+
+def interrupted(*args, **options):
+    raise KeyboardInterrupt
+
+
+def test_a_damaged_index_has_all_made_anew(whole, tmp_path):
+    """Nothing tells then which of the clips are whole."""
+    shutil.copytree(whole / "dst", tmp_path / "dst")
+    index, clip = tmp_path / "dst" / "index.json", next((tmp_path / "dst").glob("*.safetensors"))
+    data = clip.read_bytes()
+    clip.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    index.write_text(index.read_text().replace('"resolution": 32', '"resolution": 33'))
+    assert "index.json is damaged" in prepare.check(tmp_path / "dst")[0]
     made.pack(whole / "src", tmp_path / "dst", 32, clip_length=12)
     assert prepare.check(tmp_path / "dst") == [] and files_of(tmp_path / "dst") == files_of(
         whole / "dst"

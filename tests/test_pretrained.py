@@ -74,17 +74,23 @@ def test_what_is_interrupted_saves_before_it_ends(tmp_path, monkeypatch):
     """A terminal's Ctrl-C reaches the training too; a signal to this program alone is handed on."""
     (tmp_path / "slow.py").write_text(
         "import signal, time, pathlib\n"
-        "signal.signal(signal.SIGTERM, lambda *_: (time.sleep(1), pathlib.Path('saved').touch()))\n"
-        "pathlib.Path('begun').touch(); signal.pause()\n"
+        "saved = pathlib.Path('saved')\n"
+        "signal.signal(signal.SIGTERM, lambda *_: (time.sleep(1), saved.touch()))\n"
+        "pathlib.Path('begun').touch()\n"
+        "while not saved.exists():\n"
+        "    time.sleep(0.01)\n"
     )
     monkeypatch.setattr(pretrained, "ROOT", tmp_path)
+    monkeypatch.setattr(pretrained, "PATIENCE", 0.1)
 
     def interrupt():
-        while not (tmp_path / "begun").exists():
+        for _ in range(6000):
+            if (tmp_path / "begun").exists():
+                break
             time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGINT)
 
-    threading.Thread(target=interrupt).start()
+    threading.Thread(target=interrupt, daemon=True).start()
     with pytest.raises(KeyboardInterrupt):
         pretrained.program("slow.py")
     assert (tmp_path / "saved").exists()

@@ -9,7 +9,7 @@ from conftest import make_config, stats_of
 from PIL import Image
 
 import train as training
-from mostgan import checkpoint
+from mostgan import checkpoint, tensorboard
 from mostgan.config import UserError
 from mostgan.tensorboard import Board
 
@@ -68,6 +68,23 @@ def test_steps_without_tensorboard_are_made_up_for(packed, tmp_path, quiet):
     training.train(make_config(packed, 4), resume=training.what_to_resume(None, run))
     resumed(run, packed, 5)
     assert len(assert_as_recorded(run)) == 5
+
+
+def test_pictures_are_not_read_for_that(tmp_path, monkeypatch):
+    """Those of a long run are gigabytes."""
+    board = Board(tmp_path, 0)
+    for step in (24, 48):
+        board.add_line({"frames": step, "loss_G": step / 10})
+        board.add_grid("samples", torch.zeros(1, 4, 3, 64, 64, dtype=torch.uint8), 1, 1, step, 25)
+    board.close()
+    (file,) = (tmp_path / "tensorboard").iterdir()
+    whole = file.read_bytes()
+    for data in (whole, whole + b"\5\0\0", whole + bytes(4) + whole[4:50]):  # cut off, damaged
+        file.write_bytes(data)
+        events = tensorboard.events_of(tmp_path / "tensorboard")
+        assert {step: round(of["loss_G"], 4) for step, of in events.items()} == {24: 2.4, 48: 4.8}
+    read = [event for event in tensorboard.small_events(file) if event.summary.value]
+    assert len(read) == 2  # neither stills nor moving ones
 
 
 def test_events_of_another_course_are_taken_back(packed, tmp_path, quiet):

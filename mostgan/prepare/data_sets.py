@@ -149,12 +149,12 @@ def check(path):
     index = read_index(path)
     if index.get("checksum") != checksum_of(index):
         return [f"{path / 'index.json'} is damaged; prepare {path} again"]
-    names = dict(zip(index["clips"]["file"], index["clips"]["name"]))
-    clips = {file: f", which holds {name}," for file, name in names.items()}
-    wrong = wrong_files(path, index)
+    columns, again = index["clips"], f"remove it, and prepare {path} again"
+    clips = {file: f", which holds {n}," for file, n in zip(columns["file"], columns["name"])}
+    wrong = wrong_files(path, dict(zip(columns["file"], columns["sha256"])) | index["files"])
     if not wrong:
         Clips(path)
-    return [f"{path / file}{clips.get(file, '')} {what}" for file, what in wrong.items()]
+    return [f"{path / file}{clips.get(file, '')} {what}; {again}" for file, what in wrong.items()]
 
 
 # ------------------------------------------------------------------------ opening whatever there is

@@ -17,6 +17,7 @@ import numpy as np
 from mostgan.config import UserError
 from mostgan.prepare.reading import STILLS, VIDEOS, natural, printable, suffix
 
+SUFFIXES = VIDEOS | STILLS | {".npy"}
 SHOWN = 3  # names that tell what did not match
 
 
@@ -162,13 +163,14 @@ def match(sources, rows, where, notes):
     name, with different values, has none. UserError where no clip has one.
     """
     whole = {_composed(source.name): number for number, source in enumerate(sources)}
-    best, best_rows, differ = _look_up(rows, whole, _composed)
-    own = [(key, number) for number, source in enumerate(sources) for key in _names_of(source)]
-    for of_row, of_own in _ways(max(_depth(name) for name, _ in (*own, *rows))):
+    best, best_rows, differ = _look_up([(_composed(name), None) for name, _ in rows], rows, whole)
+    own = [(_bare(name), n) for n, source in enumerate(sources) for name in _names_of(source)]
+    named = [(_bare(name), _folder(name)) for name, _ in rows]
+    for of_row, of_own in _ways(max(key.count("/") for key, _ in (*own, *named))):
         if len(best) == len(sources):
             break
-        ours = _unique((of_own(name), number) for name, number in own)
-        looked = _look_up(rows, ours, of_row)
+        ours = _unique((of_own(key), number) for key, number in own)
+        looked = _look_up([(of_row(key), of_row(folder)) for key, folder in named], rows, ours)
         if len(looked[0]) > len(best) or not best and len(looked[2]) > len(differ):
             best, best_rows, differ = looked
     told, twice = printable(str(where)), [sources[index].name for index in sorted(differ)]
@@ -187,19 +189,15 @@ def match(sources, rows, where, notes):
 
 
 def _ways(depth):
-    """Yields the ways of comparing names without their suffixes, as what is compared of a row's and
-    of a source's: all; without up to so many of the first folders, of either; in any case.
+    """Yields the ways of comparing bare names, as what is compared of a row's and of a source's:
+    all; without up to so many of the first folders, of either; in any case.
     """
     for lower in (False, True):
-        whole = functools.partial(_key, lower=lower)
+        whole = functools.partial(_shorten, lower=lower)
         yield whole, whole
         for dropped in range(1, depth + 1):
-            yield functools.partial(_key, dropped=dropped, lower=lower), whole
-            yield whole, functools.partial(_key, dropped=dropped, lower=lower)
-
-
-def _depth(name):
-    return name.replace("\\", "/").count("/")
+            yield functools.partial(_shorten, dropped=dropped, lower=lower), whole
+            yield whole, functools.partial(_shorten, dropped=dropped, lower=lower)
 
 
 def _names_of(source):
@@ -213,14 +211,21 @@ def _names_of(source):
     return names
 
 
-def _key(name, dropped=0, lower=False):
-    """A name without the suffix of a video, a picture or an array, and without so many of its first
-    folders; None if it has no more than those.
-    """
+def _bare(name):
+    """A name without the suffix of a video, a picture or an array."""
     name = _composed(name).replace("\\", "/").removeprefix("./").strip("/")
-    name = os.path.splitext(name)[0] if suffix(name) in VIDEOS | STILLS | {".npy"} else name
-    name = "/".join(name.split("/")[dropped:]) or None
-    return name.lower() if lower and name else name
+    return os.path.splitext(name)[0] if suffix(name) in SUFFIXES else name
+
+
+def _folder(name):
+    """The bare name of the folder that a picture is in, whose row counts for it; or None."""
+    return _bare(os.path.dirname(name.replace("\\", "/"))) if suffix(name) in STILLS else None
+
+
+def _shorten(name, dropped=0, lower=False):
+    """A name without so many of its first folders, or None if it has no more than those."""
+    name = "/".join((name or "").split("/")[dropped:])
+    return (name.lower() if lower else name) or None
 
 
 def _composed(name):
@@ -237,15 +242,13 @@ def _unique(pairs):
     return {key: value for key, value in found.items() if key not in twice}
 
 
-def _look_up(rows, ours, key_of):
+def _look_up(keys, rows, ours):
     """({index of source: label}, the numbers of the rows that name a source, the sources whose rows
-    differ), by the key of a row's name. A frame's row counts for its folder.
+    differ). keys: of each row what is looked up in `ours`, and else the same of a frame's folder.
     """
     found, used, differ = {}, set(), set()
-    for number, (name, label) in enumerate(rows):
-        source = ours.get(key_of(name))
-        if source is None and suffix(name) in STILLS:
-            source = ours.get(key_of(os.path.dirname(name.replace("\\", "/"))))
+    for number, ((key, folder), (_, label)) in enumerate(zip(keys, rows)):
+        source = ours.get(key, ours.get(folder))
         if source is None:
             continue
         used.add(number)

@@ -38,7 +38,14 @@ from tqdm import tqdm
 from mostgan.config import UserError
 from mostgan.files import is_unfinished, read_json, sha256_of, whole_file, write_whole
 from mostgan.prepare.archives import UNPACKED
-from mostgan.prepare.clips import MIN_FRAMES, file_name, jobs_of, made_before, make
+from mostgan.prepare.clips import (
+    MIN_FRAMES,
+    about_clip,
+    file_name,
+    jobs_of,
+    made_before,
+    make,
+)
 from mostgan.prepare.reading import printable
 from mostgan.prepare.sources import Notes
 from mostgan.program import cores
@@ -235,23 +242,26 @@ def _finished(dst, made_from, plan):
             told = f"{printable(str(dst))} exists already and holds clips of another source"
             told += " or with other settings"
             raise UserError(f"{told}; remove it or choose another place")
-        print(f"checking {printable(str(dst))}, which was finished before", file=sys.stderr)
-        wrong = wrong_files(dst, index)
-        if not wrong:
+        wrong = [*wrong_files(dst, index["files"])]
+        wrong += [file for file in index["clips"]["file"] if about_clip(dst / file) is None]
+        if index.get("checksum") != checksum_of(index):  # then nothing tells which clips are whole
+            wrong = [*index["clips"]["file"], *index["files"]]
+        elif not wrong:
             return index
-        write_whole(dst / "plan.json", json.dumps(plan))  # it is unfinished, without these files
-        os.unlink(dst / "index.json")
+        # In this order: if it is interrupted, the index tells again that files are missing.
+        write_whole(dst / "plan.json", json.dumps(plan))
         for file in wrong:
             (dst / file).unlink(missing_ok=True)
+        os.unlink(dst / "index.json")
     return None
 
 
-def wrong_files(dst, index):
-    """{name of a file: what is wrong with it} of those that a packed folder's index lists. Reads
-    every byte.
+def wrong_files(dst, sums):
+    """{name of a file: what is wrong with it}, of those that are not as they were written. sums:
+    {name of a file: its SHA-256}. Reads every byte.
     """
-    wrong, columns = {}, index["clips"]
-    for file, digest in (dict(zip(columns["file"], columns["sha256"])) | index["files"]).items():
+    wrong = {}
+    for file, digest in sums.items():
         try:
             if sha256_of(dst / file) != digest:
                 wrong[file] = "is damaged"

@@ -72,7 +72,8 @@ class Source:
         try:
             root = archives.open_root(self.root)
             if self.kind == "video":
-                searched = settings.clip_length is not None or self.condition is not None
+                of_frames = self.condition is not None and self.condition[1] is not None
+                searched = settings.clip_length is not None or of_frames  # whose number is checked
                 searched = searched and os.path.isdir(self.root)
                 file = root.video(self.files[0])
                 self.timing, self.pixel_aspect = videos.video_timing(file, searched)

@@ -75,7 +75,8 @@ def test_pictures_are_not_read_for_that(tmp_path, monkeypatch):
     board = Board(tmp_path, 0)
     for step in (24, 48):
         board.add_line({"frames": step, "loss_G": step / 10})
-        board.add_grid("samples", torch.zeros(1, 4, 3, 64, 64, dtype=torch.uint8), 1, 1, step, 25)
+        pictures = torch.randint(256, (1, 4, 3, 64, 64), dtype=torch.uint8)
+        board.add_grid("samples", pictures, 1, 1, step, 25)
     board.close()
     (file,) = (tmp_path / "tensorboard").iterdir()
     whole = file.read_bytes()

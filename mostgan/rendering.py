@@ -287,7 +287,7 @@ def conditions(config, label, clips, device):
     C = config.num_labels
     if label is None and not C:
         return None
-    told = f"a class from 0 to {C - 1}, or a vector of {C} finite numbers"
+    told = f"a class from 0 to {C - 1}, or a vector of {C} numbers, all finite"
     told = f"the model is conditional: give --label or --condition, {told}"
     if label is None:
         raise UserError(told)
@@ -392,7 +392,7 @@ def gains(config, style_gain, device):
                 have = f"has styles 0 to {config.motion_styles - 1}"
             raise UserError(f"motion style {style}: the model {have}")
         if not abs(value) <= LARGEST:
-            told = f"must be from -{LARGEST:,} to {LARGEST:,}"
+            told = f"must be a finite number, at most {LARGEST:,}"
             raise UserError(f"motion style {style}: its gain is {value}, but {told}")
         gain[style] = value
     return gain
@@ -437,7 +437,7 @@ def check_render(start, step, frames, clips, psi, window, loop, content_frames):
             "content_frames"
         )
     if not abs(psi) <= LARGEST:
-        raise UserError(f"psi is {psi}, but must be from -{LARGEST:,} to {LARGEST:,}")
+        raise UserError(f"psi is {psi}, but must be a finite number, at most {LARGEST:,}")
     last = start if loop is not None else start + (frames - 1) * step
     if max(abs(start), abs(last)) > FARTHEST:
         raise UserError(

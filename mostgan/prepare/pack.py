@@ -242,12 +242,13 @@ def _finished(dst, made_from, plan):
             told = f"{printable(str(dst))} exists already and holds clips of another source"
             told += " or with other settings"
             raise UserError(f"{told}; remove it or choose another place")
-        wrong = [*wrong_files(dst, index["files"])]
-        wrong += [file for file in index["clips"]["file"] if about_clip(dst / file) is None]
-        if index.get("checksum") != checksum_of(index):  # then nothing tells which clips are whole
-            wrong = [*index["clips"]["file"], *index["files"]]
-        elif not wrong:
-            return index
+        if index.get("checksum") == checksum_of(index):
+            wrong = [*wrong_files(dst, index["files"])]
+            wrong += [file for file in index["clips"]["file"] if about_clip(dst / file) is None]
+            if not wrong:
+                return index
+        else:  # nothing tells which clips are whole
+            wrong = [name for name in os.listdir(dst) if name.endswith(".safetensors")]
         # In this order: if it is interrupted, the index tells again that files are missing.
         write_whole(dst / "plan.json", json.dumps(plan))
         for file in wrong:

@@ -42,7 +42,7 @@ from mostgan.loss import (
     r1_objective,
 )
 from mostgan.model import Generator
-from mostgan.pieces import each_piece, pieces_of
+from mostgan.pieces import each_piece, own_pieces, pieces_of
 from mostgan.prepare import open_data
 from mostgan.program import need, run_program
 from mostgan.progress import (
@@ -142,6 +142,63 @@ def train(config: TrainConfig, out: Path | None = None, resume: Resume | None = 
     print_end(state, run, saver.saved, total, clips)
 
 
+class Phases:
+    """What a step takes gradients of, for a piece of the batch. Nothing is drawn in here, so that
+    any process can take any piece.
+
+    Each method adds its share of the batch's gradients to one network's, and returns a dict of
+    values for the statistics, its share of the batch's loss, and more.
+    """
+
+    def __init__(self, config, device, backend="inductor"):
+        functions = generator_objective, discriminator_objective, r1_objective, generated
+        if config.compile:
+            functions = (
+                torch.compile(function, fullgraph=True, dynamic=False, backend=backend)
+                for function in functions
+            )
+        self.of_generator, self.of_discriminator, self.of_r1, self.generated = functions
+        self.config, self.share = config, 1 / config.batch_split
+        self.autocast = functools.partial(
+            torch.autocast, device.type, torch.bfloat16, enabled=config.precision == "bf16"
+        )
+
+    def generator(self, G, D, latents, transforms):
+        """The generator makes the discriminator take its clips for real ones, with motion styles
+        that differ (paper 3.4). Gives the mean w and the clips, too.
+        """
+        with self.autocast():
+            loss, adversarial, diverse, logits, made, w = self.of_generator(
+                G, frozen(D), latents, transforms, self.config.diversity_weight
+            )
+        (self.share * loss).backward(inputs=list(G.parameters()))
+        seen = {"loss_G": adversarial, "diversity": diverse, "D_fake": logits}
+        made = made._replace(frames=made.frames.detach()) if self.config.shared_fakes else None
+        w_mean = self.share * w.detach().float().mean(dim=0)
+        return detached(seen), self.share * loss.detach(), w_mean, made
+
+    def discriminator(self, G, D, real, fake, real_transforms, fake_transforms):
+        """The discriminator tells real clips from generated ones: fresh ones of `fake`, Latents, or
+        those that the generator step made. Gives the mean sign of the logits, too.
+        """
+        with self.autocast():
+            if not self.config.shared_fakes:
+                fake = self.generated(G, fake)
+            loss, logits = self.of_discriminator(D, real, real_transforms, fake, fake_transforms)
+        (self.share * loss).backward(inputs=list(D.parameters()))
+        sign = self.share * logits.detach().float().sign().mean()
+        return detached({"loss_D": loss, "D_real": logits}), self.share * loss.detach(), sign
+
+    def r1(self, G, D, real, transforms):
+        """R1, lazily: every r1_interval steps and that many times as strong. In float32, for its
+        gradients are small (a GPU's convolutions round to tf32, as is PyTorch's default).
+        """
+        penalty = self.of_r1(D, real, transforms)
+        loss = self.share * self.config.r1_gamma / 2 * self.config.r1_interval * penalty
+        loss.backward(inputs=list(D.parameters()))
+        return detached({"r1": penalty}), loss.detach()
+
+
 def steps(state, config, clips, device, stats, skips, backend="inductor"):
     """The training loop: takes one step (spec §8) after another, and yields after each, for ever.
 
@@ -149,79 +206,40 @@ def steps(state, config, clips, device, stats, skips, backend="inductor"):
     steps left out. backend: torch.compile's.
     """
     G, D = state.G, state.D
-    compiled = functools.partial(torch.compile, fullgraph=True, dynamic=False, backend=backend)
-    functions = generator_objective, discriminator_objective, r1_objective, generated
-    of_generator, of_discriminator, of_r1, generate = (
-        map(compiled, functions) if config.compile else functions
-    )
-    autocast = functools.partial(
-        torch.autocast,
-        device.type,
-        torch.bfloat16,
-        enabled=config.precision == "bf16",
-        cache_enabled=device.type != "cpu",  # threads share the cache
-    )
-    draw_latents = functools.partial(latents_of_piece, config, clips, device)
-    draw_transforms = functools.partial(transforms_of_piece, config, device)
-    share = 1 / config.batch_split  # of a piece in the batch's losses and means
 
-    def generator_piece(piece, G, D):
-        """The generator makes the discriminator take its clips for real ones, with motion styles
-        that differ (paper 3.4).
-        """
-        rng = random_stream(config.seed, state.step, "G", piece)
-        latents, transforms = draw_latents(rng), draw_transforms(rng, state.ada_p)
-        with autocast():
-            loss, adversarial, diverse, logits, made, w = of_generator(
-                G, frozen(D), latents, transforms, config.diversity_weight
-            )
-        (share * loss).backward(inputs=list(G.parameters()))
-        seen = {"loss_G": adversarial, "diversity": diverse, "D_fake": logits}
-        made = made._replace(frames=made.frames.detach())
-        return seen, share * loss.detach(), share * w.detach().float().mean(dim=0), made
+    def streams(phase):
+        return [random_stream(config.seed, state.step, phase, n) for n in own_pieces(config)]
 
-    def discriminator_piece(piece, G, D, real, made):
-        """The discriminator tells real clips from generated ones: fresh ones, or those that the
-        generator step made.
-        """
-        rng = random_stream(config.seed, state.step, "D", piece)
-        with autocast():
-            fake = made if config.shared_fakes else generate(G, draw_latents(rng))
-            transforms = [draw_transforms(rng, state.ada_p) for _ in ("real", "fake")]
-            loss, logits = of_discriminator(D, real, transforms[0], fake, transforms[1])
-        (share * loss).backward(inputs=list(D.parameters()))
-        sign = logits.detach().float().sign().mean()
-        return {"loss_D": loss, "D_real": logits}, share * loss.detach(), share * sign
+    def latents(rngs):
+        return [latents_of_piece(config, clips, device, rng) for rng in rngs]
 
-    def r1_piece(piece, G, D, real):
-        """R1, lazily: every r1_interval steps and that many times as strong. In float32, for its
-        gradients are small (a GPU's convolutions round to tf32, as is PyTorch's default).
-        """
-        rng = random_stream(config.seed, state.step, "R1", piece)
-        penalty = of_r1(D, real, draw_transforms(rng, state.ada_p))
-        loss = share * config.r1_gamma / 2 * config.r1_interval * penalty
-        loss.backward(inputs=list(D.parameters()))
-        return {"r1": penalty}, loss.detach()
+    def transforms(rngs):
+        return [transforms_of_piece(config, device, rng, state.ada_p) for rng in rngs]
 
     with (
         contextlib.closing(open_batches(config, clips, device, state.step)) as data,
-        each_piece(config, device, (G, D), stats) as on_pieces,
+        each_piece(config, device, Phases(config, device, backend), (G, D), stats) as on_pieces,
     ):
         for batch in data:
-            real, made = pieces_of(batch, config), None
+            real = pieces_of(batch, config)
 
-            losses, ws, made = on_pieces(generator_piece)
+            rngs = streams("G")
+            losses, ws, made = on_pieces("generator", latents(rngs), transforms(rngs))
             w_mean = sum(ws)
             left_out = optimize(state.adam_G, "G", sum(losses), stats, skips, w_mean)
             update_w_avg(G.mapping.w_avg, w_mean, left_out)
 
-            losses, signs = on_pieces(discriminator_piece, real, made)
+            rngs = streams("D")
+            fake = made if config.shared_fakes else latents(rngs)
+            losses, signs = on_pieces(
+                "discriminator", real, fake, transforms(rngs), transforms(rngs)
+            )
             sign = sum(signs)
             optimize(state.adam_D, "D", sum(losses), stats, skips, sign)
             state.ada_sign = state.ada_sign + sign.nan_to_num(0.0)
 
             if config.r1_gamma and state.step % config.r1_interval == 0:
-                (losses,) = on_pieces(r1_piece, real)
+                (losses,) = on_pieces("r1", real, transforms(streams("R1")))
                 optimize(state.adam_D, "R1", sum(losses), stats, skips)
 
             state.step += 1
@@ -234,6 +252,11 @@ def steps(state, config, clips, device, stats, skips, backend="inductor"):
 
 
 # --------------------------------------------------------------------------------- parts of a step
+
+
+def detached(values):
+    """A dict's tensors without their graphs."""
+    return {name: value.detach() for name, value in values.items()}
 
 
 def open_batches(config, clips, device, step):

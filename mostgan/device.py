@@ -53,7 +53,7 @@ def one_core_threads(most=None):
     Gives a function: submit(function, *arguments) → its future. Functions run in inference mode and
     under the caller's autocast. At the end what has not begun is dropped, and no thread is left.
     """
-    count = min(usable_threads(), most) if most else usable_threads()
+    count, before = usable_threads(), torch.get_num_threads()
     dtype, enabled = torch.get_autocast_dtype("cpu"), torch.is_autocast_enabled("cpu")
 
     def run(function, *arguments):
@@ -63,42 +63,19 @@ def one_core_threads(most=None):
         ):
             return function(*arguments)
 
-    with _pool(count, 1) as pool:
-        yield functools.partial(pool.submit, run)
-
-
-@contextlib.contextmanager
-def side_by_side(at_once):
-    """Gives a `map` of which `at_once` calls run at the same time, each in a thread with its share
-    of the cores: with as many as cores, nothing that they compute waits at a barrier. Results come
-    in order.
-    """
-    if at_once == 1:
-        yield map
-        return
-    with _pool(at_once, usable_threads() // at_once) as pool:
-        yield pool.map
-
-
-@contextlib.contextmanager
-def _pool(count, openmp_threads):
-    """A pool of threads, each with so many of OpenMP's. At the end what has not begun is dropped,
-    and no thread is left.
-    """
-    before = torch.get_num_threads()
-    pool = ThreadPoolExecutor(count, initializer=_use_openmp_threads, initargs=(openmp_threads,))
+    pool = ThreadPoolExecutor(min(count, most or count), initializer=_use_one_openmp_thread)
     try:
-        yield pool
+        yield functools.partial(pool.submit, run)
     finally:
         pool.shutdown(cancel_futures=True)
         # What threads start with is the whole process's, and until now it was theirs.
         torch.set_num_threads(before)
 
 
-def _use_openmp_threads(count):
+def _use_one_openmp_thread():
     # A thread's first question sets its number to the process's, and would undo ours later.
     torch.get_num_threads()
-    torch.set_num_threads(count)
+    torch.set_num_threads(1)
 
 
 def in_order(submit, jobs, ahead):

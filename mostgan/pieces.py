@@ -2,13 +2,20 @@
 how a phase of a training step is taken on all of them.
 """
 
+import atexit
 import contextlib
-import copy
+import multiprocessing
+import pickle
+import signal
+import traceback
+from multiprocessing import resource_tracker
 
+import numpy as np
 import torch
 
 from mostgan import distributed
-from mostgan.device import side_by_side, usable_threads
+from mostgan.config import UserError
+from mostgan.device import pick_device, usable_threads
 from mostgan.loss import Clips
 
 
@@ -30,62 +37,178 @@ def pieces_of(batch, config):
 
 
 @contextlib.contextmanager
-def each_piece(config, device, networks, stats):
-    """Gives a function on_pieces(of_piece, *inputs) that takes a phase on every piece of this
-    process.
+def each_piece(config, device, phases, networks, stats):
+    """Gives a function on_pieces(phase, *inputs) that takes a phase on every piece of this process.
 
-    of_piece(number, *networks, *its inputs) adds to the networks' gradients and returns a dict of
-    values for `stats`, and more; inputs: a list each, with an entry per piece. The gradients of all
-    pieces are in `networks` then. Returns what of_piece gave beside the dict, each as a tuple.
+    phases: picklable; its method `phase`(*networks, *inputs of the piece) adds to the gradients of
+    one network, and returns a dict of values for `stats`, and more. inputs: a list each, with an
+    entry per piece. The gradients of all pieces are in `networks` then. Returns what the method
+    gave beside the dict, each as a tuple.
 
     A GPU, or a compiled step, takes one piece after the other. The cores of a CPU take them side by
-    side, each with a twin of the networks, whose gradients are then added in the pieces' order: so
-    the bits are the same, but for OpenMP's threads, of which a piece has its share.
+    side, in processes that share the networks' memory: threads would wait for Python's lock at
+    every small operation. Gradients are added in the pieces' order, so the bits are the same.
     """
-    pieces = own_pieces(config)
-    at_once = min(usable_threads(), len(pieces))
-    if device.type != "cpu" or config.compile:
+    pieces, threads = range(len(own_pieces(config))), usable_threads()
+    at_once = 1 if device.type != "cpu" or config.compile else min(threads, len(pieces))
+    buffers = shared_memory(networks, len(pieces)) if at_once > 1 else None
+    if buffers is None:
         at_once = 1
-    of_pieces = [
-        [network, *(twin_of(network) if at_once > 1 else network for _ in pieces[1:])]
-        for network in networks
-    ]
+    # Of each process the pieces: this one's are the first, whose gradients add up by themselves.
+    own, *others = (pieces[share[0] : share[-1] + 1] for share in np.array_split(pieces, at_once))
+    with contextlib.ExitStack() as stack:
+        helpers = []
+        for share in others:
+            gradients = buffers[share.start : share.stop]
+            helper = Helper(phases, networks, gradients, threads // at_once)
+            helpers.append(stack.enter_context(helper))
 
-    def on_pieces(of_piece, *inputs):
-        results = []
-        for seen, *result in map_pieces(of_piece, pieces, *of_pieces, *inputs):
-            stats.add(**seen)
-            results.append(result)
-        for copies in of_pieces:
-            add_gradients(copies)
-        return zip(*results)
+        def on_pieces(phase, *inputs):
+            work, method = list(zip(*inputs)), getattr(phases, phase)
+            for helper, share in zip(helpers, others):
+                helper.begin(phase, [work[piece] for piece in share])
+            with openmp_threads(threads // at_once):
+                results = [method(*networks, *work[piece]) for piece in own]
+            for helper in helpers:
+                results += helper.finish()
+            for seen, *_ in results:
+                stats.add(**seen)
+            return zip(*(rest for _, *rest in results))
 
-    with side_by_side(at_once) as map_pieces:
         yield on_pieces
 
 
-def twin_of(network):
-    """The network once more, in the same memory, with parameters and gradients of its own; for as
-    long as nobody gives the parameters other memory.
-
-    Threads that build graphs on the same parameters stand still now and then: in PyTorch 2.13 one
-    holds a parameter's lock and waits for Python's, while another holds that and waits for the
-    first (torch::autograd::impl::grad_accumulator, AutogradMeta::fw_grad).
+def shared_memory(networks, pieces):
+    """Moves the networks to memory that processes can share. Returns buffers there for the
+    gradients of every piece, [pieces, numbers], or None if there is too little of it.
     """
-    same_memory = {id(p): torch.nn.Parameter(p.detach()) for p in network.parameters()}
-    same_memory |= {id(buffer): buffer.detach() for buffer in network.buffers()}
-    return copy.deepcopy(network, same_memory)
+    try:
+        for network in networks:
+            network.share_memory()
+        size = sum(p.numel() for network in networks for p in network.parameters())
+        return torch.zeros(pieces, size).share_memory_()
+    except RuntimeError:
+        distributed.say(
+            "warning: there is too little shared memory (of a container: --shm-size) for processes "
+            "side by side, so the pieces of a batch are taken one after the other"
+        )
+        return None
 
 
-@torch.no_grad()
-def add_gradients(networks):
-    """Adds the gradients of twins, in their order, to those of the first network."""
-    first, *others = networks
-    for twin in others:
-        if twin is first:  # its pieces' gradients have added up by themselves
-            continue
-        pairs = zip(first.parameters(), twin.parameters())
-        pairs = [(mine.grad, other.grad) for mine, other in pairs if other.grad is not None]
-        if pairs:  # those of the phase's network
-            torch._foreach_add_([mine for mine, _ in pairs], [other for _, other in pairs])
-        twin.zero_grad(set_to_none=True)
+@contextlib.contextmanager
+def openmp_threads(count):
+    """Has PyTorch share an operation between so many threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+class Helper:
+    """A process that takes some of the pieces, with a buffer for the gradients of each.
+
+    It ends with this process, however that ends, and takes no notice of signals: those of a job or
+    a terminal are for this process, which needs the helper to finish its step.
+    """
+
+    def __init__(self, phases, networks, gradients, threads):
+        self.networks, self.gradients = networks, gradients
+        spawn = multiprocessing.get_context("spawn")  # a fork would copy locks that threads hold
+        self.connection, theirs = spawn.Pipe()
+        args = theirs, phases, networks, gradients, threads
+        self.process = spawn.Process(target=_help, args=args, daemon=True)
+        resource_tracker.ensure_running()  # which unblocks signals
+        # A new process inherits which signals are blocked.
+        signals = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+        try:
+            self.process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+        theirs.close()
+        # Before multiprocessing's own end, which would send it a signal that it does not notice.
+        atexit.register(self.process.kill)
+
+    def begin(self, phase, work):
+        """Hand over a phase, and what it takes of each piece."""
+        with self._alive():
+            _send(self.connection, (phase, work))
+
+    def finish(self):
+        """The results of each piece, in order, whose gradients are added to the networks' own."""
+        with self._alive():
+            results, error, trace = _receive(self.connection)
+        if error is not None:
+            raise error from RuntimeError(f"in a process that takes a part of the batch:\n{trace}")
+        mine = gradients_of(self.networks)
+        for buffer in self.gradients:
+            torch._foreach_add_(mine, split_as(buffer, mine))
+        return results
+
+    @contextlib.contextmanager
+    def _alive(self):
+        try:
+            yield
+        except (EOFError, OSError):
+            raise UserError(
+                "a process that takes a part of each batch died (killed, or short of memory): go "
+                "on with --resume, if need be with OMP_NUM_THREADS=1 before it, for one process "
+                "(a script that calls this needs `if __name__ == '__main__':` around it)"
+            ) from None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        atexit.unregister(self.process.kill)
+        self.connection.close()
+        self.process.kill()  # nothing in it is to be saved
+        self.process.join()
+
+
+def _help(connection, phases, networks, gradients, threads):
+    """What a helper does, until the process that started it is gone."""
+    pick_device()
+    torch.set_num_threads(threads)
+    with contextlib.suppress(EOFError, OSError):
+        while True:
+            phase, work = _receive(connection)
+            _send(connection, _outcome(getattr(phases, phase), networks, work, gradients))
+
+
+def _outcome(method, networks, work, gradients):
+    """Results of each piece, whose gradients are in the buffers then; or the error, and where."""
+    results = []
+    try:
+        for inputs, buffer in zip(work, gradients):
+            results.append(method(*networks, *inputs))
+            of_piece = gradients_of(networks)
+            torch._foreach_copy_(split_as(buffer, of_piece), of_piece)
+            for network in networks:
+                network.zero_grad(set_to_none=True)
+    except Exception as error:
+        return None, error, traceback.format_exc()
+    return results, None, None
+
+
+def gradients_of(networks):
+    """All gradients that there are: the same ones for every piece."""
+    return [p.grad for network in networks for p in network.parameters() if p.grad is not None]
+
+
+def split_as(flat, tensors):
+    """The beginning of a flat tensor, as views with the shapes of `tensors`."""
+    sizes = [tensor.numel() for tensor in tensors]
+    parts = flat[: sum(sizes)].split(sizes)
+    return [part.view(tensor.shape) for part, tensor in zip(parts, tensors)]
+
+
+def _send(connection, message):
+    # By pickle alone: a connection would put each tensor in shared memory, which takes longer.
+    connection.send_bytes(pickle.dumps(message))
+
+
+def _receive(connection):
+    return pickle.loads(connection.recv_bytes())

@@ -343,6 +343,6 @@ def memory_advice(config, run):
                 break
         told = f"{clips // config.batch_split} clips at a time"
         if config.batch_split > 1 and usable_threads() > 1 and not torch.cuda.is_available():
-            told += " in each of several threads"
+            told += " in each of several processes"
             again = f"go on with one: OMP_NUM_THREADS=1 {distributed.resume_command(run)}"
         raise UserError(f"out of memory with {told}; {again}") from None

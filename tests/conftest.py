@@ -19,16 +19,16 @@ from safetensors.torch import load_file
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
-# Test processes side by side (pytest -n) have one thread each, and so have the programs they start.
-if "PYTEST_XDIST_WORKER" in os.environ:
-    os.environ["OMP_NUM_THREADS"] = "1"
-    torch.set_num_threads(1)
+# Tests have one thread, and so have the programs that they start: they run side by side (pytest
+# -n), and what they replace in train.py is not replaced in processes that it starts.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import train as training
 from mostgan import checkpoint
 from mostgan.config import ModelConfig, TrainConfig
 from mostgan.prepare import pack_sky
 
+torch.set_num_threads(1)
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
 MODEL = ModelConfig(

@@ -308,27 +308,46 @@ def test_only_a_second_sigint_ends_the_process_at_once(numbers, ended):
     assert os.WIFSIGNALED(status) == bool(ended) and (not ended or os.WTERMSIG(status) == ended)
 
 
+def started(run, packed, threads):
+    """A long training as a process, with a group of its own, that has taken a step."""
+    arguments = [*options_of(packed, 100_000), "--out", str(run), "--resume"]
+    lines = run / "stats.jsonl"
+    old = lines.stat().st_mtime if lines.exists() else 0
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "train.py"), *arguments],
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env=os.environ | {"OMP_NUM_THREADS": str(threads)},
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 60
+    while not (lines.exists() and lines.stat().st_mtime > old) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return process
+
+
+@pytest.mark.slow
+def test_a_signal_to_every_process_of_a_training_is_for_the_first(packed, tmp_path):
+    """A terminal's Ctrl-C and a job's end reach the processes that take pieces, too. And a kill
+    leaves none of them behind.
+    """
+    run = tmp_path / "run"
+    for number in (signal.SIGINT, signal.SIGTERM):
+        process = started(run, packed, threads=2)
+        os.killpg(process.pid, number)
+        out, _ = process.communicate(timeout=60)
+        assert process.returncode == 0 and "go on with:" in out and "Traceback" not in out, out
+    process = started(run, packed, threads=2)
+    process.kill()
+    out, _ = process.communicate(timeout=60)  # ends when no process has its output open
+    assert "Traceback" not in out, out
+
+
 @pytest.mark.slow
 def test_a_second_sigint_stops_at_once_and_a_sigterm_saves(packed, tmp_path):
-    arguments = [
-        str(ROOT / "train.py"),
-        *options_of(packed, 100_000),
-        *("--out", str(tmp_path / "run"), "--resume"),
-    ]
-
-    def start(*more):
-        process = subprocess.Popen(
-            [sys.executable, *arguments, *more],
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-        )
-        deadline, lines = time.monotonic() + 60, tmp_path / "run" / "stats.jsonl"
-        old = lines.stat().st_mtime if lines.exists() else 0
-        while not (lines.exists() and lines.stat().st_mtime > old) and time.monotonic() < deadline:
-            time.sleep(0.02)
-        return process
+    def start():
+        return started(tmp_path / "run", packed, threads=1)
 
     process = start()
     process.send_signal(signal.SIGTERM)

@@ -2,8 +2,8 @@
 
 import dataclasses
 import itertools
-import threading
-from concurrent.futures import ThreadPoolExecutor
+import multiprocessing
+import os
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ from conftest import CPU, MODEL, make_config, options_of, run_program, stats_of
 
 import mostgan
 import train as training
-from mostgan import device, pieces
+from mostgan import pieces
 from mostgan.config import DATASETS, ModelConfig, UserError, train_preset
 from mostgan.data import Clips
 from mostgan.draws import latents_of_piece, random_stream
@@ -86,71 +86,87 @@ def test_batch_split_gives_the_same_gradients(packed):
     assert (gradients[0] - gradients[1]).norm() < 1e-5 * gradients[0].norm()
 
 
-def use_threads(monkeypatch, count):
-    for module in (pieces, device):
-        monkeypatch.setattr(module, "usable_threads", lambda: count)
-
-
-@pytest.mark.parametrize("threads, precision", [(2, "float32"), (3, "bf16"), (4, "float32")])
+@pytest.mark.parametrize("threads, precision", [(2, "float32"), (3, "bf16")])
 def test_pieces_side_by_side_have_the_bits_of_one_after_the_other(
     packed, monkeypatch, threads, precision
 ):
     model = dataclasses.replace(MODEL, mbstd_group=1)
     config = make_config(packed, batch_split=4, model=model, precision=precision)
-    objective = training.generator_objective
+    began, begin = [], pieces.Helper.begin
+    monkeypatch.setattr(
+        pieces.Helper, "begin", lambda self, *args: began.append(self) or begin(self, *args)
+    )
 
     def trained(count):
-        use_threads(monkeypatch, count)
-        at_work = set()
-        monkeypatch.setattr(
-            training,
-            "generator_objective",
-            lambda *args: at_work.add(threading.current_thread()) or objective(*args),
-        )
-        state, _ = take_steps(config, packed, 4)
-        assert (threading.main_thread() in at_work) == (count == 1)
-        return [*state.G.parameters(), *state.D.parameters(), *state.ema.buffers()]
+        monkeypatch.setattr(pieces, "usable_threads", lambda: count)
+        state, stats = take_steps(config, packed, 4)
+        assert len(set(began)) == count - 1 and not multiprocessing.active_children()
+        values = [torch.stack(values) for values in stats.values.values()]
+        return [*state.G.parameters(), *state.D.parameters(), *state.ema.buffers(), *values]
 
     assert all(torch.equal(p, q) for p, q in zip(trained(1), trained(threads)))
 
 
-def test_a_piece_that_fails_ends_training_and_its_threads(packed, monkeypatch):
-    use_threads(monkeypatch, 2)
+class Told:
+    """Phases whose gradient is the piece's number, and which tell what they find."""
 
-    def fails(*args):
-        raise RuntimeError("no more of this")
+    def where(self, network, number):
+        (network.weight * number).sum().backward()
+        found = os.getpid(), torch.get_num_threads(), network.weight.sum().item()
+        return {"number": torch.tensor(number)}, *found
 
-    monkeypatch.setattr(training, "r1_objective", fails)
-    before = threading.active_count()
-    with pytest.raises(RuntimeError, match="no more of this"):
-        take_steps(make_config(packed), packed, 1)
-    assert threading.active_count() == before
-
-
-def test_a_twin_shares_memory_but_no_parameter(packed):
-    """Nothing that two threads' graphs could wait for each other at."""
-    G = training.new_state(make_config(packed), CPU).G
-    twin = pieces.twin_of(G)
-    pairs = list(zip(G.state_dict(keep_vars=True).items(), twin.state_dict(keep_vars=True).items()))
-    assert len(pairs) > 50
-    for (name, mine), (same_name, other) in pairs:
-        assert name == same_name and mine is not other and mine.data_ptr() == other.data_ptr()
-        assert mine.requires_grad == other.requires_grad
+    def fails(self, network, number):
+        raise MemoryError(f"piece {number} is too large")
 
 
-def test_calls_really_run_side_by_side(monkeypatch):
-    """Each of two calls waits for the other, so that one after the other would never end."""
-    use_threads(monkeypatch, 4)
-    both, before = threading.Barrier(2), torch.get_num_threads()
+@pytest.fixture
+def two_processes(packed, monkeypatch):
+    """on_pieces of two processes with two threads each, a piece for each; the network; Stats."""
+    monkeypatch.setattr(pieces, "usable_threads", lambda: 4)
+    network, stats = torch.nn.Linear(1, 1, bias=False), Stats(packed, CPU)
+    with pieces.each_piece(make_config(packed), CPU, Told(), [network], stats) as on_pieces:
+        yield on_pieces, network, stats
+    assert not multiprocessing.active_children()
 
-    def call(number):
-        both.wait(timeout=60)
-        return number, torch.get_num_threads()
 
-    with device.side_by_side(2) as map_pieces:
-        assert list(map_pieces(call, [5, 6])) == [(5, 2), (6, 2)]  # two of four cores each
-    with ThreadPoolExecutor(1) as later:
-        assert later.submit(torch.get_num_threads).result() == before
+def test_pieces_run_in_processes_of_their_own_on_the_same_memory(two_processes):
+    on_pieces, network, stats = two_processes
+    with torch.no_grad():
+        network.weight.fill_(7)  # as Adam changes it
+    processes, threads, weights = on_pieces("where", [1.0, 2.0])
+    assert processes[0] == os.getpid() != processes[1]
+    assert threads == (2, 2) and torch.get_num_threads() == 1
+    assert weights == (7, 7)
+    assert network.weight.grad.item() == 3
+    assert stats.values["number"] == [1, 2]
+    network.zero_grad()
+    on_pieces("where", [1.0, 5.0])
+    assert network.weight.grad.item() == 6
+
+
+def test_an_error_in_a_process_of_a_piece_is_that_error(two_processes, monkeypatch):
+    monkeypatch.setattr(Told, "fails", lambda self, network, number: ({},))  # here, but not there
+    with pytest.raises(MemoryError, match="piece 2 is too large") as raised:
+        two_processes[0]("fails", [1, 2])
+    assert "test_train.py" in str(raised.value.__cause__)  # where it was
+
+
+def test_a_process_of_a_piece_that_dies_is_one_clear_error(two_processes):
+    (process,) = multiprocessing.active_children()
+    process.kill()
+    process.join()
+    with pytest.raises(UserError, match="a process that takes a part of each batch died.*--resume"):
+        two_processes[0]("where", [1.0, 2.0])
+
+
+def test_with_little_shared_memory_pieces_follow_each_other(packed, monkeypatch, capsys):
+    def full(network):
+        raise RuntimeError("unable to allocate shared memory(shm): No space left on device (28)")
+
+    monkeypatch.setattr(pieces, "usable_threads", lambda: 2)
+    monkeypatch.setattr(torch.nn.Module, "share_memory", full)
+    take_steps(make_config(packed), packed, 1)
+    assert "too little shared memory" in capsys.readouterr().out
 
 
 def test_ema_halves_the_distance_in_a_half_life(packed):

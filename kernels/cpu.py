@@ -147,6 +147,34 @@ def conv2d_per_frame(x, weight, up=1):
     return _ConvUp.apply(x.to(dtype), weight.to(dtype))
 
 
+class _Fir(torch.autograd.Function):
+    """`reference._Fir` in the older form, which torch.func does not take: the newer one looks up
+    its signature at every call, which takes longer than to filter a small image.
+    """
+
+    @staticmethod
+    def forward(ctx, x, *settings):
+        ctx.settings = settings
+        return reference.fir_filter(x, *settings)
+
+    @staticmethod
+    def backward(ctx, grad):
+        gain, stride, padding, transposed = ctx.settings
+        return _Fir.apply(grad, gain, stride, padding, not transposed), None, None, None, None
+
+
+def fir(x, padding, gain=1.0):
+    return _Fir.apply(x, gain, 1, padding, False)
+
+
+def downsample2d(x):
+    return _Fir.apply(x, 1.0, 2, 1, False)
+
+
+def upsample2d(x):
+    return _Fir.apply(x, 4.0, 2, 1, True)
+
+
 class _DemodBiasLrelu(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, demod, bias):
@@ -168,7 +196,7 @@ class _DemodBiasLrelu(torch.autograd.Function):
 
 
 def epilogue(x, demod, bias, up=1, clamp=None):
-    x = _DemodBiasLrelu.apply(reference.fir(x, 1, gain=4.0) if up == 2 else x, demod, bias)
+    x = _DemodBiasLrelu.apply(fir(x, 1, gain=4.0) if up == 2 else x, demod, bias)
     return x if clamp is None else x.clamp(-clamp, clamp)
 
 

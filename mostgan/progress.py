@@ -235,6 +235,8 @@ def print_start(config, clips, run, device, state):
             "warning: this processor has no instructions for bf16, which is slow without: better "
             "go on with --precision float32"
         )
+    if config.precision == "float32" and device.type == "cpu" and has_bf16(device):
+        distributed.say("this processor has instructions for bf16: --precision bf16 is faster")
     shortest, longest = clips.lengths.min(), clips.lengths.max()
     distributed.say(
         f"data: {clips.path}, {len(clips)} clips of {shortest} to {longest} frames, "

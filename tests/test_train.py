@@ -12,7 +12,7 @@ from conftest import CPU, MODEL, make_config, options_of, run_program, stats_of
 
 import mostgan
 import train as training
-from mostgan import pieces
+from mostgan import pieces, progress
 from mostgan.config import DATASETS, ModelConfig, UserError, train_preset
 from mostgan.data import Clips
 from mostgan.draws import latents_of_piece, random_stream
@@ -105,6 +105,24 @@ def test_pieces_side_by_side_have_the_bits_of_one_after_the_other(
         return [*state.G.parameters(), *state.D.parameters(), *state.ema.buffers(), *values]
 
     assert all(torch.equal(p, q) for p, q in zip(trained(1), trained(threads)))
+
+
+@pytest.mark.parametrize(
+    "precision, has, told",
+    [
+        ("float32", True, "--precision bf16 is faster"),
+        ("float32", False, None),
+        ("bf16", True, None),
+        ("bf16", False, "better go on with --precision float32"),
+    ],
+)
+def test_a_start_tells_the_quicker_precision(
+    packed, tmp_path, quiet, monkeypatch, capsys, precision, has, told
+):
+    monkeypatch.setattr(progress, "has_bf16", lambda device: has)
+    training.train(make_config(packed, precision=precision), tmp_path / "run")
+    out = capsys.readouterr().out
+    assert told in out if told else "--precision" not in out
 
 
 class Told:

@@ -28,8 +28,8 @@ def lrelu(x):
 
 def demod_bias_lrelu(x, demod, bias):
     """√2 · leaky_relu(x · demod + bias) (spec §1, §6). x: [N, O, H, W], demod: [N, O], bias: [O]"""
-    demod, bias = demod * LRELU_GAIN, bias * LRELU_GAIN
-    # In their dtype, float32 under autocast: a CPU takes three times as long in bf16.
+    dtype = demod.dtype if x.is_cpu else x.dtype  # a CPU takes three times as long in bf16
+    demod, bias = (demod * LRELU_GAIN).to(dtype), (bias * LRELU_GAIN).to(dtype)
     return lrelu(torch.addcmul(bias[:, None, None], x, demod[:, :, None, None]).to(x.dtype))
 
 

@@ -136,7 +136,9 @@ def has_bf16(device):
 
 
 def peak_memory_mb(device):
-    """Most memory held so far, in MB (10⁶ bytes): of the GPU's allocator, or resident on a CPU."""
+    """Most memory held so far, in MB (10⁶ bytes): of the GPU's allocator, or resident on a CPU; of
+    this process, not of those that take pieces of its batch (pieces.py).
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e6
     unit = 1 if sys.platform == "darwin" else 1024

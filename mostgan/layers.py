@@ -39,7 +39,7 @@ class Linear(nn.Module):
     def forward(self, x):
         """x: [N, in_dim] → [N, out_dim]."""
         bias = None if self.bias is None else self.bias * self.bias_gain
-        x = F.linear(x * self.weight_gain, self.weight, bias)  # x is smaller than the weight
+        x = F.linear(x * self.weight_gain, self.weight, bias)  # x is mostly smaller than the weight
         return kernels.lrelu(x) if self.lrelu else x
 
     def double_forward(self, x):

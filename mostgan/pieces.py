@@ -15,7 +15,7 @@ import torch
 
 from mostgan import distributed
 from mostgan.config import UserError
-from mostgan.device import pick_device, usable_threads
+from mostgan.device import make_deterministic, pick_device, usable_threads
 from mostgan.loss import Clips
 
 
@@ -27,13 +27,20 @@ def own_pieces(config):
 
 def pieces_of(batch, config):
     """This process's share of a batch of real clips, in pieces: a list of Clips."""
-    frames, model = batch.frames.float() / 127.5 - 1, config.model
-    size = config.batch_clips // config.batch_split
+    model, size = config.model, config.batch_clips // config.batch_split
     label = batch.label if model.num_labels else None
     of_frames = batch.frame_condition if model.frame_condition_dim else None
-    whole = Clips(frames, batch.t, label, of_frames)
+    whole = Clips(batch.frames, batch.t, label, of_frames)
     parts = [[None] * config.batch_split if of is None else of.split(size) for of in whole]
-    return [Clips(frames.flatten(0, 1), *rest) for frames, *rest in zip(*parts)]
+    # Frames of a piece have memory of their own: what is sent to a process is that memory.
+    return [Clips(frames.flatten(0, 1).float() / 127.5 - 1, *rest) for frames, *rest in zip(*parts)]
+
+
+def processes_of(config, device):
+    """How many processes take this process's pieces side by side."""
+    if device.type != "cpu" or config.compile:
+        return 1
+    return min(usable_threads(), len(own_pieces(config)))
 
 
 @contextlib.contextmanager
@@ -47,27 +54,27 @@ def each_piece(config, device, phases, networks, stats):
 
     A GPU, or a compiled step, takes one piece after the other. The cores of a CPU take them side by
     side, in processes that share the networks' memory: threads would wait for Python's lock at
-    every small operation. Gradients are added in the pieces' order, so the bits are the same.
+    every small operation. Gradients are added in the pieces' order, and a piece has its share of
+    the threads wherever it is taken, so the bits are the same.
     """
-    pieces, threads = range(len(own_pieces(config))), usable_threads()
-    at_once = 1 if device.type != "cpu" or config.compile else min(threads, len(pieces))
-    buffers = shared_memory(networks, len(pieces)) if at_once > 1 else None
-    if buffers is None:
-        at_once = 1
-    # Of each process the pieces: this one's are the first, whose gradients add up by themselves.
-    own, *others = (pieces[share[0] : share[-1] + 1] for share in np.array_split(pieces, at_once))
+    pieces, at_once = np.arange(len(own_pieces(config))), processes_of(config, device)
+    threads = usable_threads() // at_once
+    # This process's pieces are the first, whose gradients add up by themselves.
+    own, *others = np.array_split(pieces, at_once)
+    buffers = shared_memory(networks, len(pieces) - len(own)) if others else None
+    if others and buffers is None:
+        own, others = pieces, []
     with contextlib.ExitStack() as stack:
         helpers = []
         for share in others:
-            gradients = buffers[share.start : share.stop]
-            helper = Helper(phases, networks, gradients, threads // at_once)
-            helpers.append(stack.enter_context(helper))
+            gradients = [buffers[piece - len(own)] for piece in share]
+            helpers.append(stack.enter_context(Helper(phases, networks, gradients, threads)))
 
         def on_pieces(phase, *inputs):
             work, method = list(zip(*inputs)), getattr(phases, phase)
             for helper, share in zip(helpers, others):
                 helper.begin(phase, [work[piece] for piece in share])
-            with openmp_threads(threads // at_once):
+            with openmp_threads(threads):
                 results = [method(*networks, *work[piece]) for piece in own]
             for helper in helpers:
                 results += helper.finish()
@@ -80,17 +87,17 @@ def each_piece(config, device, phases, networks, stats):
 
 def shared_memory(networks, pieces):
     """Moves the networks to memory that processes can share. Returns buffers there for the
-    gradients of every piece, [pieces, numbers], or None if there is too little of it.
+    gradients of one network for each of so many pieces; None, with a warning, where that fails.
     """
     try:
         for network in networks:
             network.share_memory()
-        size = sum(p.numel() for network in networks for p in network.parameters())
-        return torch.zeros(pieces, size).share_memory_()
-    except RuntimeError:
+        size = max(sum(p.numel() for p in network.parameters()) for network in networks)
+        return list(torch.zeros(pieces, size).share_memory_())
+    except RuntimeError as error:
         distributed.say(
-            "warning: there is too little shared memory (of a container: --shm-size) for processes "
-            "side by side, so the pieces of a batch are taken one after the other"
+            "warning: processes cannot share memory here, so the pieces of a batch are taken one "
+            f"after the other; a container may need more of it (--shm-size): {error}"
         )
         return None
 
@@ -109,22 +116,24 @@ def openmp_threads(count):
 class Helper:
     """A process that takes some of the pieces, with a buffer for the gradients of each.
 
-    It ends with this process, however that ends, and takes no notice of signals: those of a job or
-    a terminal are for this process, which needs the helper to finish its step.
+    It ends with this process, however that ends, and takes no notice of the signals of a job or a
+    terminal: those are for this process, which needs the helper to finish its step.
     """
 
     def __init__(self, phases, networks, gradients, threads):
         self.networks, self.gradients = networks, gradients
         spawn = multiprocessing.get_context("spawn")  # a fork would copy locks that threads hold
         self.connection, theirs = spawn.Pipe()
-        args = theirs, phases, networks, gradients, threads
+        deterministic = torch.are_deterministic_algorithms_enabled()
+        args = theirs, phases, networks, gradients, threads, deterministic
         self.process = spawn.Process(target=_help, args=args, daemon=True)
         resource_tracker.ensure_running()  # which unblocks signals
         # A new process inherits which signals are blocked.
         signals = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}
         blocked = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
         try:
-            self.process.start()
+            with self._alive():
+                self.process.start()
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
         theirs.close()
@@ -154,8 +163,8 @@ class Helper:
         except (EOFError, OSError):
             raise UserError(
                 "a process that takes a part of each batch died (killed, or short of memory): go "
-                "on with --resume, if need be with OMP_NUM_THREADS=1 before it, for one process "
-                "(a script that calls this needs `if __name__ == '__main__':` around it)"
+                "on with --resume, if need be with OMP_NUM_THREADS=1 before it, for one process; a "
+                "script of your own that trains needs `if __name__ == '__main__':` around it"
             ) from None
 
     def __enter__(self):
@@ -168,14 +177,20 @@ class Helper:
         self.process.join()
 
 
-def _help(connection, phases, networks, gradients, threads):
+def _help(connection, phases, networks, gradients, threads, deterministic):
     """What a helper does, until the process that started it is gone."""
     pick_device()
+    if deterministic:
+        make_deterministic()
     torch.set_num_threads(threads)
     with contextlib.suppress(EOFError, OSError):
         while True:
             phase, work = _receive(connection)
-            _send(connection, _outcome(getattr(phases, phase), networks, work, gradients))
+            outcome = _outcome(getattr(phases, phase), networks, work, gradients)
+            try:
+                _send(connection, outcome)
+            except (pickle.PicklingError, TypeError, AttributeError):  # of an error
+                _send(connection, (None, RuntimeError(str(outcome[1])), outcome[2]))
 
 
 def _outcome(method, networks, work, gradients):

@@ -12,13 +12,12 @@ import signal
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-
 from mostgan import checkpoint, distributed
 from mostgan.config import ModelConfig, TrainConfig, UserError
 from mostgan.data import usable_clips
-from mostgan.device import usable_threads
+from mostgan.device import pick_device
 from mostgan.files import read_json, write_whole
+from mostgan.pieces import processes_of
 from mostgan.program import is_out_of_memory
 
 # What weights, random streams and the loader's position depend on, and the presets, which chose all
@@ -342,7 +341,7 @@ def memory_advice(config, run):
                 again = f"go on with: {distributed.resume_command(run)} --batch-split {split}"
                 break
         told = f"{clips // config.batch_split} clips at a time"
-        if config.batch_split > 1 and usable_threads() > 1 and not torch.cuda.is_available():
+        if processes_of(config, pick_device()) > 1:
             told += " in each of several processes"
             again = f"go on with one: OMP_NUM_THREADS=1 {distributed.resume_command(run)}"
         raise UserError(f"out of memory with {told}; {again}") from None

@@ -321,9 +321,10 @@ def started(run, packed, threads):
         env=os.environ | {"OMP_NUM_THREADS": str(threads)},
         start_new_session=True,
     )
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     while not (lines.exists() and lines.stat().st_mtime > old) and time.monotonic() < deadline:
         time.sleep(0.02)
+    assert lines.exists() and lines.stat().st_mtime > old
     return process
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import multiprocessing
 import os
+import threading
 
 import numpy as np
 import pytest
@@ -131,16 +132,23 @@ class Told:
     def where(self, network, number):
         (network.weight * number).sum().backward()
         found = os.getpid(), torch.get_num_threads(), network.weight.sum().item()
+        found += (torch.are_deterministic_algorithms_enabled(),)
         return {"number": torch.tensor(number)}, *found
 
     def fails(self, network, number):
         raise MemoryError(f"piece {number} is too large")
+
+    def fails_strangely(self, network, number):
+        error = RuntimeError("a lock cannot be sent")
+        error.lock = threading.Lock()
+        raise error
 
 
 @pytest.fixture
 def two_processes(packed, monkeypatch):
     """on_pieces of two processes with two threads each, a piece for each; the network; Stats."""
     monkeypatch.setattr(pieces, "usable_threads", lambda: 4)
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
     network, stats = torch.nn.Linear(1, 1, bias=False), Stats(packed, CPU)
     with pieces.each_piece(make_config(packed), CPU, Told(), [network], stats) as on_pieces:
         yield on_pieces, network, stats
@@ -151,10 +159,10 @@ def test_pieces_run_in_processes_of_their_own_on_the_same_memory(two_processes):
     on_pieces, network, stats = two_processes
     with torch.no_grad():
         network.weight.fill_(7)  # as Adam changes it
-    processes, threads, weights = on_pieces("where", [1.0, 2.0])
+    processes, threads, weights, deterministic = on_pieces("where", [1.0, 2.0])
     assert processes[0] == os.getpid() != processes[1]
     assert threads == (2, 2) and torch.get_num_threads() == 1
-    assert weights == (7, 7)
+    assert weights == (7, 7) and deterministic == (True, True)
     assert network.weight.grad.item() == 3
     assert stats.values["number"] == [1, 2]
     network.zero_grad()
@@ -167,6 +175,9 @@ def test_an_error_in_a_process_of_a_piece_is_that_error(two_processes, monkeypat
     with pytest.raises(MemoryError, match="piece 2 is too large") as raised:
         two_processes[0]("fails", [1, 2])
     assert "test_train.py" in str(raised.value.__cause__)  # where it was
+    monkeypatch.setattr(Told, "fails_strangely", Told.fails)
+    with pytest.raises(RuntimeError, match="a lock cannot be sent"):
+        two_processes[0]("fails_strangely", [1, 2])
 
 
 def test_a_process_of_a_piece_that_dies_is_one_clear_error(two_processes):
@@ -184,7 +195,7 @@ def test_with_little_shared_memory_pieces_follow_each_other(packed, monkeypatch,
     monkeypatch.setattr(pieces, "usable_threads", lambda: 2)
     monkeypatch.setattr(torch.nn.Module, "share_memory", full)
     take_steps(make_config(packed), packed, 1)
-    assert "too little shared memory" in capsys.readouterr().out
+    assert "cannot share memory here" in capsys.readouterr().out
 
 
 def test_ema_halves_the_distance_in_a_half_life(packed):

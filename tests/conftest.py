@@ -56,16 +56,21 @@ def packed(tmp_path_factory):
     return folder
 
 
-@pytest.fixture
-def quiet(monkeypatch):
-    """No grids, which take longer than the training; signal handlers stay pytest's own."""
-    monkeypatch.setattr(training, "save_grids", lambda *args: None)
-    monkeypatch.setattr(training, "save_real_grid", lambda *args: None)
+@pytest.fixture(autouse=True)
+def own_signals():
+    """A program's signal handlers do not outlive the test that runs it."""
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
     handlers = {number: signal.getsignal(number) for number in numbers}
     yield
     for number, handler in handlers.items():
         signal.signal(number, handler)
+
+
+@pytest.fixture
+def quiet(monkeypatch):
+    """No grids, which take longer than the training."""
+    monkeypatch.setattr(training, "save_grids", lambda *args: None)
+    monkeypatch.setattr(training, "save_real_grid", lambda *args: None)
 
 
 def make_config(packed, steps=1, **changes):

@@ -37,14 +37,6 @@ def run(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(autouse=True)
-def signals_as_they_were():
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-
-
 @pytest.fixture
 def sample(run, tmp_path):
     """sample(**options) → uint8 [frames, H, W, 3] of the npy that it writes."""
